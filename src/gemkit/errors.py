@@ -1,0 +1,73 @@
+"""Every error that a user's input can cause. Programming mistakes of our own stay plain `AssertionError`s.
+
+    GemkitError
+    ├── ConfigError         a setting that contradicts the model or another setting
+    ├── ModelError          the model cannot do what is asked of it
+    │   └── UnknownModelError   no member and no file of that name
+    ├── WeightsError        a checkpoint that is truncated, corrupt, of another layout or of another model
+    │   └── AccessError     weights that exist but cannot be had: gated, offline, no network
+    ├── TextError           text that cannot be encoded; a conversation or an infilling request that makes no prompt
+    ├── ContextError        more tokens than the model was trained to see
+    ├── StateError          a state used with another model, out of order, or rolled back too far
+    └── MissingExtraError   an optional part of gemkit that is not installed
+
+Messages name the thing, the value and the way out. The command line prints the message and exits with 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GemkitError(Exception):
+    """Root of the tree: catch this to catch all of ours."""
+
+
+class ConfigError(GemkitError, ValueError):
+    """A setting that contradicts the model or another setting."""
+
+
+class ModelError(GemkitError):
+    """The model cannot do what is asked of it."""
+
+
+class UnknownModelError(ModelError, LookupError):
+    """No member of the family and no file has that name."""
+
+
+class WeightsError(GemkitError):
+    """A checkpoint that is truncated, corrupt, of another layout or of another model."""
+
+
+class AccessError(WeightsError):
+    """Weights that exist but cannot be had: gated, offline, no network."""
+
+
+class TextError(GemkitError, ValueError):
+    """Text that cannot be encoded, or messages that do not make a prompt."""
+
+
+class ContextError(GemkitError, ValueError):
+    """More tokens than the model was trained to see."""
+
+
+class StateError(GemkitError):
+    """A state used with another model, out of order, or rolled back too far."""
+
+
+class MissingExtraError(GemkitError, ImportError):
+    """An optional part of gemkit that is not installed."""
+
+    def __init__(self, what: str, extra: str):
+        super().__init__(f"{what} needs the extra [{extra}], which is not installed: pip install 'gemkit[{extra}]'")
+        self.extra = extra
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """A clause for error messages that names the known names closest to `name`, or lists a few if none is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    return "known: " + ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
