@@ -1,0 +1,240 @@
+"""The decoder of the whole family, from token ids to logits, in the order data meets it.
+
+It reads a `family.Decoder` and never asks for a name: what differs between members is data.
+
+    T  tokens being computed, all sequences end to end     K  key/value heads
+    S  positions attended to (remembered + new)            G  query heads per key/value head (N = K * G)
+    D  residual width                                      H  size of one head
+    N  query heads                                         F  feed-forward width (of one branch)
+    B  sequences in the batch                              V  vocabulary rows
+
+One block, twice the same figure (a norm, a branch, a sum):
+
+    x ─ input_layernorm ─ self_attn ─ [post_attention_layernorm] ─(+)─ pre_feedforward_layernorm ─ mlp ─ [post_feedforward_layernorm] ─(+)─
+    └──────────────────────────────────────────────────────────────┘ └──────────────────────────────────────────────────────────────────┘
+    [ ] = Gemma 2 and 3 only
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.nn import Module, ModuleList, Parameter
+
+from gemkit import family, ops
+from gemkit.errors import ModelError
+from gemkit.nn.batch import Batch
+from gemkit.nn.state import KeysValues, State
+
+
+class Weighted(Module):
+    """A module that owns a weight, dense (a `Parameter`) or quantized (`ops.Quantized`)."""
+
+    weight: Any
+
+    def hold(self, name: str, value) -> None:
+        """Replace a weight: by a `Parameter`, or by something quantized, which no optimizer must ever find."""
+        self._parameters.pop(name, None)
+        self.__dict__.pop(name, None)
+        setattr(self, name, value)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if isinstance(self.weight, ops.Quantized):  # moves with the module, but is never cast
+            self.weight = self.weight.moved(fn)
+        return self
+
+
+class Embedding(Weighted):
+    """Rows of a table by token id, scaled."""
+
+    def __init__(self, rows: int, width: int, scale: float, scale_dtype: str):
+        super().__init__()
+        self.weight = Parameter(ops.new_weight(rows, width))
+        self.scale, self.scale_dtype = scale, scale_dtype
+        self.run_dtype = None  # what a quantized table is read as
+
+    def forward(self, tokens_T):
+        return ops.embed(tokens_T, self.weight, self.scale, self.scale_dtype, self.run_dtype)
+
+    def extra_repr(self):
+        return "{}, {}".format(*self.weight.shape)
+
+
+class Linear(Weighted):
+    """A projection; the weight is (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.weight = Parameter(ops.new_weight(out_features, in_features))
+        self.bias = Parameter(ops.new_weight(out_features)) if bias else None
+
+    def forward(self, x_TI):
+        return ops.linear(x_TI, self.weight, self.bias)
+
+    def extra_repr(self):
+        out_features, in_features = self.weight.shape
+        kind = f", {self.weight.kind.name}" if isinstance(self.weight, ops.Quantized) else ""
+        return f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}{kind}"
+
+
+class Head(Weighted):
+    """The projection to the vocabulary, by the embedding's own weight (tied in every member)."""
+
+    def __init__(self, embedding: Embedding):
+        super().__init__()
+        self.weight = embedding.weight
+
+    def forward(self, x_TD):
+        return ops.linear(x_TD, self.weight)
+
+    def extra_repr(self):
+        out_features, in_features = self.weight.shape
+        return f"in_features={in_features}, out_features={out_features}, tied to embed_tokens"
+
+
+class RMSNorm(Weighted):
+    """Division by the root mean square, then by channel times `1 + weight`."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = Parameter(ops.new_weight(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class Attention(Module):
+    """Attention with N query heads on K key/value heads: K = N is MHA, K = 1 is MQA, between them GQA."""
+
+    def __init__(self, config: family.Decoder, layer: family.Global | family.Sliding):
+        super().__init__()
+        d, h = config.width, config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
+        self.scale, self.softcap = config.query_scale, config.attention_softcap
+        self.window = layer.window if isinstance(layer, family.Sliding) else None
+        self.q_proj = Linear(d, config.num_heads * h)  # not (d, d): head_dim is not width / heads
+        self.k_proj = Linear(d, config.num_kv_heads * h)
+        self.v_proj = Linear(d, config.num_kv_heads * h)
+        self.q_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
+        self.o_proj = Linear(config.num_heads * h, d, bias=config.biases)
+
+    def forward(self, x_TD, batch: Batch, angles, memory: KeysValues | None):
+        q_TNH = ops.split_heads(self.q_proj(x_TD), self.num_heads)
+        k_TKH = ops.split_heads(self.k_proj(x_TD), self.num_kv_heads)
+        v_TKH = ops.split_heads(self.v_proj(x_TD), self.num_kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
+        q_TNH, k_TKH = ops.rope(q_TNH, angles), ops.rope(k_TKH, angles)
+        out_TNH = ops.attention(
+            q_TNH, k_TKH, v_TKH, batch, memory, scale=self.scale, window=self.window, softcap=self.softcap
+        )
+        return self.o_proj(ops.merge_heads(out_TNH))
+
+    def extra_repr(self):
+        return "global" if self.window is None else f"sliding, window={self.window}"
+
+
+class MLP(Module):
+    """The gated feed-forward: `down(gelu(gate(x)) * up(x))` (GeGLU, arXiv:2002.05202)."""
+
+    def __init__(self, config: family.Decoder):
+        super().__init__()
+        self.gate_proj = Linear(config.width, config.ffw_width, config.biases)
+        self.up_proj = Linear(config.width, config.ffw_width, config.biases)
+        self.down_proj = Linear(config.ffw_width, config.width, config.biases)
+
+    def forward(self, x_TD):
+        return self.down_proj(ops.geglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+
+
+class Block(Module):
+    """One layer: a mixer of positions, then a feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: family.Decoder, layer: family.Layer):
+        super().__init__()
+        if not isinstance(layer, family.Global | family.Sliding):
+            raise ModelError(f"layers of kind {type(layer).__name__} cannot be built yet")
+        norm = (config.width, config.norm_eps)
+        self.rope = layer.rope
+        self.input_layernorm = RMSNorm(*norm)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(*norm) if config.post_norms else None
+        self.pre_feedforward_layernorm = RMSNorm(*norm)
+        self.mlp = MLP(config)
+        self.post_feedforward_layernorm = RMSNorm(*norm) if config.post_norms else None
+
+    def forward(self, x_TD, batch: Batch, angles, memory: KeysValues | None):
+        branch_TD = self.self_attn(self.input_layernorm(x_TD), batch, angles, memory)
+        if self.post_attention_layernorm is not None:
+            branch_TD = self.post_attention_layernorm(branch_TD)
+        x_TD = ops.add(x_TD, branch_TD)
+        branch_TD = self.mlp(self.pre_feedforward_layernorm(x_TD))
+        if self.post_feedforward_layernorm is not None:
+            branch_TD = self.post_feedforward_layernorm(branch_TD)
+        return ops.add(x_TD, branch_TD)
+
+
+class Decoder(Module):
+    """Token ids to logits, for any member's `family.Decoder`. New weights are zeros: load or initialise them.
+
+    `model(batch)` computes a ragged batch, `model(tokens_BT)` the rows of a rectangle.
+    """
+
+    def __init__(self, config: family.Decoder):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.width, config.embed_scale, config.embed_scale_dtype)
+        self.layers = ModuleList(Block(config, layer) for layer in config.layers)
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.lm_head = Head(self.embed_tokens)
+
+    def forward(self, batch: Batch | Any, state: State | None = None, rows=None):
+        """Logits of every token, or of `rows` of them only.
+
+        Args:
+            batch: a `Batch` of T tokens, or a (B, T) tensor of ids.
+            state: what was remembered of the sequences before; it remembers these tokens after.
+            rows: (R,) int64: which of the T tokens need logits. None: all.
+
+        Returns:
+            (R, V) or (T, V); for a (B, T) tensor (B, T, V). In float32 where a final soft cap applies, else in the
+            run dtype.
+        """
+        if not isinstance(batch, Batch):
+            return self(Batch.rows(batch), state, rows).unflatten(0, batch.shape)
+        spans = list(batch.spans())
+        if state is not None:
+            state.expect(self.config, spans)
+        x_TD = self.embed_tokens(batch.tokens)
+        angles = {
+            rope: ops.rope_table(batch.positions, rope, self.config.head_dim)
+            for rope in {block.rope for block in self.layers}
+        }
+        memories = [None] * len(self.layers) if state is None else state.layers
+        for block, memory in zip(self.layers, memories, strict=True):
+            x_TD = block(x_TD, batch, angles[block.rope], memory)
+        if state is not None:
+            state.advance(spans)
+        if rows is not None:
+            x_TD = ops.take_rows(x_TD, rows)
+        logits_RV = self.lm_head(self.norm(x_TD))
+        if self.config.final_softcap is not None:
+            logits_RV = ops.softcap(logits_RV, self.config.final_softcap)
+        return logits_RV
+
+    def hold(self, name: str, value) -> None:
+        """Put a weight where it belongs by its name; the head follows the embedding."""
+        path, _, leaf = name.rpartition(".")
+        self.get_submodule(path).hold(leaf, value)
+        if path == "embed_tokens":
+            self.lm_head.hold(leaf, value)
+
+    def new_state(self, slots: int = 1, room: int = 0) -> State:
+        """An empty memory for `slots` sequences, of which `room` tokens may be rolled back."""
+        return State(self.config, slots, room)

@@ -1,0 +1,132 @@
+"""Attention over a ragged batch, in tiles: no (T, S) mask is ever built.
+
+Each sequence is attended on its own, `_TILE` queries at a time, against only the keys that this tile may see: those up
+to its last query, from the first one in the window of its first query. Grouped heads are folded into the rows of the
+queries, so that a key/value head is read once for all the query heads it serves and never repeated in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Queries a tile. Measured on two CPU cores at 8 heads of 256 and 4,096 tokens: 128 and 256 within noise, 512 slower.
+_TILE = 256
+
+
+class Sequences(Protocol):
+    """What attention needs to know of a batch (`nn.batch.Batch` is one)."""
+
+    def spans(self) -> Iterator[tuple[int, int, int, int]]:
+        """(first row, end row, state slot, position of the first row) of each sequence."""
+        ...
+
+
+class Memory(Protocol):
+    """What one attention layer remembers between calls (`nn.state.KeysValues` is one)."""
+
+    def append(self, slot: int, position: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
+        """Remember the keys and values of the tokens from `position` on."""
+        ...
+
+    def read(self, slot: int) -> tuple[Tensor, Tensor, int]:
+        """Keys and values (S, K, H), and the position of the first of them."""
+        ...
+
+
+def attention_kernel(softcap: float | None) -> tuple[str, str]:
+    """Which of torch's kernels computes a tile, and why."""
+    if softcap is None:
+        return "sdpa", "torch's fused kernel: no soft cap on the scores"
+    return "explicit", "the scores are soft-capped, which torch's fused kernel cannot express"
+
+
+@torch.compiler.disable  # opaque to compilation: its loop over boundaries would be a new program for every batch
+def attention(
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    batch: Sequences,
+    memory: Memory | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention of every sequence of a ragged batch over itself and what it remembers, as (T, N, H).
+
+    Args:
+        q_TNH, k_TKH, v_TKH: queries, keys and values of the new tokens, already rotated. K divides N; query head n
+            uses key/value head n // (N / K).
+        batch: the boundaries.
+        memory: what the layer remembers; the new keys and values are appended to it. None: nothing came before.
+        scale: multiplies the scores.
+        window: tokens visible to a query, itself included. None: all up to it.
+        softcap: bounds the scores, before the mask.
+    """
+    tile = _tile_sdpa if attention_kernel(softcap)[0] == "sdpa" else _tile_explicit
+    parts: list[Tensor] = []
+    for first, end, slot, position in batch.spans():
+        q, k, v = q_TNH[first:end], k_TKH[first:end], v_TKH[first:end]
+        before = 0  # keys in front of the first query's own
+        if memory is not None:
+            memory.append(slot, position, k, v)
+            k, v, start = memory.read(slot)
+            before = position - start
+        k_KSH, v_KSH = k.transpose(0, 1), v.transpose(0, 1)
+        for t in range(0, end - first, _TILE):
+            q_tile = q[t : t + _TILE]
+            last = before + t + q_tile.shape[0]  # one past the last key that this tile may see
+            lo = 0 if window is None else max(0, before + t - window + 1)
+            visible = _visible(q_tile.shape[0], before + t - lo, last - lo, window, q.device)
+            parts.append(tile(q_tile, k_KSH[:, lo:last], v_KSH[:, lo:last], visible, scale, softcap))
+    return torch.cat(parts)
+
+
+def _visible(queries: int, offset: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """True where query t, at key index `offset + t`, may attend, (T, S); None where it may everywhere."""
+    if queries == 1:  # its keys were cut at the window and at itself
+        return None
+    age_TS = torch.arange(offset, offset + queries, device=device)[:, None] - torch.arange(keys, device=device)
+    return (age_TS >= 0) if window is None else (age_TS >= 0) & (age_TS < window)
+
+
+def _fold(q_TNH: Tensor, kv_heads: int) -> Tensor:
+    """(T, K * G, H) to (K, G * T, H): the query heads that share a key/value head become rows of one product."""
+    return q_TNH.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+
+
+def _unfold(o_KEH: Tensor, queries: int) -> Tensor:
+    """(K, G * T, H) back to (T, K * G, H)."""
+    return o_KEH.unflatten(1, (-1, queries)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _tile_explicit(
+    q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """The definition: scores, cap, mask and softmax in float32."""
+    kv_heads, queries = k_KSH.shape[0], q_TNH.shape[0]
+    q_KEH = _fold(q_TNH, kv_heads).float() * scale
+    scores_KES = q_KEH @ k_KSH.float().transpose(1, 2)
+    if softcap is not None:
+        scores_KES = softcap * torch.tanh(scores_KES / softcap)
+    if visible_TS is not None:
+        hidden_ES = ~visible_TS.repeat(q_KEH.shape[1] // queries, 1)
+        scores_KES = scores_KES.masked_fill(hidden_ES, float("-inf"))
+    out_KEH = scores_KES.softmax(-1) @ v_KSH.float()
+    return _unfold(out_KEH, queries).to(q_TNH.dtype)
+
+
+def _tile_sdpa(
+    q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: None
+) -> Tensor:
+    """The same without a cap, by torch's fused kernel, which accumulates in float32."""
+    kv_heads, queries = k_KSH.shape[0], q_TNH.shape[0]
+    q_KEH = _fold(q_TNH, kv_heads)
+    mask_ES = None if visible_TS is None else visible_TS.repeat(q_KEH.shape[1] // queries, 1)
+    out = F.scaled_dot_product_attention(q_KEH[None], k_KSH[None], v_KSH[None], attn_mask=mask_ES, scale=scale)
+    return _unfold(out[0], queries)

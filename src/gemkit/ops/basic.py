@@ -1,0 +1,99 @@
+"""The ops that act on each token by itself: lookups, projections, norms, gates."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemkit.ops.quantized import Quantized
+
+# Rows of a quantized weight are made dense this many elements at a time: 4 MiB of float32, which stays in a cache
+# between being written and being multiplied. Whole weights at once were 1.6 times slower for one token.
+_DENSE_ELEMENTS = 1 << 20
+
+
+def new_weight(*shape: int) -> Tensor:
+    """A weight that waits to be loaded or initialised: zeros (torch's default dtype and device)."""
+    return torch.zeros(shape)
+
+
+def embed(
+    tokens_T: Tensor,
+    table_VD: Tensor | Quantized,
+    scale: float,
+    scale_dtype: str = "run",
+    run_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows of the table by token id, times `scale`, as (T, D).
+
+    The scale is rounded before it multiplies, as the released embedders do: to the run dtype ("run"), or to bf16
+    whatever the run dtype ("bfloat16"). sqrt(3072) is 55.5 in bf16, not 55.43. A dense table has the run dtype;
+    `run_dtype` says it for a quantized one (None: float32).
+    """
+    if isinstance(table_VD, Quantized):
+        rows_TD = table_VD.rows(tokens_T).to(run_dtype or torch.float32)
+    else:
+        rows_TD = F.embedding(tokens_T, table_VD)
+    dtype = rows_TD.dtype if scale_dtype == "run" else getattr(torch, scale_dtype)
+    return rows_TD * torch.tensor(scale, dtype=dtype).item()
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor | Quantized, bias_O: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`: (T, in) to (T, out). A quantized weight is multiplied in float32, a few rows at a time."""
+    if not isinstance(weight_OI, Quantized):
+        return F.linear(x_TI, weight_OI, bias_O)
+    rows, columns = weight_OI.shape
+    step = max(1, _DENSE_ELEMENTS // columns)
+    x32_TI = x_TI.float()
+    parts = [
+        x32_TI @ weight_OI.narrow_rows(start, min(step, rows - start)).dequantize().T for start in range(0, rows, step)
+    ]
+    y_TO = torch.cat(parts, dim=-1).to(x_TI.dtype)
+    return y_TO if bias_O is None else y_TO + bias_O
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`x / rms(x) * (1 + weight)` over the last axis, in float32, cast back at the end (arXiv:1910.07467).
+
+    `1 + weight`: Gemma stores norms around zero. The product with it happens before the cast: casting first, as
+    Llama does, gives other bits in bf16.
+    """
+    x32 = x.float()
+    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight_D.float())).to(x.dtype)
+
+
+def geglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
+    """`gelu(gate) * up` with the tanh approximation of GELU, the one these models were trained with."""
+    return F.gelu(gate_TF, approximate="tanh") * up_TF
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """`cap * tanh(x / cap)` in float32: bounds logits smoothly (Gemma 2 report, arXiv:2408.00118, section 2)."""
+    return cap * torch.tanh(x.float() / cap)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """The residual sum."""
+    return a + b
+
+
+def mul(a: Tensor, b: Tensor) -> Tensor:
+    """The elementwise product of two branches."""
+    return a * b
+
+
+def split_heads(x_TE: Tensor, heads: int) -> Tensor:
+    """(T, heads * H) to (T, heads, H)."""
+    return x_TE.unflatten(-1, (heads, -1))
+
+
+def merge_heads(x_TNH: Tensor) -> Tensor:
+    """(T, N, H) to (T, N * H)."""
+    return x_TNH.flatten(-2)
+
+
+def take_rows(x_TD: Tensor, rows: Tensor) -> Tensor:
+    """The rows whose logits are wanted: a prompt of 1000 tokens needs one row of a 256,000-wide head, not 1000."""
+    return x_TD.index_select(0, rows)

@@ -1,0 +1,29 @@
+"""Rotary position embedding (arXiv:2104.09864), half-split pairing: dimension i turns with dimension i + R/2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemkit.family import Rope
+
+
+def rope_table(positions_T: Tensor, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every angle, float32 (T, R/2) each, where R = fraction * head_dim.
+
+    Positions are integers and angles are float32: in bf16 the positions 8190 and 8191 are the same number.
+    """
+    rotated = int(rope.fraction * head_dim)
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=positions_T.device) / rotated
+    frequencies = rope.base**-exponents / rope.factor
+    angles_TR = positions_T[:, None].float() * frequencies
+    return angles_TR.cos(), angles_TR.sin()
+
+
+def rope(x_TNH: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the first R dimensions of every head by its token's angles, in float32; the rest passes unchanged."""
+    cos_TR, sin_TR = (part[:, None, :] for part in table)
+    half = cos_TR.shape[-1]
+    first, second, rest = x_TNH.float().split((half, half, x_TNH.shape[-1] - 2 * half), dim=-1)
+    turned = (first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR, rest)
+    return torch.cat(turned, dim=-1).to(x_TNH.dtype)

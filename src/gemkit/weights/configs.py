@@ -1,0 +1,291 @@
+"""Architectures as published configuration files describe them <-> `family.Decoder`, for Hugging Face and GGUF.
+
+Files leave out what their own library had as a default at the time, so each model type's defaults stand here beside the
+keys. A setting that would change the numbers and that we do not implement is refused; keys that mean nothing to the
+numbers are ignored. No key of a file ever names something to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemkit.errors import ConfigError, WeightsError
+from gemkit.family import Decoder, Global, Layer, Rope, Sliding, repeat
+
+# Published defaults of the configuration classes, for keys that released files omit (the text configuration of
+# gemma-3-4b-pt names five keys only). Transformers 5.23, models/gemma*/configuration_gemma*.py
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": {"max_position_embeddings": 8192, "head_dim": 256, "rope_theta": 10_000.0},
+    "gemma2": {
+        "max_position_embeddings": 8192,
+        "head_dim": 256,
+        "rope_theta": 10_000.0,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    "gemma3_text": {
+        "vocab_size": 262_208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
+        "head_dim": 256,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+}
+_PATTERN = {"gemma2": 2, "gemma3_text": 6}  # every n-th layer is global
+_TANH_GELU = {"gelu_pytorch_tanh", "gelu"}  # "gelu" in old files means the tanh form: the models were trained with it
+
+
+def from_hf(config: Mapping[str, Any], where: str) -> Decoder:
+    """The decoder that a `config.json` describes.
+
+    Args:
+        config: the parsed file.
+        where: its name, for messages.
+
+    Raises:
+        WeightsError: for a model type that is not of the family, or a key that is missing or of the wrong type.
+        ConfigError: for a setting that we do not implement, or that contradicts another.
+    """
+    kind = config.get("model_type")
+    if kind == "gemma3":  # text and image: the text decoder is nested
+        text = config.get("text_config")
+        if not isinstance(text, Mapping):
+            raise WeightsError(f"{where}: model_type 'gemma3' without a text_config")
+        # the table of the released image checkpoints has 64 rows for image placeholders that text never uses
+        return from_hf({"tie_word_embeddings": True, **text, "model_type": "gemma3_text"}, f"{where}: text_config")
+    if not isinstance(kind, str) or kind not in _HF_DEFAULTS:
+        raise WeightsError(f"{where}: model_type {kind!r} is not one that is read here: {', '.join(_HF_DEFAULTS)}, gemma3")
+    keys = _Keys({**_HF_DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None}}, where)
+    _refuse_other_numerics(keys)
+    heads, depth = keys.whole("num_attention_heads"), keys.whole("num_hidden_layers")
+    softcaps = {}
+    if kind != "gemma":  # a null in the file means no cap, an absent key the default
+        for ours, theirs in (("attention_softcap", "attn_logit_softcapping"), ("final_softcap", "final_logit_softcapping")):
+            softcaps[ours] = None if theirs in config and config[theirs] is None else keys.optional_number(theirs)
+    return Decoder(
+        vocab_size=keys.whole("vocab_size"),
+        width=keys.whole("hidden_size"),
+        ffw_width=keys.whole("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=keys.whole("num_key_value_heads"),
+        head_dim=keys.whole("head_dim"),
+        layers=_hf_layers(kind, keys, depth),
+        max_context=keys.whole("max_position_embeddings"),
+        query_scale=(keys.number("query_pre_attn_scalar") if kind != "gemma" else keys.whole("head_dim")) ** -0.5,
+        post_norms=kind != "gemma",
+        qk_norm=kind == "gemma3_text",
+        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        **softcaps,
+    )
+
+
+def _refuse_other_numerics(keys: _Keys) -> None:
+    for name in ("hidden_activation", "hidden_act"):
+        if keys.get(name) not in (None, *_TANH_GELU):
+            raise ConfigError(f"{keys.where}: {name}={keys.get(name)!r}; the family uses gelu_pytorch_tanh")
+    for name in ("attention_bias", "use_bidirectional_attention"):
+        if keys.get(name):
+            raise ConfigError(f"{keys.where}: {name}={keys.get(name)!r} is not implemented")
+    if keys.get("tie_word_embeddings") is False:
+        raise ConfigError(f"{keys.where}: tie_word_embeddings=False; every member ties its head to its embedding")
+
+
+def _hf_layers(kind: str, keys: _Keys, depth: int) -> tuple[Layer, ...]:
+    ropes = _hf_ropes(kind, keys)
+    if kind == "gemma":
+        return (Global(ropes["full_attention"]),) * depth
+    sliding, full = Sliding(keys.whole("sliding_window"), ropes["sliding_attention"]), Global(ropes["full_attention"])
+    types = keys.get("layer_types")
+    if types is None:
+        every = keys.get("sliding_window_pattern") or keys.get("_sliding_window_pattern") or _PATTERN[kind]
+        return repeat(*[sliding] * (every - 1), full, total=depth)
+    if not isinstance(types, list) or len(types) != depth:
+        raise WeightsError(f"{keys.where}: layer_types must list num_hidden_layers={depth} kinds")
+    kinds = {"sliding_attention": sliding, "full_attention": full}
+    if unknown := sorted({str(t) for t in types} - kinds.keys()):
+        raise ConfigError(f"{keys.where}: layer_types has {unknown[0]!r}; known: {', '.join(kinds)}")
+    return tuple(kinds[t] for t in types)
+
+
+def _hf_ropes(kind: str, keys: _Keys) -> dict[str, Rope]:
+    """By layer type. Newer files nest `rope_parameters`, older ones have flat keys and `rope_scaling`."""
+    nested = keys.get("rope_parameters")
+    if isinstance(nested, Mapping):
+        by_type = nested if "full_attention" in nested else {"full_attention": nested, "sliding_attention": nested}
+    else:
+        full = {"rope_theta": keys.number("rope_theta"), **(keys.get("rope_scaling") or {})}
+        local = {"rope_theta": keys.number("rope_local_base_freq")} if kind == "gemma3_text" else full
+        by_type = {"full_attention": full, "sliding_attention": local}
+    ropes = {}
+    for layer_type, given in by_type.items():
+        rope = _Keys(given or {}, f"{keys.where}: rope of {layer_type}")
+        form = rope.get("rope_type") or rope.get("type") or "default"
+        if form not in ("default", "linear"):
+            raise ConfigError(f"{rope.where}: rope_type={form!r} is not implemented; known: default, linear")
+        ropes[layer_type] = Rope(
+            base=rope.number("rope_theta"), factor=rope.number("factor") if form == "linear" else 1.0
+        )
+    return ropes
+
+
+def to_hf(decoder: Decoder) -> dict[str, Any]:
+    """The `config.json` that Transformers loads this decoder from (both its current and its older keys).
+
+    Raises:
+        ConfigError: if no published configuration class can express it.
+    """
+    kind = "gemma3_text" if decoder.qk_norm else "gemma2" if decoder.post_norms else "gemma"
+    by_type = {"full_attention": Global, "sliding_attention": Sliding}
+    types = [next((t for t, c in by_type.items() if isinstance(layer, c)), "other") for layer in decoder.layers]
+    config: dict[str, Any] = {
+        "architectures": [{"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}[kind] + "ForCausalLM"],
+        "model_type": kind,
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.width,
+        "intermediate_size": decoder.ffw_width,
+        "num_hidden_layers": len(decoder.layers),
+        "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": decoder.num_kv_heads,
+        "head_dim": decoder.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": "gelu_pytorch_tanh",
+        "max_position_embeddings": decoder.max_context,
+        "rms_norm_eps": decoder.norm_eps,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+    ropes = {t: {layer.rope for layer in decoder.layers if isinstance(layer, c)} for t, c in by_type.items()}
+    windows = {layer.window for layer in decoder.layers if isinstance(layer, Sliding)}
+    full = next(iter(ropes["full_attention"] or ropes["sliding_attention"] or {Rope()}))
+    local = next(iter(ropes["sliding_attention"] or {full}))
+    config["rope_theta"] = full.base
+    if kind == "gemma3_text":
+        config["rope_local_base_freq"] = local.base
+        config["rope_scaling"] = {"rope_type": "linear", "factor": full.factor} if full.factor != 1 else None
+        config["rope_parameters"] = {"full_attention": _hf_rope(full), "sliding_attention": _hf_rope(local)}
+    else:
+        config["rope_parameters"] = _hf_rope(full)
+    if kind != "gemma":
+        config |= {
+            "layer_types": types,
+            "sliding_window": next(iter(windows), decoder.max_context),
+            "query_pre_attn_scalar": _whole_if_close(decoder.query_scale**-2),
+            "attn_logit_softcapping": decoder.attention_softcap,
+            "final_logit_softcapping": decoder.final_softcap,
+        }
+    again = from_hf(config, "config.json") if "other" not in types and len(windows) < 2 else None
+    if again is None or _rounded(again) != _rounded(decoder):
+        raise ConfigError(f"no published configuration of model_type {kind!r} can express this decoder: {decoder}")
+    return config
+
+
+def _hf_rope(rope: Rope) -> dict[str, Any]:
+    linear = {"rope_type": "linear", "factor": rope.factor}
+    return {"rope_theta": rope.base, **({"rope_type": "default"} if rope.factor == 1 else linear)}
+
+
+def _whole_if_close(value: float) -> float | int:
+    return round(value) if abs(value - round(value)) < 1e-6 else value
+
+
+def _rounded(decoder: Decoder) -> tuple[Any, ...]:
+    """For comparison: `x ** -0.5 ** -2` is not always x to the last bit."""
+    fields = dict(decoder.__dict__)
+    return (round(fields.pop("query_scale"), 9), *fields.values())
+
+
+def from_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str) -> Decoder:
+    """The decoder that a GGUF's metadata describes; `vocab_size` counts the rows of its embedding.
+
+    Layer pattern, local rope base and (by the number of layers, as in llama.cpp) the query scale of the 27B models
+    are not in the files: the architecture implies them.
+    """
+    kind = metadata.get("general.architecture")
+    if kind not in ("gemma", "gemma2", "gemma3"):
+        raise WeightsError(f"{where}: architecture {kind!r} is not one that is read here: gemma, gemma2, gemma3")
+    keys = _Keys({k.removeprefix(f"{kind}."): v for k, v in metadata.items() if k.startswith(f"{kind}.")}, where)
+    width, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
+    depth, head_dim = keys.whole("block_count"), keys.whole("attention.key_length")
+    if keys.whole("attention.value_length", head_dim) != head_dim:
+        raise ConfigError(f"{where}: key_length={head_dim} and value_length={keys.get('attention.value_length')} differ")
+    if keys.get("rope.scaling.type") not in (None, "none", "linear"):
+        raise ConfigError(f"{where}: rope.scaling.type={keys.get('rope.scaling.type')!r}; known: none, linear")
+    factor = keys.number("rope.scaling.factor", 1.0) if keys.get("rope.scaling.type") == "linear" else 1.0
+    base = keys.number("rope.freq_base", 1_000_000.0 if kind == "gemma3" else 10_000.0)
+    local = Rope(keys.number("rope.freq_base_swa", 10_000.0)) if kind == "gemma3" else Rope(base, factor)
+    full = Global(Rope(base, factor))
+    if depth > 1_000:  # an absurd count must not become a tuple of that length
+        raise ConfigError(f"{where}: block_count={depth} is beyond any member (62 at most)")
+    if kind == "gemma":
+        layers: tuple[Layer, ...] = (full,) * depth
+    else:
+        sliding = Sliding(keys.whole("attention.sliding_window", 4096), local)
+        layers = repeat(*[sliding] * (1 if kind == "gemma2" else 5), full, total=depth)
+    wide = (kind, depth) in (("gemma2", 46), ("gemma3", 62))
+    return Decoder(
+        vocab_size=vocab_size,
+        width=width,
+        ffw_width=keys.whole("feed_forward_length"),
+        num_heads=heads,
+        num_kv_heads=keys.whole("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        layers=layers,
+        max_context=keys.whole("context_length"),
+        query_scale=(width // heads if wide else head_dim) ** -0.5,
+        post_norms=kind != "gemma",
+        qk_norm=kind == "gemma3",
+        attention_softcap=keys.optional_number("attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
+        final_softcap=keys.optional_number("final_logit_softcapping", 30.0 if kind == "gemma2" else None),
+        norm_eps=_float32_as_written(keys.number("attention.layer_norm_rms_epsilon", 1e-6)),
+    )
+
+
+def _float32_as_written(value: float) -> float:
+    """The shortest decimal that the float32 of a GGUF stands for: 1e-06, not 9.999999974752427e-07."""
+    return float(f"{value:.7g}")
+
+
+class _Keys:
+    """Typed access to untrusted keys."""
+
+    def __init__(self, values: Mapping[str, Any], where: str):
+        self._values = values
+        self.where = where
+
+    def get(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        value = self._values.get(name, default)
+        if value is None:
+            raise WeightsError(f"{self.where}: {name} is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise WeightsError(f"{self.where}: {name}={value!r} must be a whole number from 1")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.optional_number(name, default)
+        if value is None:
+            raise WeightsError(f"{self.where}: {name} is missing")
+        return value
+
+    def optional_number(self, name: str, default: float | None = None) -> float | None:
+        value = self._values.get(name, default)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise WeightsError(f"{self.where}: {name}={value!r} must be a number")
+        return float(value)
