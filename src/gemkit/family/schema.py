@@ -7,7 +7,6 @@ carry their own numbers, so that "sliding without a window" cannot be written.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +32,9 @@ class Global:
 
     rope: Rope = Rope()
 
+    def __str__(self) -> str:
+        return "global"
+
 
 @dataclass(frozen=True)
 class Sliding:
@@ -40,6 +42,9 @@ class Sliding:
 
     window: int
     rope: Rope = Rope()
+
+    def __str__(self) -> str:
+        return f"sliding {self.window}"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,9 @@ class Recurrent:
     width: int  # channels of the recurrence
     num_blocks: int  # blocks of the block-diagonal gates
     conv_width: int = 4  # taps, the current token included
+
+    def __str__(self) -> str:
+        return f"recurrent {self.width}"
 
 
 Layer = Global | Sliding | Recurrent
@@ -112,13 +120,15 @@ class Decoder:
 def _check_layer(i: int, layer: Layer, head_dim: int) -> None:
     if isinstance(layer, Recurrent):
         if layer.width < 1 or layer.conv_width < 1 or layer.num_blocks < 1 or layer.width % layer.num_blocks:
-            raise ConfigError(f"layers[{i}]={layer}: num_blocks must divide width, and all must be positive")
+            raise ConfigError(f"layers[{i}]={layer!r}: num_blocks must divide width, and all must be positive")
         return
     if isinstance(layer, Sliding) and layer.window < 1:
         raise ConfigError(f"layers[{i}]: window={layer.window} must be at least 1 (the current token)")
     rotated = layer.rope.fraction * head_dim
     if not (0 < layer.rope.fraction <= 1) or rotated != int(rotated) or int(rotated) % 2:
-        raise ConfigError(f"layers[{i}]: rope.fraction={layer.rope.fraction} of head_dim={head_dim} is not an even number")
+        raise ConfigError(
+            f"layers[{i}]: rope.fraction={layer.rope.fraction} of head_dim={head_dim} is not an even number"
+        )
     if layer.rope.base <= 0 or layer.rope.factor <= 0:
         raise ConfigError(f"layers[{i}]: {layer.rope} needs a positive base and factor")
 
@@ -147,6 +157,7 @@ class Vision:
 
 
 Tuning = Literal["pretrained", "instruction-tuned", "mix"]
+Prompt = Literal["complete", "chat", "infill", "image"]
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,7 @@ class Member:
     decoder: Decoder
     tuning: Tuning
     vocabulary: Literal["gemma", "codegemma", "paligemma", "gemma3"]
-    prompts: tuple[Literal["complete", "chat", "infill", "image"], ...]  # what it was trained to answer
+    prompts: tuple[Prompt, ...]  # what it was trained to answer
     released: str  # ISO date
     vision: Vision | None = None
     aliases: tuple[str, ...] = ()
@@ -169,49 +180,3 @@ class Member:
 def repeat(*pattern: Layer, total: int) -> tuple[Layer, ...]:
     """The first `total` layers of `pattern` repeated: `repeat(Sliding(4096), Global(), total=42)`."""
     return tuple(pattern[i % len(pattern)] for i in range(total))
-
-
-def parameters(decoder: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every parameter of a decoder, in the order data meets them; the tied head is not repeated.
-
-    This is the same list that `nn.decoder.Decoder(config).named_parameters()` gives (a test compares them), without
-    torch. Linear weights are (out, in).
-    """
-    d, f, h = decoder.width, decoder.ffw_width, decoder.head_dim
-    yield "embed_tokens.weight", (decoder.vocab_size, d)
-    for i, layer in enumerate(decoder.layers):
-        at = f"layers.{i}."
-        yield at + "input_layernorm.weight", (d,)
-        if isinstance(layer, Recurrent):
-            r, n = layer.width, layer.num_blocks
-            for name in ("linear_x", "linear_y"):
-                yield at + f"recurrent.{name}.weight", (r, d)
-                yield at + f"recurrent.{name}.bias", (r,)
-            yield at + "recurrent.conv_1d.weight", (r, layer.conv_width)
-            yield at + "recurrent.conv_1d.bias", (r,)
-            yield at + "recurrent.rg_lru.recurrent_param", (r,)
-            for gate in ("input_gate", "recurrent_gate"):
-                yield at + f"recurrent.rg_lru.{gate}.weight", (n, r // n, r // n)
-                yield at + f"recurrent.rg_lru.{gate}.bias", (n, r // n)
-            yield at + "recurrent.linear_out.weight", (d, r)
-            yield at + "recurrent.linear_out.bias", (d,)
-        else:
-            yield at + "self_attn.q_proj.weight", (decoder.num_heads * h, d)
-            yield at + "self_attn.k_proj.weight", (decoder.num_kv_heads * h, d)
-            yield at + "self_attn.v_proj.weight", (decoder.num_kv_heads * h, d)
-            if decoder.qk_norm:
-                yield at + "self_attn.q_norm.weight", (h,)
-                yield at + "self_attn.k_norm.weight", (h,)
-            yield at + "self_attn.o_proj.weight", (d, decoder.num_heads * h)
-            if decoder.biases:
-                yield at + "self_attn.o_proj.bias", (d,)
-        if decoder.post_norms:
-            yield at + "post_attention_layernorm.weight", (d,)
-        yield at + "pre_feedforward_layernorm.weight", (d,)
-        for name, shape in (("gate_proj", (f, d)), ("up_proj", (f, d)), ("down_proj", (d, f))):
-            yield at + f"mlp.{name}.weight", shape
-            if decoder.biases:
-                yield at + f"mlp.{name}.bias", shape[:1]
-        if decoder.post_norms:
-            yield at + "post_feedforward_layernorm.weight", (d,)
-    yield "norm.weight", (d,)

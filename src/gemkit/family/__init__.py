@@ -1,0 +1,40 @@
+"""WHAT each member of the family is: plain data, importable in milliseconds.
+
+>>> get("gemma-2-2b").decoder.width
+2304
+"""
+
+from gemkit.family.parameters import parameters
+from gemkit.family.registry import difference, get, members, names
+from gemkit.family.schema import (
+    Decoder,
+    Global,
+    Layer,
+    Member,
+    Prompt,
+    Recurrent,
+    Rope,
+    Sliding,
+    Tuning,
+    Vision,
+    repeat,
+)
+
+__all__ = [
+    "Decoder",
+    "Global",
+    "Layer",
+    "Member",
+    "Prompt",
+    "Recurrent",
+    "Rope",
+    "Sliding",
+    "Tuning",
+    "Vision",
+    "difference",
+    "get",
+    "members",
+    "names",
+    "parameters",
+    "repeat",
+]

@@ -1,0 +1,88 @@
+"""Name and shape of every parameter of a member, from its data alone: trees, costs and file formats build on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gemkit.family.schema import Decoder, Recurrent, Vision
+
+Parameters = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def parameters(decoder: Decoder, vision: Vision | None = None) -> Parameters:
+    """Name and shape of every parameter, in the order data meets them; the tied head is not repeated.
+
+    The same list as the module's own `named_parameters()` (a test compares them), without torch. Linear weights are
+    (out, in), convolutions (out, in, height, width). With an image tower the names are `vision_tower.*`,
+    `multi_modal_projector.*` and `language_model.*`; a decoder alone has no prefix.
+    """
+    if vision is None:
+        yield from _decoder(decoder)
+        return
+    for name, shape in _tower(vision):
+        yield "vision_tower." + name, shape
+    yield from _affine("multi_modal_projector.linear", decoder.width, vision.width)
+    for name, shape in _decoder(decoder):
+        yield "language_model." + name, shape
+
+
+def _decoder(decoder: Decoder) -> Parameters:
+    d, f, h = decoder.width, decoder.ffw_width, decoder.head_dim
+    yield "embed_tokens.weight", (decoder.vocab_size, d)
+    for i, layer in enumerate(decoder.layers):
+        at = f"layers.{i}."
+        yield at + "input_layernorm.weight", (d,)
+        if isinstance(layer, Recurrent):
+            r, n = layer.width, layer.num_blocks
+            yield from _affine(at + "recurrent.linear_x", r, d)
+            yield from _affine(at + "recurrent.linear_y", r, d)
+            yield from _affine(at + "recurrent.conv_1d", r, layer.conv_width)
+            yield at + "recurrent.rg_lru.recurrent_param", (r,)
+            for gate in ("input_gate", "recurrent_gate"):
+                yield at + f"recurrent.rg_lru.{gate}.weight", (n, r // n, r // n)
+                yield at + f"recurrent.rg_lru.{gate}.bias", (n, r // n)
+            yield from _affine(at + "recurrent.linear_out", d, r)
+        else:
+            yield at + "self_attn.q_proj.weight", (decoder.num_heads * h, d)
+            yield at + "self_attn.k_proj.weight", (decoder.num_kv_heads * h, d)
+            yield at + "self_attn.v_proj.weight", (decoder.num_kv_heads * h, d)
+            if decoder.qk_norm:
+                yield at + "self_attn.q_norm.weight", (h,)
+                yield at + "self_attn.k_norm.weight", (h,)
+            yield from _affine(at + "self_attn.o_proj", d, decoder.num_heads * h, bias=decoder.biases)
+        if decoder.post_norms:
+            yield at + "post_attention_layernorm.weight", (d,)
+        yield at + "pre_feedforward_layernorm.weight", (d,)
+        yield from _affine(at + "mlp.gate_proj", f, d, bias=decoder.biases)
+        yield from _affine(at + "mlp.up_proj", f, d, bias=decoder.biases)
+        yield from _affine(at + "mlp.down_proj", d, f, bias=decoder.biases)
+        if decoder.post_norms:
+            yield at + "post_feedforward_layernorm.weight", (d,)
+    yield "norm.weight", (d,)
+
+
+def _tower(vision: Vision) -> Parameters:
+    w, p = vision.width, vision.patch_size
+    yield "embeddings.patch_embedding.weight", (w, 3, p, p)
+    yield "embeddings.patch_embedding.bias", (w,)
+    yield "embeddings.position_embedding.weight", (vision.num_patches, w)
+    for i in range(vision.depth):
+        at = f"encoder.layers.{i}."
+        yield from _layer_norm(at + "layer_norm1", w)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            yield from _affine(at + f"self_attn.{name}", w, w)
+        yield from _layer_norm(at + "layer_norm2", w)
+        yield from _affine(at + "mlp.fc1", vision.mlp_width, w)
+        yield from _affine(at + "mlp.fc2", w, vision.mlp_width)
+    yield from _layer_norm("post_layernorm", w)
+
+
+def _affine(name: str, out_width: int, in_width: int, bias: bool = True) -> Parameters:
+    yield name + ".weight", (out_width, in_width)
+    if bias:
+        yield name + ".bias", (out_width,)
+
+
+def _layer_norm(name: str, width: int) -> Parameters:
+    yield name + ".weight", (width,)
+    yield name + ".bias", (width,)
