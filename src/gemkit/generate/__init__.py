@@ -1,0 +1,28 @@
+"""Ids in, ids and text out: the sampler, stop strings and the plain loop. Needs NumPy and no torch."""
+
+from gemkit.generate.loop import Chunk, Executor, Request, State, TextStream, complete, generate, score
+from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, TokenLogprob
+from gemkit.generate.sampler import GREEDY, INSTRUCTION_TUNED, Sampling, sample
+from gemkit.generate.stops import StopStrings
+
+__all__ = [
+    "GREEDY",
+    "INSTRUCTION_TUNED",
+    "Chunk",
+    "Event",
+    "Executor",
+    "FinishReason",
+    "Request",
+    "Result",
+    "Sampling",
+    "Score",
+    "State",
+    "StopStrings",
+    "TextStream",
+    "Timings",
+    "TokenLogprob",
+    "complete",
+    "generate",
+    "sample",
+    "score",
+]

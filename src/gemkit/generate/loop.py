@@ -1,0 +1,353 @@
+"""The plain generation loop: the definition that every faster engine must agree with, token for token.
+
+Prompts are computed in chunks, then every unfinished sequence grows by one token a step. All sequences of a step are
+one ragged batch, without padding, and none of them can tell what else was in it: a request gives the same result
+alone, in any batch, with any chunk size, and from a state that holds a part of it already.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gemkit.errors import ConfigError, ContextError, StateError
+from gemkit.family.schema import Decoder
+from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, TokenLogprob
+from gemkit.generate.sampler import GREEDY, Sampling, check_ids, sample, token_logprob
+from gemkit.generate.stops import StopStrings
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next tokens of one sequence."""
+
+    slot: int
+    ids: Sequence[int]
+    rows: int = 1  # logits are wanted for the last so many of `ids`: 0 inside a prompt, all for scoring
+
+
+class State(Protocol):
+    """What a model remembers of several sequences. The loop reads nothing of it but how much that is."""
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens remembered, for each slot."""
+        ...
+
+
+class Executor(Protocol):
+    """Whatever computes a member: torch modules, native kernels, a stand-in in a test."""
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    def new_state(self, slots: int) -> State:
+        """An empty memory for so many sequences."""
+        ...
+
+    def run(self, chunks: Sequence[Chunk], state: State) -> np.ndarray:
+        """Append each chunk to its slot; logits (sum of rows, vocab_size) float32, in the order of the chunks."""
+        ...
+
+
+class TextStream(Protocol):
+    """Turns ids to text as they come; holds back bytes that are not yet a whole character (`text.StreamDecoder`)."""
+
+    def push(self, token: int, /) -> str: ...
+
+    def finish(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to be continued.
+
+    Args:
+        ids: the whole sequence so far. If `slot` holds its beginning, only the rest is computed.
+        sampling: how tokens are chosen.
+        max_tokens: tokens to generate at most, from 1; None goes on to a stop or to the end of the context.
+        stop_ids: tokens that end the answer; they are the last of the ids and never in the text.
+        stop_strings: texts that end the answer, in the sense of `StopStrings`.
+        logprobs: None for none; otherwise each token comes with its log-probability and this many alternatives.
+        slot: the sequence's slot in the state that is passed to `generate`; None if none is passed.
+    """
+
+    ids: Sequence[int]
+    sampling: Sampling = GREEDY
+    max_tokens: int | None = None
+    stop_ids: Collection[int] = ()
+    stop_strings: Sequence[str] = ()
+    logprobs: int | None = None
+    slot: int | None = None
+
+
+def generate(
+    executor: Executor,
+    requests: Sequence[Request],
+    *,
+    text_stream: Callable[[], TextStream] | None = None,
+    state: State | None = None,
+    chunk: int = 512,
+    beyond_context: bool = False,
+) -> Iterator[Event]:
+    """Continue all requests as one batch; events come as tokens are drawn, the last of each request with its `Result`.
+
+    Prompt and answer together have at most `executor.decoder.max_context` tokens: a request that reaches that many
+    ends with reason "context". A stop counts before `max_tokens`, and that before the context.
+
+    Ctrl-C ends every unfinished request with reason "interrupted" and all that it has, then the iterator ends as
+    usual. A `KeyboardInterrupt` that reached the caller between two events has the same effect when it is handed on
+    with the iterator's `throw`.
+
+    Args:
+        text_stream: makes the decoder of one answer, such as `lambda: StreamDecoder(tokenizer)`; without it the texts
+            are empty.
+        state: what the executor remembers from before. A request's slot must hold the beginning of its ids and not
+            the whole of them; a fresh slot holds nothing. Without a state the batch makes and drops its own.
+        chunk: prompt tokens a call at most, over all requests.
+        beyond_context: do not stop at the context the model was trained on; every request then needs `max_tokens`.
+
+    Raises:
+        ConfigError: a request or setting that cannot be.
+        ContextError: a prompt longer than the context.
+        StateError: a slot that does not exist or already holds as much as the request.
+        ModelError: while iterating, logits that nothing can be drawn from.
+    """
+    if chunk < 1:
+        raise ConfigError(f"chunk={chunk} must be at least 1 token")
+    for index, request in enumerate(requests):
+        try:
+            _check(request, executor.decoder, text_stream is not None, beyond_context)
+        except (ConfigError, ContextError) as error:
+            raise type(error)(f"request {index}: {error}") from None
+    slots = _slots(requests, state)
+    state = executor.new_state(len(requests)) if state is None else state
+    limit = None if beyond_context else executor.decoder.max_context
+    stream = text_stream or _NoText
+    answers = [
+        _Answer(i, request, slot, state.lengths[slot], limit, stream())
+        for i, (request, slot) in enumerate(zip(requests, slots, strict=True))
+    ]
+    return _run(executor, state, answers, chunk)
+
+
+def complete(executor: Executor, requests: Sequence[Request], **options) -> list[Result]:
+    """`generate` to its end: the result of each request, in their order. Takes the same options."""
+    results = {e.request: e.result for e in generate(executor, requests, **options) if e.result is not None}
+    return [results[i] for i in range(len(requests))]
+
+
+def score(
+    executor: Executor, ids: Sequence[int], *, top: int = 0, chunk: int = 128, beyond_context: bool = False
+) -> Score:
+    """Log-probability of each of `ids` after those before it.
+
+    Logits are held for one chunk at a time: 128 rows of 262,144 are 134 MB.
+
+    Args:
+        top: how many of the most likely tokens to list at each position.
+
+    Raises:
+        ConfigError, ContextError: as for `generate`.
+        ModelError: logits with NaN.
+    """
+    if chunk < 1:
+        raise ConfigError(f"chunk={chunk} must be at least 1 token")
+    _check(Request(ids, logprobs=top, max_tokens=1), executor.decoder, False, beyond_context)
+    state = executor.new_state(1)
+    entries: list[TokenLogprob | None] = [None]
+    for start in range(0, len(ids) - 1, chunk):  # the last id is predicted and need not be run
+        part = ids[start : min(start + chunk, len(ids) - 1)]
+        logits_TV = executor.run([Chunk(0, part, rows=len(part))], state)
+        for row, logits_V in enumerate(logits_TV, start + 1):
+            entries.append(token_logprob(logits_V, int(ids[row]), top))
+    return Score(tuple(entries))
+
+
+def _run(executor: Executor, state: State, answers: list[_Answer], chunk: int) -> Iterator[Event]:
+    started = time.perf_counter()
+    in_step: list[_Answer] = []
+    for answer in answers:
+        answer.started = started
+    try:
+        for answer in answers:
+            if answer.is_full:
+                yield answer.finish("context")
+        while live := [answer for answer in answers if not answer.finished]:
+            counts = _share(live, chunk)
+            chunks = [answer.chunk(count) for answer, count in counts]
+            in_step = [answer for answer, _ in counts]
+            logits = iter(executor.run(chunks, state))
+            for answer, count in counts:
+                answer.in_state += count
+            in_step = []
+            for (answer, _), part in zip(counts, chunks, strict=True):
+                if part.rows:
+                    yield answer.accept(next(logits))
+    except KeyboardInterrupt:
+        for answer in answers:
+            if not answer.finished:
+                yield answer.finish("interrupted", mid_step=answer in in_step)
+
+
+def _share(live: list[_Answer], chunk: int) -> list[tuple[_Answer, int]]:
+    """How many tokens of which sequence the next step computes: prompts come first, at most `chunk` tokens of them."""
+    counts, left = [], chunk
+    for answer in live:
+        if answer.first is None and left:
+            counts.append((answer, min(answer.pending, left)))
+            left -= counts[-1][1]
+    return counts or [(answer, answer.pending) for answer in live]
+
+
+class _Answer:
+    """One request on its way: what has been drawn, what of it the state holds, and whether it is over."""
+
+    def __init__(self, index: int, request: Request, slot: int, in_state: int, limit: int | None, stream: TextStream):
+        self.index, self.request, self.slot = index, request, slot
+        self.sampling = request.sampling.seeded() if request.sampling.temperature else request.sampling
+        self.ids = [int(i) for i in request.ids]  # prompt and answer
+        self.in_state = self.cached = in_state  # of `ids`, so many are in the state
+        self.limit = limit
+        self.stream, self.stops = stream, StopStrings(request.stop_strings)
+        self.text = ""
+        self.logprobs: list[TokenLogprob] = []
+        self.started = 0.0
+        self.first: float | None = None  # when the first and the last token came
+        self.last = 0.0
+        self.finished = False
+        if in_state >= len(self.ids):
+            raise StateError(
+                f"request {index}: slot {slot} holds {in_state} tokens and the request has {len(self.ids)}; "
+                "pass the whole sequence with at least one new token, or free the slot"
+            )
+
+    @property
+    def drawn(self) -> int:
+        return len(self.ids) - len(self.request.ids)
+
+    @property
+    def pending(self) -> int:
+        return len(self.ids) - self.in_state
+
+    @property
+    def is_full(self) -> bool:
+        return self.limit is not None and len(self.ids) >= self.limit
+
+    def chunk(self, count: int) -> Chunk:
+        part = self.ids[self.in_state : self.in_state + count]
+        return Chunk(self.slot, part, rows=int(count == self.pending))
+
+    def accept(self, logits_V: np.ndarray) -> Event:
+        """Draw the next token and see whether it ends the answer."""
+        token = sample(logits_V, self.sampling, self.ids)
+        logprob = None
+        if self.request.logprobs is not None:
+            logprob = token_logprob(logits_V, token, self.request.logprobs)
+            self.logprobs.append(logprob)
+        self.ids.append(token)
+        self.last = time.perf_counter()
+        self.first = self.last if self.first is None else self.first
+        if token in self.request.stop_ids:
+            return self.finish("stop", token, "", logprob, stopped_by=token)
+        text = self.stops.push(self.stream.push(token))
+        self.text += text
+        if self.stops.matched is not None:
+            return self.finish("stop", token, text, logprob)
+        if self.drawn == self.request.max_tokens:
+            return self.finish("length", token, text, logprob)
+        if self.is_full:
+            return self.finish("context", token, text, logprob)
+        return Event(self.index, token, text, logprob)
+
+    def finish(
+        self,
+        reason: FinishReason,
+        token: int | None = None,
+        text: str = "",
+        logprob: TokenLogprob | None = None,
+        *,
+        stopped_by: int | None = None,
+        mid_step: bool = False,
+    ) -> Event:
+        """The last event: `text` and what was held back until now, with the result."""
+        rest = self.stops.push(self.stream.finish()) + self.stops.finish()
+        self.text += rest
+        self.finished = True
+        if self.stops.matched is not None:  # also if the last, incomplete character made up a stop string
+            reason = "stop"
+        first = self.first
+        result = Result(
+            text=self.text,
+            ids=tuple(self.ids[len(self.request.ids) :]),
+            finish_reason=reason,
+            stopped_by=self.stops.matched if self.stops.matched is not None else stopped_by,
+            logprobs=None if self.request.logprobs is None else tuple(self.logprobs),
+            in_state=None if mid_step else self.in_state,
+            seed=self.sampling.seed if self.sampling.temperature else None,
+            timings=Timings(
+                prompt_tokens=len(self.request.ids),
+                cached_tokens=self.cached,
+                generated_tokens=self.drawn,
+                first_token_seconds=None if first is None else first - self.started,
+                decode_seconds=0.0 if first is None else self.last - first,
+            ),
+        )
+        return Event(self.index, token, text + rest, logprob, result)
+
+
+class _NoText:
+    """The text stream of a caller who wants ids alone."""
+
+    def push(self, token: int, /) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+def _check(request: Request, decoder: Decoder, has_text: bool, beyond_context: bool) -> None:
+    vocab, most = decoder.vocab_size, decoder.max_context
+    if not len(request.ids):
+        raise ConfigError("ids is empty: a prompt has at least one token, usually <bos>")
+    check_ids("ids", request.ids, vocab)
+    check_ids("stop_ids", request.stop_ids, vocab)
+    check_ids("logit_bias", request.sampling.logit_bias, vocab)
+    if request.max_tokens is not None and request.max_tokens < 1:
+        raise ConfigError(f"max_tokens={request.max_tokens} must be at least 1; to rate a text as it is, use score")
+    if request.logprobs is not None and not 0 <= request.logprobs <= vocab:
+        raise ConfigError(f"logprobs={request.logprobs} must be between 0 and the {vocab} tokens of the vocabulary")
+    if request.stop_strings and not has_text:
+        raise ConfigError("stop_strings need a text_stream to be found in")
+    if beyond_context and request.max_tokens is None:
+        raise ConfigError("beyond_context lifts the limit of the context, so max_tokens must be set")
+    if len(request.ids) > most and not beyond_context:
+        raise ContextError(
+            f"the prompt has {len(request.ids)} tokens and the model was trained on {most}; "
+            "shorten it, or pass beyond_context=True to see what it does beyond"
+        )
+
+
+def _slots(requests: Sequence[Request], state: State | None) -> list[int]:
+    """The slot of each request: the named ones of a state that was passed, or 0, 1, 2, ... of a new one."""
+    if state is None:
+        for index, request in enumerate(requests):
+            if request.slot is not None:
+                raise ConfigError(f"request {index}: slot={request.slot} names a slot, but no state is passed")
+        return list(range(len(requests)))
+    slots: list[int] = []
+    for index, request in enumerate(requests):
+        if request.slot is None:
+            raise ConfigError(f"request {index}: a state is passed, so slot must name one of its {len(state.lengths)}")
+        if not 0 <= request.slot < len(state.lengths):
+            raise StateError(
+                f"request {index}: slot={request.slot}, but the state has slots 0 to {len(state.lengths) - 1}"
+            )
+        if request.slot in slots:
+            raise StateError(f"request {index}: slot={request.slot} is taken by request {slots.index(request.slot)}")
+        slots.append(request.slot)
+    return slots

@@ -1,0 +1,280 @@
+"""From the logits of one position to the next token, in NumPy, so that every executor draws the same one.
+
+    logits ─ logit_bias ─ repetition_penalty ─ temperature ─ top_k ─ top_p ─ min_p ─ one draw
+
+Each filter works on what the one before it left; the order is that of Transformers. Two rules make every step exact:
+
+- *Rank* is by logit from high to low, and among equal logits (bf16 models have many) by id from low to high. Greedy
+  takes rank 0, top-k the first k ranks and no more, top-p the shortest run of ranks that holds the mass.
+- *The draw* inverts the cumulative distribution in the order of ids, not of ranks: two near-equal logits that change
+  places between executors do not change what is drawn, and a filter that removes nothing changes nothing.
+
+The random number of a draw is a function of (seed, sequence, position) and of nothing else: not of the batch, the
+executor, or how often the caller was interrupted on the way.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from gemkit.errors import ConfigError, ModelError
+from gemkit.generate.result import TokenLogprob
+
+_LOWEST_TEMPERATURE = 1e-6  # below it, differences of logits divided by it leave float32
+
+
+def check_ids(what: str, ids: Iterable[int], vocab_size: int) -> None:
+    """Raise ConfigError for the first of `ids` that is not a token of a vocabulary of `vocab_size`."""
+    for i in ids:
+        if not (_is_whole(i) and 0 <= i < vocab_size):
+            raise ConfigError(f"{what} holds {i!r}, which is no token id: the model has ids 0 to {vocab_size - 1}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The default is greedy: the most likely token, always.
+
+    At temperature 0 the filters change nothing, since each of them keeps the most likely token.
+
+    Args:
+        temperature: divides the logits; 0 is greedy.
+        top_k: keep the k best tokens; None keeps all.
+        top_p: keep the fewest best tokens that hold this share of the probability; 1 keeps all.
+        min_p: drop tokens less likely than this share of the best one's probability; 0 drops none.
+        repetition_penalty: logits of tokens already in prompt or answer are divided by it if positive and multiplied
+            by it if negative (CTRL, arXiv:1909.05858, with the sign rule of Transformers); 1 is off.
+        logit_bias: added to the logits of these ids; -inf bans an id.
+        seed: below 2**64; None draws a fresh one for each request (`seeded`).
+        sequence: which one of several answers to the same prompt with the same seed; below 2**64.
+
+    Raises:
+        ConfigError: a value out of its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    seed: int | None = None
+    sequence: int = 0
+
+    def __post_init__(self):
+        t = self.temperature
+        if not (t == 0 or _LOWEST_TEMPERATURE <= t < math.inf):
+            raise ConfigError(f"temperature={t!r} must be 0 (greedy) or a finite number from {_LOWEST_TEMPERATURE}")
+        if self.top_k is not None and not (_is_whole(self.top_k) and self.top_k >= 1):
+            raise ConfigError(f"top_k={self.top_k!r} must be a whole number from 1, or None to keep every token")
+        for name, off in (("top_p", 1), ("min_p", 0)):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be between 0 and 1; {off} switches it off")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(f"repetition_penalty={self.repetition_penalty!r} must be positive; 1 switches it off")
+        for token, bias in self.logit_bias.items():
+            if not bias < math.inf:
+                raise ConfigError(f"logit_bias[{token}]={bias!r} must be a number, or -inf to ban the token")
+        for name in ("seed", "sequence"):
+            value = getattr(self, name)
+            if not (_is_whole(value) and 0 <= value < 2**64) and not (name == "seed" and value is None):
+                raise ConfigError(f"{name}={value!r} must be a whole number from 0 below 2**64")
+
+    def seeded(self) -> Sampling:
+        """The same with a seed: its own, or a fresh one below 2**53, which JSON carries exactly."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbits(53))
+
+
+GREEDY = Sampling()
+
+# What the released generation configurations of the instruction-tuned Gemma 2 and 3 say.
+INSTRUCTION_TUNED = Sampling(temperature=1.0, top_k=64, top_p=0.95)
+
+
+class Candidates(NamedTuple):
+    """The tokens that the filters left, and how likely each is relative to the others."""
+
+    ids: np.ndarray  # (C,) int64, ascending
+    weights: np.ndarray  # (C,) float32, 1 for the most likely
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """(C,) float64, summing to 1."""
+        return self.weights / self.weights.sum(dtype=np.float64)
+
+
+def sample(logits_V: np.ndarray, sampling: Sampling, history: Sequence[int] = ()) -> int:
+    """The next token after `history`, the ids of prompt and answer so far.
+
+    Raises:
+        ModelError: the logits hold NaN or +inf, or every token is banned.
+        ConfigError: temperature is not 0 and the seed is None (`Sampling.seeded` gives one).
+    """
+    if sampling.temperature == 0:
+        return _best_id(_adjusted(logits_V, sampling, history))
+    if sampling.seed is None:
+        raise ConfigError(f"temperature={sampling.temperature} needs a seed to draw with: use Sampling.seeded()")
+    kept = candidates(logits_V, sampling, history)
+    return int(kept.ids[_inverse_cdf(kept.weights, uniform(sampling.seed, sampling.sequence, len(history)))])
+
+
+def candidates(logits_V: np.ndarray, sampling: Sampling, history: Sequence[int] = ()) -> Candidates:
+    """What a draw chooses among. Shapes, errors and order of filters: see `sample` and the head of this file."""
+    scores = _adjusted(logits_V, sampling, history)
+    best = _best_id(scores)
+    if sampling.temperature == 0:
+        return Candidates(np.array([best]), np.ones(1, np.float32))
+    peak, ids = scores[best], _all_ids(scores.size)
+    if sampling.top_k is not None and sampling.top_k < scores.size:  # before dividing by the temperature: same ranks
+        ids = _top(scores, sampling.top_k)
+        scores = scores[ids]
+    with np.errstate(over="ignore"):  # a logit masked with the lowest float32 becomes -inf: its weight is 0 either way
+        weights = scores - peak
+        weights /= sampling.temperature
+    np.exp(weights, out=weights)
+    if sampling.top_p < 1:
+        kept = _nucleus(weights, sampling.top_p)
+        ids, weights = ids[kept], weights[kept]
+    if sampling.min_p > 0:
+        kept = np.flatnonzero(weights >= sampling.min_p)
+        ids, weights = ids[kept], weights[kept]
+    return Candidates(ids, weights)
+
+
+def token_logprob(logits_V: np.ndarray, token: int, top: int = 0) -> TokenLogprob:
+    """Log-probability of `token` in nats under the model's own distribution: no bias, penalty, temperature or filter.
+
+    With `top`, also the so many most likely tokens, best first; a token that is among them has the identical number.
+    """
+    log_total = logsumexp(logits_V)
+    best = _top(logits_V, min(top, logits_V.size)) if top else _all_ids(0)
+    best = best[np.argsort(-logits_V[best], kind="stable")]  # `_top` is in order of ids: equal logits stay so
+    return TokenLogprob(
+        id=token,
+        logprob=float(logits_V[token]) - log_total,
+        top=tuple((int(i), float(logits_V[i]) - log_total) for i in best),
+    )
+
+
+def logsumexp(logits_V: np.ndarray) -> float:
+    """log(sum(exp(logits))), safe against overflow, summed in float64: a logit minus it is its log-probability."""
+    peak = logits_V[_best_id(logits_V)]
+    return float(peak) + math.log(np.exp(logits_V - peak).sum(dtype=np.float64))
+
+
+def uniform(seed: int, sequence: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits: the draw for the token at `position` (from 0) of a sequence."""
+    low = 0xFFFFFFFF
+    words = philox4x32(
+        counter=(position & low, position >> 32, sequence & low, sequence >> 32), key=(seed & low, seed >> 32)
+    )
+    return ((words[0] >> 5) * 2**26 + (words[1] >> 6)) * 2.0**-53
+
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Philox4x32-10: four random 32-bit words from a counter and a key, without any state between calls.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    low = 0xFFFFFFFF
+    a, b, c, d = counter
+    k0, k1 = key
+    for _ in range(10):
+        ab, cd = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (cd >> 32) ^ b ^ k0, cd & low, (ab >> 32) ^ d ^ k1, ab & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return a, b, c, d
+
+
+def _adjusted(logits_V: np.ndarray, sampling: Sampling, history: Sequence[int]) -> np.ndarray:
+    """Logits with bias and penalty, (V,) float32; the argument itself if there is neither."""
+    penalty = sampling.repetition_penalty
+    if not sampling.logit_bias and penalty == 1:
+        return logits_V
+    scores = logits_V.copy()
+    for token, bias in sampling.logit_bias.items():
+        scores[token] += bias
+    if penalty != 1:
+        seen = np.asarray(history, np.int64)
+        values = scores[seen]  # read before any is written: a token that occurs twice is penalized once
+        scores[seen] = np.where(values < 0, values * penalty, values / penalty)
+    return scores
+
+
+def _best_id(scores: np.ndarray) -> int:
+    """The lowest id among the highest scores, which must be a finite number."""
+    best = int(scores.argmax())  # argmax and max stop at NaN, so this one number tells of NaN anywhere
+    if not math.isfinite(scores[best]):
+        if np.isnan(scores[best]):
+            raise ModelError(
+                f"the model gave NaN for {np.isnan(scores).sum()} of {scores.size} logits (first: token {best}): "
+                "its weights are broken, or its activations overflowed the compute dtype; try float32"
+            )
+        if scores[best] > 0:
+            raise ModelError(f"the model gave an infinite logit for token {best}: try float32 as the compute dtype")
+        raise ModelError(f"all {scores.size} tokens have a logit of -inf, so none can follow: ban fewer tokens")
+    return best
+
+
+@lru_cache(maxsize=8)
+def _all_ids(size: int) -> np.ndarray:
+    ids = np.arange(size)
+    ids.flags.writeable = False
+    return ids
+
+
+def _top(values: np.ndarray, n: int) -> np.ndarray:
+    """Where the n largest of `values` are, ascending; of equal values the first ones. Sorts nothing."""
+    if 64 * n <= values.size:
+        # The n-th best of 4096 or so maxima over disjoint columns is a floor under the n-th best of all, found in one
+        # vectorized pass. Few values reach it, and only those need be partitioned: half the time over 262,144 logits.
+        columns = values[: values.size // 64 * 64].reshape(64, -1).max(axis=0)
+        pool = np.flatnonzero(values >= np.partition(columns, -n)[-n])
+    else:
+        pool = _all_ids(values.size)
+    values = values[pool]
+    cutoff = np.partition(values, -n)[-n]
+    kept = values > cutoff
+    kept[np.flatnonzero(values == cutoff)[: n - np.count_nonzero(kept)]] = True
+    return pool[kept]
+
+
+def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Where the top-p tokens are, ascending: those for which all better ones together hold less than `top_p`."""
+    goal = top_p * weights.sum(dtype=np.float64)
+    # Sort only the best: thousands at most, and not the vocabulary, unless the distribution is nearly flat.
+    floor = 1.0
+    pool = np.flatnonzero(weights >= floor)
+    while weights[pool].sum(dtype=np.float64) < goal:
+        floor /= 64
+        pool = np.flatnonzero(weights >= floor)
+    mass = np.cumsum(np.sort(weights[pool])[::-1], dtype=np.float64)
+    count = 1 + int(np.searchsorted(mass[:-1], goal))  # rank i is kept if `mass[i - 1]`, that of better ones, is below
+    return pool[_top(weights[pool], count)]
+
+
+def _inverse_cdf(weights: np.ndarray, u: float) -> int:
+    """The first index whose cumulative weight exceeds the share `u` in [0, 1) of the whole; its weight is positive."""
+    # By blocks, then within one: a float64 cumulative sum over a whole vocabulary would cost more than all the rest.
+    starts = np.arange(0, weights.size, 512)
+    blocks = np.add.reduceat(weights, starts, dtype=np.float64)
+    block, rest = _locate(blocks, u * blocks.sum())
+    return int(starts[block]) + _locate(weights[starts[block] : starts[block] + 512], rest)[0]
+
+
+def _locate(weights: np.ndarray, target: float) -> tuple[int, float]:
+    """The first index whose cumulative weight exceeds `target`, and the target less the weight before that index."""
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    # Rounding may put the target at or past the end: it then belongs to the last index with any weight.
+    index = int(np.searchsorted(cumulative, min(target, np.nextafter(cumulative[-1], 0)), side="right"))
+    return index, target - (cumulative[index - 1] if index else 0.0)
