@@ -1,0 +1,202 @@
+"""A weight that stays quantized: how its numbers are laid out, and how they become floats.
+
+Every published block type is the same idea: small integer codes, and for each group of 16 or 32 codes along a row a
+scale and perhaps a minimum. The types differ in how files interleave these, not in what they say, so here each kind
+is one row of data (`KINDS`) over one planar layout:
+
+    codes, high     the code bits, low ones first; a plane of b bits spends n = 4 * b bytes on a run of 32 elements,
+                    element e sits in byte e % n at bit b * (e // n); a plane of 8 bits is plain int8
+    scales, mins    one a group: float16, or small integers where there is a second level
+    super_scales,   one float16 a superblock of 256: what the small integers are multiples of
+    super_mins
+
+    value = scale * (code - zero) - min        scale = super_scale * scale, min = super_min * min, in float32
+
+Planes are 2-D, row by row, so a slice of a weight's rows is a slice of each plane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemkit.errors import WeightsError
+
+# Elements made dense at a time: the integer codes and their floats stay in a core's cache between the passes.
+_CHUNK = 1 << 20
+
+# Bits are moved in words: the mask at the end discards what a shift carries over from a neighbouring byte.
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ONE_IN_EACH_BYTE = 0x0101010101010101
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One block type, named as in GGUF files."""
+
+    name: str
+    bits: tuple[int, ...]  # bits of each plane of codes, low ones first: `codes`, then `high`
+    group: int  # elements that share a scale
+    zero: int  # the code that stands for 0
+    minima: bool  # is a minimum subtracted?
+    superblock: int | None = None  # elements that share a float16 scale of the scales
+    scale_dtype: torch.dtype = torch.float16
+
+    @property
+    def row_multiple(self) -> int:
+        """Columns come in multiples of this."""
+        return self.superblock or 32
+
+    def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """Shape and dtype of each plane of a (rows, columns) weight, in the order of the module's docstring.
+
+        Raises:
+            WeightsError: where rows do not divide into blocks.
+        """
+        if columns % self.row_multiple:
+            raise WeightsError(f"{self.name}: rows of {columns} are not a multiple of {self.row_multiple}")
+        planes = {}
+        for name, bits in zip(("codes", "high"), self.bits, strict=False):
+            planes[name] = (rows, columns * bits // 8), torch.int8 if bits == 8 else torch.uint8
+        for name in ("scales", "mins")[: 1 + self.minima]:
+            planes[name] = (rows, columns // self.group), self.scale_dtype
+            if self.superblock:
+                planes["super_" + name] = (rows, columns // self.superblock), torch.float16
+        return planes
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("Q4_0", bits=(4,), group=32, zero=8, minima=False),
+        Kind("Q4_1", bits=(4,), group=32, zero=0, minima=True),
+        Kind("Q5_0", bits=(4, 1), group=32, zero=16, minima=False),
+        Kind("Q5_1", bits=(4, 1), group=32, zero=0, minima=True),
+        Kind("Q8_0", bits=(8,), group=32, zero=0, minima=False),
+        Kind("Q2_K", bits=(2,), group=16, zero=0, minima=True, superblock=256, scale_dtype=torch.uint8),
+        Kind("Q3_K", bits=(2, 1), group=16, zero=4, minima=False, superblock=256, scale_dtype=torch.int8),
+        Kind("Q4_K", bits=(4,), group=32, zero=0, minima=True, superblock=256, scale_dtype=torch.uint8),
+        Kind("Q5_K", bits=(4, 1), group=32, zero=0, minima=True, superblock=256, scale_dtype=torch.uint8),
+        Kind("Q6_K", bits=(4, 2), group=16, zero=32, minima=False, superblock=256, scale_dtype=torch.int8),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Quantized:
+    """A (rows, columns) weight kept quantized. It holds its planes and makes floats of them, nothing else."""
+
+    kind: Kind
+    planes: Mapping[str, Tensor]
+    shape: tuple[int, int]
+
+    def __post_init__(self):
+        for name, (shape, dtype) in self.kind.layout(*self.shape).items():
+            plane = self.planes.get(name)
+            if plane is None or tuple(plane.shape) != shape or plane.dtype != dtype:
+                found = "missing" if plane is None else f"{tuple(plane.shape)} {plane.dtype}"
+                raise WeightsError(f"{self!r}: plane {name} is {found}, must be {shape} {dtype}")
+
+    @classmethod
+    def empty(cls, kind: Kind, shape: tuple[int, int]) -> Quantized:
+        """Planes that wait to be filled."""
+        planes = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in kind.layout(*shape).items()}
+        return cls(kind, planes, shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.planes["codes"].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes."""
+        return sum(plane.nbytes for plane in self.planes.values())
+
+    def __repr__(self) -> str:
+        return f"Quantized({self.kind.name}, shape={self.shape})"
+
+    def to(self, device: torch.device | str) -> Quantized:
+        return Quantized(self.kind, {name: plane.to(device) for name, plane in self.planes.items()}, self.shape)
+
+    def narrow_rows(self, start: int, length: int) -> Quantized:
+        """Rows `start` to `start + length`, sharing this weight's memory."""
+        planes = {name: plane.narrow(0, start, length) for name, plane in self.planes.items()}
+        return Quantized(self.kind, planes, (length, self.shape[1]))
+
+    def rows(self, index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The rows that `index` (any shape, integers) names, made dense: (*index.shape, columns)."""
+        flat = index.reshape(-1)
+        planes = {name: plane.index_select(0, flat) for name, plane in self.planes.items()}
+        picked = Quantized(self.kind, planes, (flat.numel(), self.shape[1]))
+        return picked.dequantize(dtype).view(*index.shape, self.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The whole weight made dense: computed in float32, exactly as the block type is published, then rounded."""
+        rows, columns = self.shape
+        step = max(1, _CHUNK // max(1, columns))
+        if rows <= step:
+            return self._dense().to(dtype)
+        dense = torch.empty(self.shape, dtype=dtype, device=self.device)
+        for start in range(0, rows, step):
+            length = min(step, rows - start)
+            dense[start : start + length] = self.narrow_rows(start, length)._dense()
+        return dense
+
+    def _dense(self) -> Tensor:
+        kind = self.kind
+        codes = unpack_codes(self.planes["codes"], kind.bits[0])
+        if "high" in self.planes:
+            high = unpack_codes(self.planes["high"], kind.bits[1])
+            codes = codes.view(torch.int64).bitwise_or_(high.view(torch.int64) << kind.bits[0]).view(torch.int8)
+        if kind.zero:
+            codes = codes.sub_(kind.zero)
+        # float32 operations one by one: a fused multiply-add would round differently from the published definition
+        values = codes.to(torch.float32).unflatten(-1, (-1, kind.group)).mul_(self._per_group("scales"))
+        if kind.minima:
+            values.sub_(self._per_group("mins"))
+        return values.flatten(-2)
+
+    def _per_group(self, name: str) -> Tensor:
+        """Scales or minima in float32, (rows, groups, 1)."""
+        small = self.planes[name].to(torch.float32)
+        if self.kind.superblock:
+            small = small.unflatten(-1, (-1, self.kind.superblock // self.kind.group))
+            small = (self.planes["super_" + name].to(torch.float32)[..., None] * small).flatten(-2)
+        return small[..., None]
+
+
+def unpack_codes(plane: Tensor, bits: int, span: int = 32) -> Tensor:
+    """Codes of a packed plane, one int8 each, in the order of the elements: (rows, bytes) to (rows, elements).
+
+    Packed by spans: element e of a span is in byte e % n at bit `bits * (e // n)`, n = span * bits / 8 bytes a span.
+    Our planes have spans of 32. The result is fresh memory unless `bits` is 8.
+    """
+    if bits == 8:
+        return plane.view(torch.int8)
+    x = plane.unflatten(-1, (-1, span * bits // 8))
+    shift = bits
+    while shift < 8:  # each round doubles the elements of a span that stand in their own bytes
+        words = x.view(_WORDS[min(8, x.shape[-1] * x.element_size())])
+        x = torch.cat((words, words >> shift), -1)
+        shift *= 2
+    words = x.flatten(-2).view(torch.int64)
+    return words.bitwise_and_(_ONE_IN_EACH_BYTE * ((1 << bits) - 1)).view(torch.int8)
+
+
+def pack_codes(codes: Tensor, bits: int, span: int = 32) -> Tensor:
+    """The inverse of `unpack_codes`: (rows, elements) integers below 2**bits, to (rows, bytes) uint8."""
+    x = codes.contiguous().view(torch.uint8)
+    if bits == 8:
+        return x
+    x = x.unflatten(-1, (-1, span))
+    shift = 4
+    while shift >= bits:  # each round ORs the second half of a span's bytes into the first, higher up
+        half = x.shape[-1] // 2
+        words = x.view(_WORDS[min(8, half)])
+        low, high = words.chunk(2, -1)
+        x = (low | (high << shift)).view(torch.uint8)
+        shift //= 2
+    return x.flatten(-2)
