@@ -41,7 +41,7 @@ class Weighted(Module):
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         if isinstance(self.weight, ops.Quantized):  # moves with the module, but is never cast
-            self.weight = self.weight.moved(fn)
+            self.weight = self.weight.to(fn(self.weight.planes["codes"][:0]).device)
         return self
 
 

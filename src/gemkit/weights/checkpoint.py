@@ -1,0 +1,239 @@
+"""What a name or a path stands for: which files, in which format, of which architecture, with which vocabulary.
+
+Nothing here imports torch: printing or comparing a checkpoint costs reading its headers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemkit import family
+from gemkit.errors import ModelError, UnknownModelError, WeightsError
+from gemkit.family import Decoder, Member, Prompt, Vision
+from gemkit.text import Tokenizer
+from gemkit.weights import configs, hub
+from gemkit.weights.ckpt import CkptReader
+from gemkit.weights.entries import sniff
+from gemkit.weights.gguf import GGUFReader
+from gemkit.weights.maps import Part, name_map
+from gemkit.weights.safetensors import SafetensorsReader
+
+if TYPE_CHECKING:
+    Reader = SafetensorsReader | GGUFReader | CkptReader
+
+_MAX_JSON = 64 << 20  # a config.json has kilobytes
+
+
+@dataclass
+class Checkpoint:
+    """A model on disk, its headers read and checked, its weights not yet."""
+
+    label: str  # what to call it in messages and tables
+    path: Path
+    format: str  # "hf", "gguf" or "gemma_pytorch"
+    reader: Reader
+    decoder: Decoder
+    member: Member | None = None  # the member that it was asked for as, if it was by name
+    notes: list[str] = field(default_factory=list)  # what a user should know of how it was read
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary that came with the weights.
+
+        Raises:
+            WeightsError: if there is none, or if it is another model's.
+        """
+        if self.format == "gguf":
+            metadata = self.reader.metadata
+            try:
+                columns = [metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")]
+            except KeyError as error:
+                raise WeightsError(f"{self.label}: the GGUF has no {error.args[0]}: its vocabulary is missing") from None
+            tokenizer = Tokenizer.from_pieces(*columns)
+        else:
+            tokenizer = self._tokenizer_beside()
+        rows, pieces = self.decoder.vocab_size, len(tokenizer)
+        if not pieces <= rows <= pieces + _PADDING_ROWS:
+            raise WeightsError(
+                f"{self.label}: the tokenizer has {pieces} pieces and the embedding {rows} rows: "
+                "they belong to different models"
+            )
+        return tokenizer
+
+    def _tokenizer_beside(self) -> Tokenizer:
+        folder = self.path if self.path.is_dir() else self.path.parent
+        codegemma = self.member is not None and self.member.vocabulary == "codegemma"
+        for name, read in (("tokenizer.model", Tokenizer.from_model), ("tokenizer.json", Tokenizer.from_json)):
+            if (folder / name).is_file():
+                return read(folder / name, codegemma=codegemma)
+        raise WeightsError(f"{self.label}: there is no tokenizer.model or tokenizer.json in {folder}")
+
+    @cached_property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """What it was trained to answer: by the member's data, else by what the files say of themselves."""
+        if self.member is not None:
+            return self.member.prompts
+        found: list[Prompt] = ["complete"]
+        if self._has_chat_template():
+            found.append("chat")
+        if self.tokenizer.can_infill:
+            found.append("infill")
+        return tuple(found)
+
+    def _has_chat_template(self) -> bool:
+        if self.format == "gguf":
+            return "tokenizer.chat_template" in self.reader.metadata
+        folder = self.path if self.path.is_dir() else self.path.parent
+        if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+            return True
+        settings = folder / "tokenizer_config.json"
+        return settings.is_file() and "chat_template" in read_json(settings)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """Where each parameter of the decoder is.
+
+        Raises:
+            WeightsError: if one is missing or misshapen, or if there is one that belongs nowhere: all of them, by name.
+        """
+        parts, problems = _fit(self.format, self.decoder, self.reader)
+        if problems:
+            raise WeightsError(self._misfit(len(parts), problems))
+        return parts
+
+    def _misfit(self, total: int, problems: list[str]) -> str:
+        shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        fitting = [m.name for m in family.members() if not _fit(self.format, m.decoder, self.reader)[1]]
+        hint = f". These tensors are those of {' or '.join(fitting[:3])}" if fitting else ""
+        return f"{self.label}: {len(problems)} tensors do not fit its {total} parameters: {shown}{hint}"
+
+
+# Tables are padded past the tokenizer's pieces: 128 rows in Gemma's original, 64 in Gemma 3's image checkpoints.
+_PADDING_ROWS = 128
+
+
+def find(name: str | os.PathLike[str] | None) -> Checkpoint:
+    """The checkpoint that a user means.
+
+    Args:
+        name: a path (a folder in the Hugging Face layout, a .gguf, a google/gemma_pytorch .ckpt), a member's name or
+            alias, a hub id, or None for the starter model.
+
+    Raises:
+        UnknownModelError: if it is none of these; the message names the nearest members.
+        WeightsError: if the files are incomplete, corrupt or of another kind.
+        AccessError: if the weights cannot be had.
+    """
+    if name is None:
+        return open_path(hub.starter(), "gemma-3-270m (starter, Q4_K_M)", family.get(hub.STARTER))
+    text = os.fspath(name)
+    path = Path(text).expanduser()
+    if path.exists():
+        return open_path(path, text)
+    try:
+        member = family.get(text)
+    except UnknownModelError as error:
+        if path.suffix in (".gguf", ".ckpt", ".safetensors") or path.is_absolute() or text.startswith((".", "~")):
+            raise UnknownModelError(f"there is no file or folder {text}") from None
+        if hub.is_repo_id(text):
+            return open_path(hub.download(text), text)
+        raise error from None
+    if not runnable(member.decoder) or member.vision is not None:
+        raise ModelError(f"{member.name} can be shown and compared, but this version does not run it yet")
+    return open_path(hub.download(member.hub_id), member.name, member)
+
+
+def runnable(decoder: Decoder) -> bool:
+    """Whether every layer is of a kind that the modules implement."""
+    return all(isinstance(layer, family.Global | family.Sliding) for layer in decoder.layers)
+
+
+def open_path(path: Path, label: str, member: Member | None = None) -> Checkpoint:
+    """Read and check the headers of a checkpoint."""
+    format = sniff(path)
+    if format == "gguf":
+        reader = GGUFReader(path)
+        table = reader.entries.get("token_embd.weight")
+        if table is None or len(table.shape) != 2:
+            raise WeightsError(f"{label}: token_embd.weight is missing or not a matrix")
+        decoder = configs.from_gguf(reader.metadata, table.shape[0], label)
+        return Checkpoint(label, path, "gguf", reader, decoder, member)
+    if format == "safetensors":
+        folder = path if path.is_dir() else path.parent
+        if not (folder / "config.json").is_file():
+            raise WeightsError(f"{label}: there is no config.json in {folder}")
+        config = read_json(folder / "config.json")
+        checkpoint = Checkpoint(label, path, "hf", SafetensorsReader(path), configs.from_hf(config, label), member)
+        if "vision_config" in config:
+            checkpoint.notes.append("the image tower is left out: the text decoder alone is loaded")
+        return checkpoint
+    reader = CkptReader(path)
+    member = member or _member_of("gemma_pytorch", reader, label)
+    return Checkpoint(label, path, "gemma_pytorch", reader, member.decoder, member)
+
+
+def resolve_decoder(path: str | os.PathLike[str]) -> tuple[Decoder, Vision | None, str]:
+    """Architecture and name of a checkpoint on disk."""
+    checkpoint = open_path(Path(path).expanduser(), os.fspath(path))
+    return checkpoint.decoder, None, checkpoint.label
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file.
+
+    Raises:
+        WeightsError: if it is something else.
+    """
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise WeightsError(f"{path}: {path.stat().st_size:,} bytes is too large for a configuration")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _member_of(format: str, reader: Reader, label: str) -> Member:
+    """The member whose parameters these are: for formats that carry no configuration."""
+    for member in family.members():
+        if runnable(member.decoder) and not _fit(format, member.decoder, reader)[1]:
+            return member
+    raise WeightsError(f"{label}: its tensors are those of no member that is known here")
+
+
+def _fit(format: str, decoder: Decoder, reader: Reader) -> tuple[list[Part], list[str]]:
+    """Where each parameter is, and what is wrong with that: missing, misshapen or left over."""
+    shapes = dict(family.parameters(decoder))
+    table = name_map(format, decoder)
+    try:
+        parts = table.parts(decoder, shapes, reader.entries)
+    except KeyError as error:
+        return [], [f"no parameter {error.args[0]} in this format"]
+    problems = []
+    used = set()
+    for part in parts:
+        used.add(part.theirs)
+        entry = reader.entries.get(part.theirs)
+        shape = shapes[part.ours]
+        if entry is None:
+            problems.append(f"{part.theirs} is missing")
+        elif part.rows is None and tuple(entry.shape) != shape:
+            problems.append(f"{part.theirs} is {tuple(entry.shape)} in the file, {shape} in the model")
+        elif part.rows is not None and (len(entry.shape) != 2 or entry.shape[1] != shape[1]):
+            problems.append(f"{part.theirs} is {tuple(entry.shape)} in the file, its rows are {shape[1]} in the model")
+        elif part.rows is not None and part.ours.endswith("v_proj.weight") and entry.shape[0] != part.rows[1]:
+            problems.append(f"{part.theirs} has {entry.shape[0]} rows in the file, {part.rows[1]} in the model")
+    left = [name for name in reader.entries if name not in used and not table.ignores(name) and name not in TIED_HEADS]
+    problems += [f"{name} belongs nowhere" for name in left]
+    return parts, problems
+
+
+# Copies of the tied head that some files carry. They must equal the embedding, which loading checks.
+TIED_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "output.weight")

@@ -1,0 +1,181 @@
+"""Weights from a checkpoint into the modules of `gemkit.nn`: strict both ways, and nothing changes silently."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from gemkit import family
+from gemkit.errors import ConfigError, WeightsError
+from gemkit.nn import Decoder
+from gemkit.ops import Quantized
+from gemkit.weights.checkpoint import TIED_HEADS, Checkpoint
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Progress = Callable[[int, int], Any]  # (bytes read, bytes in all)
+
+
+@dataclass
+class Report:
+    """What loading did."""
+
+    dtype: torch.dtype = torch.float32  # of activations and dense weights
+    seconds: float = 0.0
+    nbytes: int = 0  # held in memory
+    notes: list[str] = field(default_factory=list)  # everything that was changed on the way
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    quantized: bool = True,
+    progress: Progress | None = None,
+) -> tuple[Decoder, Report]:
+    """The decoder with its weights, which record no gradients.
+
+    Args:
+        dtype: run dtype, "float32" or "bfloat16". None: bfloat16 where the file has it, else float32.
+        device: any torch device.
+        quantized: keep quantized weights as they are. False makes them dense in the run dtype.
+        progress: is called as bytes are read.
+
+    Raises:
+        ConfigError: for a dtype that these models cannot run in, or weights that cannot fit into memory.
+        WeightsError: if the tensors do not fit the architecture, or the file is damaged.
+    """
+    start = time.perf_counter()
+    entries = checkpoint.reader.entries
+    parts = checkpoint.parts
+    run_dtype = _run_dtype(dtype, {entries[part.theirs].dtype for part in parts})
+    report = Report(dtype=run_dtype, notes=list(checkpoint.notes))
+    _check_room(checkpoint, run_dtype, torch.device(device), quantized)
+    with torch.device("meta"):
+        module = Decoder(checkpoint.decoder)
+    total = sum(entries[name].nbytes for name in {part.theirs for part in parts})
+    done, rounded, dense = 0, {}, 0
+    fused: tuple[str, Any] = ("", None)  # the last matrix that several parameters share
+    for part in parts:
+        if fused[0] != part.theirs:
+            fused = (part.theirs, checkpoint.reader.read(part.theirs))
+            done += entries[part.theirs].nbytes
+            if progress is not None:
+                progress(done, total)
+        value = fused[1]
+        if part.rows is not None:
+            value = value[part.rows[0] : part.rows[1]].clone()
+        if part.plus_one:
+            value = value.float() - 1.0
+        if isinstance(value, Quantized) and not quantized:
+            dense += 1
+            stored, value = value.kind.name, value.dequantize(run_dtype)
+            if run_dtype != torch.float32:
+                rounded[stored] = rounded.get(stored, 0) + 1
+        if isinstance(value, Tensor):
+            if value.dtype != run_dtype:
+                if _loses(value.dtype, run_dtype):
+                    stored = str(value.dtype).removeprefix("torch.")
+                    rounded[stored] = rounded.get(stored, 0) + 1
+                value = value.to(run_dtype)
+            value = Parameter(value.to(device), requires_grad=False)
+        else:
+            value = value.to(device)
+        module.hold(part.ours, value)
+    fused = ("", None)
+    module.embed_tokens.run_dtype = run_dtype
+    _check_tied_heads(checkpoint, module)
+    if dense:
+        report.notes.append(f"{dense} quantized weights were made dense")
+    name = str(run_dtype).removeprefix("torch.")
+    report.notes += [f"{count} weights were rounded from {stored} to {name}" for stored, count in rounded.items()]
+    report.nbytes = weight_bytes(module)
+    report.seconds = time.perf_counter() - start
+    return module.eval(), report
+
+
+def _run_dtype(asked: str | torch.dtype | None, stored: set[str]) -> torch.dtype:
+    if asked is None:
+        return torch.bfloat16 if "BF16" in stored else torch.float32
+    name = str(asked).removeprefix("torch.")
+    if name in ("float16", "half", "fp16"):
+        raise ConfigError(
+            "dtype=float16: activations of these models exceed its largest number, 65504, and become infinite; use "
+            "bfloat16, which is as small, or float32"
+        )
+    name = {"fp32": "float32", "bf16": "bfloat16"}.get(name, name)
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype={name!r} is not one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _loses(stored: torch.dtype, run: torch.dtype) -> bool:
+    """Whether some numbers of `stored` are not in `run`."""
+    return run == torch.bfloat16 and stored in (torch.float32, torch.float16)
+
+
+def _check_room(checkpoint: Checkpoint, run_dtype: torch.dtype, device: torch.device, quantized: bool) -> None:
+    """Refuse what cannot fit, before the machine starts to swap or the process is killed."""
+    if device.type != "cpu" or (available := available_memory()) is None:
+        return
+    needed = 0
+    for name in {part.theirs for part in checkpoint.parts}:
+        entry = checkpoint.reader.entries[name]
+        is_dense = entry.dtype in ("F32", "F16", "BF16")
+        elements = 1
+        for size in entry.shape:
+            elements *= size
+        needed += elements * run_dtype.itemsize if is_dense or not quantized else entry.nbytes
+    if needed > available:
+        raise ConfigError(
+            f"{checkpoint.label} needs {needed / 1e9:.1f} GB in memory and {available / 1e9:.1f} GB are free: close "
+            "something, use dtype=bfloat16, or take a quantized .gguf of it"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that a process can take without swapping; None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return None
+
+
+def _check_tied_heads(checkpoint: Checkpoint, module: Decoder) -> None:
+    for name in TIED_HEADS:
+        if name in checkpoint.reader.entries:
+            head, table = checkpoint.reader.read(name), module.embed_tokens.weight
+            if isinstance(table, Quantized) and isinstance(head, Quantized):
+                same = head.kind == table.kind and all(torch.equal(head.planes[p], table.planes[p]) for p in head.planes)
+            elif isinstance(table, Tensor) and isinstance(head, Tensor):
+                same = head.shape == table.shape and torch.equal(head.to(table.dtype), table.cpu())
+            else:
+                same = False
+            if not same:
+                raise WeightsError(
+                    f"{checkpoint.label}: {name} differs from the embedding. Every member ties the two; a fine-tune "
+                    "that untied them is not supported"
+                )
+
+
+def weight_bytes(module: Decoder) -> int:
+    """Bytes of all weights, the tied head counted once."""
+    names = [name for name, _ in family.parameters(module.config)]
+    return sum(weight(module, name).nbytes for name in names)
+
+
+def weight(module: Decoder, name: str) -> Tensor | Quantized:
+    """A weight by its name, dense or quantized."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)

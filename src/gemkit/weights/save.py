@@ -1,0 +1,120 @@
+"""A decoder to a folder that Transformers, and every other reader of the Hugging Face layout, loads unchanged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemkit import family
+from gemkit.errors import WeightsError
+from gemkit.nn import Decoder
+from gemkit.ops import Quantized
+from gemkit.text import Tokenizer
+from gemkit.weights import configs
+from gemkit.weights.load import weight
+from gemkit.weights.maps import name_map
+
+SHARD_BYTES = 5_000_000_000  # as published checkpoints are cut
+
+
+def save_hf(
+    module: Decoder,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write configuration, weights and vocabulary.
+
+    The folder appears under its name only when it is complete, and one that exists with something in it is never
+    touched. The tied head is written once, as the embedding.
+
+    Args:
+        dtype: of the written weights. None: as they are; quantized ones are made dense in float32, exactly.
+        shard_bytes: a file is closed before it grows beyond this.
+
+    Raises:
+        WeightsError: if the folder exists, or cannot be written; nothing is left behind then.
+        ConfigError: if no published configuration can express the decoder.
+    """
+    target = Path(folder).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise WeightsError(f"{target} exists and is not empty: save to a new folder")
+    config = configs.to_hf(module.config)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        work.chmod(0o755)
+    except OSError as error:
+        raise WeightsError(f"cannot write to {target.parent}: {error}") from error
+    try:
+        saved_as = _write_weights(module, work, dtype, shard_bytes)
+        (work / "config.json").write_text(json.dumps({**config, "dtype": saved_as}, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save(work / "tokenizer.model")
+            stops = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.end_ids), "pad_token_id": 0}
+            (work / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n")
+        if target.exists():
+            target.rmdir()
+        os.replace(work, target)
+    except OSError as error:
+        raise WeightsError(f"could not save to {target}: {error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def _write_weights(module: Decoder, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> str:
+    from safetensors.torch import save_file
+
+    dtypes: set[torch.dtype] = set()
+    files: list[tuple[Path, list[str]]] = []
+    total = 0
+    for shard in _shards(_published(module, dtype), shard_bytes):
+        path = folder / f"part-{len(files)}"
+        dtypes |= {value.dtype for value in shard.values()}
+        total += sum(value.nbytes for value in shard.values())
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+        files.append((path, list(shard)))
+    if len(files) == 1:
+        files[0][0].rename(folder / "model.safetensors")
+    else:
+        weight_map = {}
+        for number, (path, names) in enumerate(files, 1):
+            name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+            path.rename(folder / name)
+            weight_map |= dict.fromkeys(names, name)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    widest = torch.float32 if torch.float32 in dtypes else dtypes.pop()
+    return str(widest).removeprefix("torch.")
+
+
+def _published(module: Decoder, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its published name, dense, on the CPU."""
+    table = name_map("hf", module.config)
+    for name, _ in family.parameters(module.config):
+        value = weight(module, name)
+        dense = value.dequantize() if isinstance(value, Quantized) else value.detach()
+        yield table.theirs(name), dense.to(device="cpu", dtype=dtype or dense.dtype).contiguous()
+
+
+def _shards(weights: Iterator[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, value in weights:
+        if shard and size + value.nbytes > most:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = value
+        size += value.nbytes
+    yield shard
