@@ -1,0 +1,97 @@
+"""safetensors: eight bytes of length, a JSON header, then the numbers end to end.
+
+Source: https://github.com/huggingface/safetensors (format). Stricter than the library: a repeated key is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemkit.errors import WeightsError
+from gemkit.weights.entries import DENSE, MAX_HEADER, Entry, File, Reader, count_elements, parse_json
+from gemkit.weights.shards import check_shard, read_index
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class SafetensorsReader(Reader):
+    """A `.safetensors` file, an index of several, or a folder with one of these.
+
+    `metadata` is the header's `__metadata__` (strings to strings), of all shards together.
+    """
+
+    def _scan(self) -> None:
+        target = _choose(self.path) if self.path.is_dir() else self.path
+        if not target.name.endswith(".index.json"):
+            self._scan_file(self._open(target))
+            return
+        for path, promised in read_index(target).items():
+            before = set(self.entries)
+            self._scan_file(self._open(path))
+            check_shard(path, promised, set(self.entries) - before)
+
+    def _scan_file(self, file: File) -> None:
+        header, start = _read_header(file)
+        notes = header.pop("__metadata__", {})
+        if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+            raise WeightsError(f"{file.path}: __metadata__ must map strings to strings")
+        self.metadata |= notes
+        entries = [_entry(file.path, start, name, info) for name, info in header.items()]
+        end = start
+        for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+            if entry.offset != end:
+                word = "overlaps the one before it" if entry.offset < end else "leaves a gap before it"
+                raise WeightsError(f"{file.path}: tensor {entry.name!r} {word}: bytes {entry.offset - start:,} on")
+            self._add(entry)
+            end = entry.offset + entry.nbytes
+        if end != file.size:
+            raise WeightsError(f"{file.path}: {file.size - end:,} bytes after the last tensor belong to none")
+
+
+def _choose(folder: Path) -> Path:
+    """The file of a folder that says what is in it."""
+    index, single = folder / INDEX, folder / SINGLE
+    if index.exists() and single.exists():
+        raise WeightsError(f"{folder} holds both {INDEX} and {SINGLE}: remove the one that is out of date")
+    if index.exists() or single.exists():
+        return index if index.exists() else single
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1 and "-of-" not in files[0].name:
+        return files[0]
+    if files:
+        raise WeightsError(f"{folder} holds {len(files)} safetensors files but no {INDEX}: fetch the index too")
+    raise WeightsError(f"{folder} holds no safetensors files")
+
+
+def _read_header(file: File) -> tuple[dict, int]:
+    """The JSON header and the offset of the data after it."""
+    if file.size < 8:
+        raise WeightsError(f"{file.path} is {file.size} bytes: too short for a safetensors file")
+    length = int.from_bytes(file.read(8, 0), "little")
+    if length > MAX_HEADER:
+        raise WeightsError(f"{file.path} claims a header of {length:,} bytes; not a safetensors file?")
+    if 8 + length > file.size:
+        raise WeightsError(f"{file.path}: the file is {file.size:,} bytes, its header needs {8 + length:,}")
+    text = file.read(length, 8)
+    if not text.startswith(b"{"):
+        raise WeightsError(f"{file.path}: its header does not start with '{{'; not a safetensors file?")
+    return parse_json(text, f"the header of {file.path}"), 8 + length
+
+
+def _entry(path: Path, start: int, name: str, info: object) -> Entry:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise WeightsError(f"{where} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DENSE:
+        raise WeightsError(f"{where} has the unknown dtype {dtype!r}; known: {', '.join(DENSE)}")
+    if not isinstance(shape, list):
+        raise WeightsError(f"{where} has the shape {shape!r}, which is not a list")
+    nbytes = count_elements(shape, where) * DENSE[dtype][0]
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(at) is not int or at < 0 for at in offsets):
+        raise WeightsError(f"{where} has the data_offsets {offsets!r}: two whole numbers from 0 are needed")
+    begin, end = offsets
+    if end - begin != nbytes:
+        raise WeightsError(f"{where} is {nbytes:,} bytes by dtype and shape, {end - begin:,} by data_offsets")
+    return Entry(name, dtype, tuple(shape), path, start + begin, nbytes)
