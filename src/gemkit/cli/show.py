@@ -1,0 +1,156 @@
+"""`gemkit show MODEL`: what a model is and costs, and its modules."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from typing import Any
+
+from gemkit.cli.common import say, verb
+
+EXAMPLES = """\
+  gemkit show gemma-7b                     what it is, what it costs, its modules
+  gemkit show gemma-2-2b --dtype int4      weights in 4 bits
+  gemkit show gemma-3-4b --context 32768   cache and arithmetic at 32,768 tokens
+  gemkit show ./my-model.gguf              a checkpoint of your own
+"""
+
+
+def add(subparsers: Any) -> None:
+    """Add the parser of `gemkit show`."""
+    parser = verb(subparsers, "show", "print what a model is and what it costs", EXAMPLES)
+    parser.add_argument("model", metavar="MODEL", help="a member of the family, a folder or a .gguf")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "int8", "int4"),
+        default="bfloat16",
+        help="how the weights are held (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--context", type=int, metavar="N", help="tokens in the context (default: as many as it was trained on)"
+    )
+    parser.add_argument("--full", action="store_true", help="layers in order, as PyTorch prints them")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the model named by `args`."""
+    from gemkit.inspect import subject
+    from gemkit.inspect.tree import lines, tree
+
+    shown = subject(args.model)
+    context = shown.decoder.max_context if args.context is None else args.context
+    if args.json:
+        print(json.dumps(_record(shown, args.dtype, context)))
+        return 0
+    if context > shown.decoder.max_context:
+        say(f"note: {shown.label} was trained on {shown.decoder.max_context:,} tokens; quality beyond is undefined")
+    for line in _facts(shown, args.dtype, context):
+        print(line)
+    print()
+    for line in _columns(lines(tree(shown.decoder, shown.vision), by_kind=not args.full)):
+        print(line)
+    return 0
+
+
+def _facts(shown, dtype, context: int) -> list[str]:
+    from gemkit.family import Sliding
+    from gemkit.inspect import compare, cost, units
+
+    decoder, vision, member = shown.decoder, shown.vision, shown.member
+    count = cost.count(decoder, vision)
+    state = cost.state_bytes(decoder, context)
+    tokens = f"{units.exact(context)} tokens"
+    others = [other for other in cost.BLOCK_BYTES if other != dtype]
+
+    def weights(of) -> str:
+        return f"{units.memory(cost.weight_bytes(decoder, vision, of))} in {of}"
+
+    parts = [f"{units.exact(count.embedding)} embedding, tied to the head", units.exact(count.non_embedding)]
+    if vision:
+        parts.append(f"{units.exact(count.vision)} image tower")
+    windows = sorted({layer.window for layer in decoder.layers if isinstance(layer, Sliding)})
+    facts = {
+        "parameters": f"{units.exact(count.total)} ({' + '.join(parts)})",
+        "weights": f"{weights(dtype)} ({', '.join(weights(other) for other in others)})",
+        "layers": f"{len(decoder.layers)}: {compare.pattern(decoder.layers)}"
+        + (f"; windows of {', '.join(map(units.exact, windows))}" if windows else ""),
+        "width": f"{units.exact(decoder.width)}, MLP {units.exact(decoder.ffw_width)}",
+        "heads": f"{decoder.num_heads} of {decoder.head_dim}; key/value heads {compare.sharing(decoder)}",
+        "rope": compare.ropes(decoder),
+        "vocabulary": units.exact(decoder.vocab_size),
+        "context": f"{units.exact(decoder.max_context)} tokens in training",
+        "cache": f"{units.kib(cost.cache_bytes_per_token(decoder).total)} a token; "
+        f"{units.memory(state.total)} at {tokens}{_kinds(state)}",
+        "one token": f"{units.flops(cost.decode_flops(decoder, context))}, "
+        f"{units.memory(cost.decode_bytes(decoder, context, dtype))} read, at {tokens}",
+    }
+    if vision:
+        image = cost.state_bytes(decoder, vision.num_patches).total
+        facts["one image"] = (
+            f"{units.exact(vision.num_patches)} tokens of {vision.image_size} x {vision.image_size} pixels, "
+            f"{units.memory(image)} of cache, {units.flops(cost.image_flops(decoder, vision))}"
+        )
+    if member:
+        facts["answers to"] = ", ".join(member.prompts)
+        facts["source"] = member.source
+    title = f"{member.family}, {member.tuning}, {member.released}, {member.hub_id}" if member else "a local checkpoint"
+    return [f"{shown.label}: {title}", "", *(f"  {label:<12}{text}" for label, text in facts.items())]
+
+
+def _kinds(state) -> str:
+    from gemkit.inspect import units
+
+    parts = {"global": state.global_attention, "sliding": state.sliding_attention, "recurrent": state.recurrent}
+    held = [f"{units.memory(n)} {kind}" for kind, n in parts.items() if n]
+    return f" ({', '.join(held)})" if len(held) > 1 else ""
+
+
+def _columns(lines) -> list[str]:
+    """The tree on the left; on the right parameters and published names, as far as there is room for them."""
+    from gemkit.cli.tables import width
+
+    text = max(len(line.text) for line in lines)
+    counts = ["parameters", *("" if line.count is None else f"{line.count:,}" for line in lines)]
+    published = ["published as" if any(line.published for line in lines) else "", *(line.published for line in lines)]
+    room = width() - text
+    printed = []
+    for line, count, name in zip(["", *(line.text for line in lines)], counts, published, strict=True):
+        row = f"{line:<{text}}"
+        if room >= 2 + max(map(len, counts)):
+            row += f"  {count:>{max(map(len, counts))}}"
+        if room >= 4 + max(map(len, counts)) + max(map(len, published)):
+            row += f"  {name}"
+        printed.append(row.rstrip())
+    return printed if printed[0] else printed[1:]  # no headings where there is nothing under them
+
+
+def _record(shown, dtype, context: int) -> dict[str, Any]:
+    """Everything that is printed, as plain data in bytes and operations."""
+    from gemkit.inspect import cost
+
+    decoder, vision, member = shown.decoder, shown.vision, shown.member
+    count = cost.count(decoder, vision)
+    layers = [{"kind": type(layer).__name__.lower(), **asdict(layer)} for layer in decoder.layers]
+    costs: dict[str, Any] = {
+        "dtype": dtype,
+        "context": context,
+        "parameters": {**asdict(count), "total": count.total},
+        "weight_bytes": {of: cost.weight_bytes(decoder, vision, of) for of in cost.BLOCK_BYTES},
+        "cache_bytes_per_token": asdict(cost.cache_bytes_per_token(decoder)),
+        "state_bytes": asdict(cost.state_bytes(decoder, context)),
+        "decode_flops": cost.decode_flops(decoder, context),
+        "decode_bytes": cost.decode_bytes(decoder, context, dtype),
+    }
+    if vision:
+        costs["image_tokens"] = vision.num_patches
+        costs["image_flops"] = cost.image_flops(decoder, vision)
+    said = asdict(member) if member else {"name": shown.label}
+    return {
+        **said,
+        "decoder": {**asdict(decoder), "layers": layers},
+        "vision": asdict(vision) if vision else None,
+        "cost": costs,
+    }

@@ -1,0 +1,187 @@
+"""What a member costs: parameters, bytes and arithmetic, from its data alone.
+
+Pure functions of a `Decoder` (and a `Vision`), exact by the lists that `family.parameters` gives. Bytes of a state
+count what must be remembered, not what an implementation reserves. A context is a number of tokens, the one being
+decoded included; contexts beyond `max_context` are arithmetic like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from gemkit.errors import ConfigError
+from gemkit.family import Decoder, Global, Recurrent, Sliding, Vision, parameters
+
+Dtype = Literal["float32", "bfloat16", "int8", "int4"]
+
+BLOCK = 32  # weights that share one scale
+# bytes of 32 weights; int8 and int4 carry a float16 scale beside them, as GGUF's Q8_0 and Q4_0 do
+BLOCK_BYTES: dict[Dtype, int] = {"float32": 128, "bfloat16": 64, "int8": 34, "int4": 18}
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters of a member; the embedding, which is also the output head, counts once."""
+
+    embedding: int
+    non_embedding: int  # the rest of the decoder
+    vision: int  # image tower and projection
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.non_embedding + self.vision
+
+
+@dataclass(frozen=True)
+class ByKind:
+    """Bytes by the kind of layer that holds them."""
+
+    global_attention: int
+    sliding_attention: int
+    recurrent: int
+
+    @property
+    def total(self) -> int:
+        return self.global_attention + self.sliding_attention + self.recurrent
+
+
+def count(decoder: Decoder, vision: Vision | None = None) -> Count:
+    """Parameters, split as the family's reports split them."""
+    embedding = decoder.vocab_size * decoder.width
+    text = sum(prod(shape) for _, shape in parameters(decoder))
+    return Count(
+        embedding=embedding,
+        non_embedding=text - embedding,
+        vision=sum(prod(shape) for _, shape in parameters(decoder, vision)) - text,
+    )
+
+
+def weight_bytes(decoder: Decoder, vision: Vision | None = None, dtype: Dtype = "bfloat16") -> int:
+    """Bytes of the weights.
+
+    In int8 and int4 the decoder's projections and its embedding are in blocks of 32 with a scale each (8.5 and 4.5
+    bits a weight); norms, biases, the recurrence's gates and convolution, and the image tower stay in bfloat16.
+
+    Raises:
+        ConfigError: if `dtype` is not one of `BLOCK_BYTES`.
+    """
+    if dtype not in BLOCK_BYTES:
+        raise ConfigError(f"dtype={dtype!r} is not one of {', '.join(BLOCK_BYTES)}")
+    total = 0
+    for name, shape in parameters(decoder, vision):
+        in_blocks = len(shape) == 2 and shape[1] % BLOCK == 0 and not name.startswith(("vision_tower", "multi_modal"))
+        per_block = BLOCK_BYTES[dtype] if in_blocks or dtype == "float32" else BLOCK_BYTES["bfloat16"]
+        total += prod(shape) * per_block // BLOCK
+    return total
+
+
+def state_bytes(decoder: Decoder, context: int) -> ByKind:
+    """Bytes remembered of one sequence of `context` tokens.
+
+    An attention layer holds a key and a value of every token it may still look at, in bfloat16: all of them, or the
+    last `window`. A recurrent layer holds its hidden state in float32 and the inputs its convolution looks back on in
+    bfloat16, however long the sequence.
+
+    Raises:
+        ConfigError: if `context` is negative.
+    """
+    if context < 0:
+        raise ConfigError(f"context={context} must not be negative")
+    entry = _entry_bytes(decoder)
+    full = sliding = recurrent = 0
+    for layer in decoder.layers:
+        match layer:
+            case Global():
+                full += entry * context
+            case Sliding(window):
+                sliding += entry * min(context, window)
+            case Recurrent(width, _, conv_width):
+                recurrent += 4 * width + 2 * width * (conv_width - 1)
+    return ByKind(full, sliding, recurrent)
+
+
+def cache_bytes_per_token(decoder: Decoder) -> ByKind:
+    """Bytes that one more token adds, in bfloat16, while no window is full."""
+    entry = _entry_bytes(decoder)
+    return ByKind(
+        global_attention=entry * sum(isinstance(layer, Global) for layer in decoder.layers),
+        sliding_attention=entry * sum(isinstance(layer, Sliding) for layer in decoder.layers),
+        recurrent=0,
+    )
+
+
+def _entry_bytes(decoder: Decoder) -> int:
+    return 2 * decoder.num_kv_heads * decoder.head_dim * 2  # a key and a value of each head, 2 bytes a number
+
+
+def decode_flops(decoder: Decoder, context: int) -> int:
+    """Floating-point operations to decode one token of one sequence.
+
+    Args:
+        context: tokens attended to; a sliding layer reads at most its window of them. 0 leaves attention out.
+
+    Returns:
+        2 per matmul weight (a multiply, an add), the output head included, plus 4*N*H*min(context, window) per
+        attention layer. Lookups, norms, softmax and elementwise steps are left out.
+
+    Source: PaLM, arXiv:2204.02311, appendix B, adapted to windows by layer.
+    """
+    matmuls = sum(prod(shape) for _, shape in parameters(decoder) if len(shape) > 1)
+    return 2 * matmuls + 4 * decoder.num_heads * decoder.head_dim * _attended(decoder, context)
+
+
+def _attended(decoder: Decoder, context: int) -> int:
+    """Tokens attended to, summed over layers."""
+    windows = (layer.window if isinstance(layer, Sliding) else context for layer in _attention(decoder))
+    return sum(min(context, window) for window in windows)
+
+
+def _attention(decoder: Decoder) -> list[Global | Sliding]:
+    return [layer for layer in decoder.layers if not isinstance(layer, Recurrent)]
+
+
+def decode_bytes(decoder: Decoder, context: int, dtype: Dtype = "bfloat16") -> int:
+    """Bytes read from memory to decode one token of one sequence: every weight once, and the whole state.
+
+    The embedding counts once, for the output head reads all of it. On most machines this over the memory bandwidth is
+    the time of a token.
+    """
+    return weight_bytes(decoder, dtype=dtype) + state_bytes(decoder, context).total
+
+
+def image_flops(decoder: Decoder, vision: Vision) -> int:
+    """Floating-point operations of the image tower and projection for one image, counted as in `decode_flops`."""
+    weights = sum(
+        prod(shape)
+        for name, shape in parameters(decoder, vision)
+        if not name.startswith("language_model") and len(shape) > 1 and "position_embedding" not in name
+    )
+    patches = vision.num_patches
+    return 2 * weights * patches + 4 * vision.width * patches * patches * vision.depth
+
+
+def crossings(a: Decoder, b: Decoder, head_start: int = 0) -> list[int]:
+    """Contexts from which the other of two members needs less memory for one sequence, ascending.
+
+    Args:
+        head_start: bytes that `b` needs besides its state, over those of `a`; 0 compares the states alone.
+
+    Both curves are straight between the lengths of the windows, so every crossing is found exactly.
+    """
+
+    def gap(context: int) -> int:
+        return state_bytes(b, context).total + head_start - state_bytes(a, context).total
+
+    windows = {layer.window for layer in (*_attention(a), *_attention(b)) if isinstance(layer, Sliding)}
+    corners = [1, *sorted(windows - {1})]
+    last_slope = gap(corners[-1] + 1) - gap(corners[-1])
+    beyond = corners[-1] + (abs(gap(corners[-1])) // abs(last_slope) + 1 if last_slope else 1)
+    found, leader = [], gap(corners[0])
+    for start, end in zip(corners, [*corners[1:], beyond], strict=True):
+        before, after = gap(start), gap(end)
+        if leader * after < 0:
+            found.append(start + abs(before) * (end - start) // (abs(before) + abs(after)) + 1)
+        leader = after or leader
+    return found
