@@ -28,8 +28,7 @@ from gemkit.errors import WeightsError
 # Elements made dense at a time: the integer codes and their floats stay in a core's cache between the passes.
 _CHUNK = 1 << 20
 
-# Bits are moved in words: the mask at the end discards what a shift carries over from a neighbouring byte.
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Bits are moved in words of 8 bytes: the mask at the end discards what a shift carries over from a neighbouring byte.
 _ONE_IN_EACH_BYTE = 0x0101010101010101
 
 
@@ -168,35 +167,18 @@ class Quantized:
         return small[..., None]
 
 
-def unpack_codes(plane: Tensor, bits: int, span: int = 32) -> Tensor:
+def unpack_codes(plane: Tensor, bits: int) -> Tensor:
     """Codes of a packed plane, one int8 each, in the order of the elements: (rows, bytes) to (rows, elements).
 
-    Packed by spans: element e of a span is in byte e % n at bit `bits * (e // n)`, n = span * bits / 8 bytes a span.
-    Our planes have spans of 32. The result is fresh memory unless `bits` is 8.
+    The result is fresh memory, unless `bits` is 8.
     """
     if bits == 8:
-        return plane.view(torch.int8)
-    x = plane.unflatten(-1, (-1, span * bits // 8))
+        return plane
+    x = plane.unflatten(-1, (-1, 4 * bits))
     shift = bits
-    while shift < 8:  # each round doubles the elements of a span that stand in their own bytes
-        words = x.view(_WORDS[min(8, x.shape[-1] * x.element_size())])
+    while shift < 8:  # each round doubles the elements of a run that stand in their own bytes
+        words = x.view(torch.int64 if x.shape[-1] * x.element_size() >= 8 else torch.int32)
         x = torch.cat((words, words >> shift), -1)
         shift *= 2
     words = x.flatten(-2).view(torch.int64)
     return words.bitwise_and_(_ONE_IN_EACH_BYTE * ((1 << bits) - 1)).view(torch.int8)
-
-
-def pack_codes(codes: Tensor, bits: int, span: int = 32) -> Tensor:
-    """The inverse of `unpack_codes`: (rows, elements) integers below 2**bits, to (rows, bytes) uint8."""
-    x = codes.contiguous().view(torch.uint8)
-    if bits == 8:
-        return x
-    x = x.unflatten(-1, (-1, span))
-    shift = 4
-    while shift >= bits:  # each round ORs the second half of a span's bytes into the first, higher up
-        half = x.shape[-1] // 2
-        words = x.view(_WORDS[min(8, half)])
-        low, high = words.chunk(2, -1)
-        x = (low | (high << shift)).view(torch.uint8)
-        shift //= 2
-    return x.flatten(-2)

@@ -3,7 +3,9 @@
 A block holds 32 or 256 elements of a row: its scales beside its codes. Taking it apart is cutting out fields and, where
 a field's codes are packed over another span than ours, packing them again. Every type is a row of `BLOCKS`.
 
-Source: the block structures of ggml (ggml-common.h in https://github.com/ggml-org/ggml); 6-bit scales as drawn below.
+In NumPy, on one thread: many small steps on a busy machine spend more time waiting for torch's threads than working.
+
+Source: the block structures of ggml (ggml-common.h in https://github.com/ggml-org/ggml).
 """
 
 from __future__ import annotations
@@ -11,16 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from gemkit.ops.quantized import KINDS, Kind, Quantized, pack_codes, unpack_codes
+from gemkit.ops.quantized import KINDS, Kind, Quantized
 
 
 class Field(NamedTuple):
     plane: str  # of ours; "packed" for scales and minima in one
     nbytes: int
-    span: int = 0  # elements that a field of codes is packed over (see `unpack_codes`)
+    span: int = 0  # elements that a field of codes is packed over (see `_respan`)
 
 
 BLOCKS: dict[str, tuple[Field, ...]] = {
@@ -45,105 +47,130 @@ def block_bytes(name: str) -> int:
     return sum(field.nbytes for field in BLOCKS[name])
 
 
-def from_blocks(kind: Kind, data: Tensor, shape: tuple[int, int]) -> Quantized:
-    """Planes from the bytes of a file: `data` is uint8, the blocks of all rows end to end."""
-    rows, columns = shape
-    blocks = data.view(rows, columns // kind.row_multiple, block_bytes(kind.name))
-    planes: dict[str, Tensor] = {}
+def load_blocks(weight: Quantized, data: np.ndarray) -> None:
+    """Fill a weight's planes (on the CPU) from the bytes of a file: uint8, the blocks of all rows end to end."""
+    kind, planes = weight.kind, _as_bytes(weight)
+    blocks = data.reshape(weight.shape[0], -1, block_bytes(kind.name))
     start = 0
     for plane, nbytes, span in BLOCKS[kind.name]:
-        field = blocks[..., start : start + nbytes].flatten(-2)
+        field = blocks[..., start : start + nbytes]
         start += nbytes
         if plane == "packed":
-            planes |= _PACKED[kind.name].unpack(field.unflatten(-1, (-1, nbytes)))
-        elif span:
-            planes[plane] = _respan(field, _bits(kind, plane), span, 32)
-        else:
-            planes[plane] = field
-    layout = kind.layout(rows, columns)
-    planes = {name: planes[name].contiguous().view(dtype) for name, (_, dtype) in layout.items()}
-    _flip_flat_minima(kind, planes)
-    return Quantized(kind, planes, shape)
+            for name, values in _PACKED[kind.name].unpack(field).items():
+                planes[name][:] = values.reshape(planes[name].shape)
+            continue
+        if span:
+            field = _respan(field, _bits(kind, plane), span, 32)
+        elif plane == "mins":
+            field = _negated(field)
+        planes[plane].reshape(blocks.shape[0], -1, nbytes)[:] = field.reshape(blocks.shape[0], -1, nbytes)
 
 
-def to_blocks(weight: Quantized) -> Tensor:
-    """The bytes that a file holds for a weight: uint8, one axis; the inverse of `from_blocks`."""
-    kind, (rows, columns) = weight.kind, weight.shape
-    planes = dict(weight.planes)
-    _flip_flat_minima(kind, planes)
+def to_blocks(weight: Quantized) -> np.ndarray:
+    """The bytes that a file holds for a weight: uint8, one axis; the inverse of `load_blocks`."""
+    kind, planes = weight.kind, _as_bytes(weight)
     fields = []
     for plane, nbytes, span in BLOCKS[kind.name]:
         if plane == "packed":
             field = _PACKED[kind.name].pack(planes)
         elif span:
-            field = _respan(planes[plane].view(torch.uint8), _bits(kind, plane), 32, span)
+            field = _respan(planes[plane], _bits(kind, plane), 32, span)
         else:
-            field = planes[plane].view(torch.uint8)
-        fields.append(field.reshape(rows, columns // kind.row_multiple, nbytes))
-    return torch.cat(fields, -1).flatten()
+            field = _negated(planes[plane]) if plane == "mins" else planes[plane]
+        fields.append(field.reshape(weight.shape[0], -1, nbytes))
+    return np.concatenate(fields, -1).reshape(-1)
+
+
+def _as_bytes(weight: Quantized) -> dict[str, np.ndarray]:
+    """The planes as (rows, bytes), sharing their memory."""
+    return {name: plane.view(torch.uint8).numpy() for name, plane in weight.planes.items()}
 
 
 def _bits(kind: Kind, plane: str) -> int:
     return kind.bits[("codes", "high").index(plane)]
 
 
-def _respan(field: Tensor, bits: int, old: int, new: int) -> Tensor:
-    return field if old == new else pack_codes(unpack_codes(field, bits, old), bits, new)
+def _negated(field: np.ndarray) -> np.ndarray:
+    """float16 with the sign flipped: files add the minimum of Q4_1 and Q5_1, and subtract that of the K types."""
+    return (np.ascontiguousarray(field).view(np.uint16) ^ 0x8000).view(np.uint8)
 
 
-def _flip_flat_minima(kind: Kind, planes: dict[str, Tensor]) -> None:
-    """Files add the minimum of Q4_1 and Q5_1 and subtract that of the K types; here all are subtracted."""
-    if kind.minima and not kind.superblock:
-        planes["mins"] = (planes["mins"].view(torch.int16) ^ -0x8000).view(torch.float16)  # the sign bit alone
+def _respan(field: np.ndarray, bits: int, old: int, new: int) -> np.ndarray:
+    """Pack codes over another span.
+
+    Packed over a span: element e of it is in byte e % n at bit `bits * (e // n)`, n = span * bits / 8 bytes.
+    """
+    if old == new:
+        return field
+    fields = 8 // bits
+    codes = np.empty((field.size // (old * bits // 8), fields, old * bits // 8), np.uint8)
+    words, packed = _words(codes), _words(np.ascontiguousarray(field).reshape(len(codes), -1))
+    for i in range(fields):
+        words[:, i] = packed >> (i * bits)
+    codes &= (1 << bits) - 1
+    words = _words(codes.reshape(-1, fields, new * bits // 8))
+    packed = words[:, 0].copy()
+    for i in range(1, fields):
+        packed |= words[:, i] << (i * bits)
+    return packed.view(np.uint8)
 
 
-# Scales and minima of the K types, packed into bytes p of a block: axes (rows, blocks, bytes) on the one side, planes
+def _words(x: np.ndarray) -> np.ndarray:
+    """Bytes of the last axis as the widest integers that divide it: shifting them takes as many times fewer steps."""
+    return x.view(f"u{min(8, x.shape[-1])}")
+
+
+# Scales and minima of the K types, packed into the bytes p of a block: (rows, blocks, bytes) on the one side, planes of
 # (rows, groups) on the other.
 
 
-def _unpack_nibbles(p: Tensor) -> dict[str, Tensor]:
+def _unpack_nibbles(p: np.ndarray) -> dict[str, np.ndarray]:
     """Q2_K: scale in the low half of each byte, minimum in the high half."""
-    return {"scales": (p & 15).flatten(-2), "mins": (p >> 4).flatten(-2)}
+    return {"scales": p & 15, "mins": p >> 4}
 
 
-def _pack_nibbles(planes: dict[str, Tensor]) -> Tensor:
+def _pack_nibbles(planes: dict[str, np.ndarray]) -> np.ndarray:
     return planes["scales"] | (planes["mins"] << 4)
 
 
-def _unpack_six_bit_pairs(p: Tensor) -> dict[str, Tensor]:
-    """Q4_K, Q5_K: eight scales S and minima M; letters are bits, high ones left.
+def _unpack_six_bit_pairs(p: np.ndarray) -> dict[str, np.ndarray]:
+    """Q4_K, Q5_K: eight scales S and eight minima M of 6 bits.
 
-    byte    0-3: S4..7 high 2 bits, S0..3        4-7: M4..7 high 2 bits, M0..3        8-11: M4..7, S4..7 low 4 bits
+    bytes 0-3: low 6 bits S0..3, high 2 bits those of S4..7; bytes 4-7: the same of M; bytes 8-11: low 4 bits of S4..7
+    in the low half, of M4..7 in the high half.
     """
-    scale, low, both = p.unflatten(-1, (3, 4)).unbind(-2)
-    scales = torch.cat((scale & 63, (both & 15) | ((scale >> 6) << 4)), -1)
-    mins = torch.cat((low & 63, (both >> 4) | ((low >> 6) << 4)), -1)
-    return {"scales": scales.flatten(-2), "mins": mins.flatten(-2)}
+    scale, low, both = p[..., :4], p[..., 4:8], p[..., 8:]
+    return {
+        "scales": np.concatenate((scale & 63, (both & 15) | ((scale >> 6) << 4)), -1),
+        "mins": np.concatenate((low & 63, (both >> 4) | ((low >> 6) << 4)), -1),
+    }
 
 
-def _pack_six_bit_pairs(planes: dict[str, Tensor]) -> Tensor:
-    scale_a, scale_b = planes["scales"].unflatten(-1, (-1, 2, 4)).unbind(-2)
-    min_a, min_b = planes["mins"].unflatten(-1, (-1, 2, 4)).unbind(-2)
-    both = (scale_b & 15) | ((min_b & 15) << 4)
-    return torch.cat((scale_a | ((scale_b >> 4) << 6), min_a | ((min_b >> 4) << 6), both), -1)
+def _pack_six_bit_pairs(planes: dict[str, np.ndarray]) -> np.ndarray:
+    scales, mins = (planes[name].reshape(-1, 8) for name in ("scales", "mins"))
+    scale, low = (x[:, :4] | ((x[:, 4:] >> 4) << 6) for x in (scales, mins))
+    both = (scales[:, 4:] & 15) | ((mins[:, 4:] & 15) << 4)
+    return np.concatenate((scale, low, both), -1)
 
 
-def _unpack_six_bit_signed(p: Tensor) -> dict[str, Tensor]:
-    """Q3_K: sixteen scales around 32, their low 4 bits in 8 bytes and their high 2 bits in 4, packed as codes are."""
-    low = unpack_codes(p[..., :8].flatten(-2), 4, span=16)
-    high = unpack_codes(p[..., 8:].flatten(-2), 2, span=16)
-    return {"scales": (low | (high << 4)) - 32}
+def _unpack_six_bit_signed(p: np.ndarray) -> dict[str, np.ndarray]:
+    """Q3_K: sixteen scales of 6 bits around 32: low 4 bits in bytes 0-7, high 2 bits in bytes 8-11, packed as codes."""
+    low, high = p[..., :8], p[..., 8:]
+    low = np.concatenate((low & 15, low >> 4), -1)
+    high = np.concatenate([(high >> shift) & 3 for shift in (0, 2, 4, 6)], -1)
+    return {"scales": (low | (high << 4)) - np.uint8(32)}  # wraps: the plane is int8
 
 
-def _pack_six_bit_signed(planes: dict[str, Tensor]) -> Tensor:
-    scales = planes["scales"] + 32
-    low, high = pack_codes(scales & 15, 4, span=16), pack_codes(scales >> 4, 2, span=16)
-    return torch.cat((low.unflatten(-1, (-1, 8)), high.unflatten(-1, (-1, 4))), -1)
+def _pack_six_bit_signed(planes: dict[str, np.ndarray]) -> np.ndarray:
+    scales = planes["scales"].reshape(-1, 16) + np.uint8(32)
+    low = (scales[:, :8] & 15) | (scales[:, 8:] << 4)
+    high = (scales >> 4).reshape(-1, 4, 4) << np.array([[0], [2], [4], [6]], np.uint8)
+    return np.concatenate((low, np.bitwise_or.reduce(high, axis=1)), -1)
 
 
 class _Packing(NamedTuple):
-    unpack: Callable[[Tensor], dict[str, Tensor]]
-    pack: Callable[[dict[str, Tensor]], Tensor]
+    unpack: Callable[[np.ndarray], dict[str, np.ndarray]]
+    pack: Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
 _PACKED = {

@@ -153,24 +153,20 @@ class GGUFReader(Reader):
             return self._read_dense(entry)
         if len(entry.shape) != 2:
             raise WeightsError(f"{entry.path}: tensor {name!r} is {entry.dtype} of shape {entry.shape}, not a matrix")
-        import torch
-
         from gemkit.ops.quantized import KINDS, Quantized
-        from gemkit.weights.blocks import from_blocks
+        from gemkit.weights.blocks import load_blocks
 
-        kind, (rows, columns) = KINDS[entry.dtype], entry.shape
-        whole = Quantized.empty(kind, (rows, columns))
+        rows, columns = entry.shape
+        weight = Quantized.empty(KINDS[entry.dtype], (rows, columns))
         row_bytes = entry.nbytes // rows
         step = min(rows, max(1, _CHUNK // row_bytes))
-        buffer = torch.empty(step * row_bytes, dtype=torch.uint8)
+        buffer = np.empty(step * row_bytes, np.uint8)
         for start in range(0, rows, step):
             length = min(step, rows - start)
             data = buffer[: length * row_bytes]
-            self._files[entry.path].read_into(data.numpy(), entry.offset + start * row_bytes)
-            part, target = from_blocks(kind, data, (length, columns)), whole.narrow_rows(start, length)
-            for plane, values in part.planes.items():
-                target.planes[plane].copy_(values)
-        return whole
+            self._files[entry.path].read_into(data, entry.offset + start * row_bytes)
+            load_blocks(weight.narrow_rows(start, length), data)
+        return weight
 
 
 class _Cursor:
