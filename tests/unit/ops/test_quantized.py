@@ -1,0 +1,116 @@
+"""The planar layout against its own definition, written out element by element."""
+
+import numpy as np
+import pytest
+import torch
+
+from gemkit.errors import WeightsError
+from gemkit.ops.quantized import _CHUNK, KINDS, Quantized
+
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def random_weight(kind, rows, columns, seed=0):
+    rng = np.random.default_rng(seed)
+    planes = {}
+    for name, (shape, dtype) in kind.layout(rows, columns).items():
+        if dtype == torch.float16:
+            planes[name] = torch.from_numpy(rng.standard_normal(shape).astype(np.float16))
+        else:
+            planes[name] = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).view(dtype)
+    return Quantized(kind, planes, (rows, columns))
+
+
+def defined_value(weight, row, column):
+    """The module's docstring, for one element."""
+    kind = weight.kind
+    planes = {name: plane[row].numpy() for name, plane in weight.planes.items()}
+    code, low = 0, 0
+    run, e = divmod(column, 32)
+    for name, bits in zip(("codes", "high"), kind.bits, strict=False):
+        if bits == 8:
+            code = int(planes[name][column])
+            continue
+        n = 4 * bits
+        code += (int(planes[name][run * n + e % n]) >> (bits * (e // n)) & (1 << bits) - 1) << low
+        low += bits
+
+    def of_group(name):
+        value = np.float32(planes[name][column // kind.group])
+        return np.float32(planes["super_" + name][column // kind.superblock]) * value if kind.superblock else value
+
+    value = of_group("scales") * np.float32(code - kind.zero)
+    return value - of_group("mins") if kind.minima else value
+
+
+@EVERY_KIND
+def test_dequantize_is_the_definition(kind):
+    weight = random_weight(kind, 2, 512)
+    wanted = [[defined_value(weight, row, column) for column in range(512)] for row in range(2)]
+    assert torch.equal(weight.dequantize(), torch.from_numpy(np.array(wanted, np.float32)))
+
+
+@EVERY_KIND
+def test_rows_and_slices_are_those_of_the_whole(kind):
+    weight = random_weight(kind, 7, 256)
+    whole = weight.dequantize()
+    assert torch.equal(weight.narrow_rows(2, 4).dequantize(), whole[2:6])
+    index = torch.tensor([[6, 0, 0], [3, 5, 1]])
+    assert torch.equal(weight.rows(index), whole[index])
+    assert weight.rows(torch.empty(0, dtype=torch.int64)).shape == (0, 256)
+    assert torch.equal(weight.dequantize(torch.bfloat16), whole.bfloat16())
+    assert torch.equal(weight.rows(index, torch.bfloat16), whole[index].bfloat16())
+
+
+def test_narrow_rows_shares_memory():
+    weight = random_weight(KINDS["Q5_1"], 8, 64)
+    part = weight.narrow_rows(3, 2)
+    for name, plane in part.planes.items():
+        assert plane.data_ptr() == weight.planes[name][3].data_ptr()
+
+
+def test_a_weight_larger_than_a_chunk_is_dequantized_whole():
+    columns = 4096
+    rows = 2 * _CHUNK // columns + 3
+    weight = random_weight(KINDS["Q4_0"], rows, columns)
+    whole = weight.dequantize(torch.bfloat16)
+    for row in (0, _CHUNK // columns - 1, _CHUNK // columns, rows - 1):  # both sides of the seam, and the odd end
+        assert torch.equal(whole[row], weight.rows(torch.tensor(row)).bfloat16())
+
+
+def test_to_moves_every_plane():
+    weight = random_weight(KINDS["Q4_K"], 2, 256).to("meta")
+    assert weight.device.type == "meta"
+    assert {plane.device.type for plane in weight.planes.values()} == {"meta"}
+
+
+# bits a weight of the published block types: bytes of a block * 8 / its elements. Q3_K alone is stored wider here: its
+# 6-bit scales take a byte each, and so do those of the other K types (4.5 + 8*4/256 for the 16 of Q4_K's scales, ...).
+@pytest.mark.parametrize(("name", "bits"), [("Q4_0", 4.5), ("Q4_1", 5), ("Q5_0", 5.5), ("Q5_1", 6), ("Q8_0", 8.5)])
+def test_nbytes_of_flat_kinds_is_that_of_the_file(name, bits):
+    assert random_weight(KINDS[name], 16, 256).nbytes == 16 * 256 * bits / 8
+
+
+@pytest.mark.parametrize(("name", "spread"), [("Q2_K", 16), ("Q3_K", 4), ("Q4_K", 4), ("Q5_K", 4), ("Q6_K", 0)])
+def test_nbytes_of_k_kinds_grows_by_what_unpacking_their_scales_takes(name, spread):
+    in_file = {"Q2_K": 84, "Q3_K": 110, "Q4_K": 144, "Q5_K": 176, "Q6_K": 210}[name]
+    assert random_weight(KINDS[name], 3, 512).nbytes == 3 * 2 * (in_file + spread)
+
+
+def test_says_what_it_is():
+    assert repr(random_weight(KINDS["Q6_K"], 3, 512)) == "Quantized(Q6_K, shape=(3, 512))"
+
+
+def test_refuses_planes_of_another_shape_or_dtype():
+    planes = dict(random_weight(KINDS["Q5_0"], 4, 64).planes)
+    with pytest.raises(WeightsError, match=r"plane high is missing, must be \(4, 8\)"):
+        Quantized(KINDS["Q5_0"], {name: plane for name, plane in planes.items() if name != "high"}, (4, 64))
+    with pytest.raises(WeightsError, match=r"plane codes is \(4, 32\) torch.uint8, must be \(5, 32\)"):
+        Quantized(KINDS["Q5_0"], planes, (5, 64))
+    with pytest.raises(WeightsError, match=r"plane scales is \(4, 2\) torch.float32, must be \(4, 2\) torch.float16"):
+        Quantized(KINDS["Q5_0"], planes | {"scales": planes["scales"].float()}, (4, 64))
+
+
+def test_refuses_rows_that_do_not_divide_into_blocks():
+    with pytest.raises(WeightsError, match="Q4_K: rows of 640 are not a multiple of 256"):
+        KINDS["Q4_K"].layout(1, 640)
