@@ -55,7 +55,9 @@ class Eager:
         limit = self.decoder.vocab_size
         for chunk in chunks:
             if not 0 <= min(chunk.ids) <= max(chunk.ids) < limit:
-                raise TextError(f"token ids run from 0 to {limit - 1}; the prompt has {min(chunk.ids)} to {max(chunk.ids)}")
+                raise TextError(
+                    f"token ids run from 0 to {limit - 1}; the prompt has {min(chunk.ids)} to {max(chunk.ids)}"
+                )
         slots = [chunk.slot for chunk in chunks]
         batch = Batch.of(
             [chunk.ids for chunk in chunks],

@@ -5,28 +5,23 @@ Nothing here imports torch: printing or comparing a checkpoint costs reading its
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gemkit import family
 from gemkit.errors import ModelError, UnknownModelError, WeightsError
 from gemkit.family import Decoder, Member, Prompt, Vision
 from gemkit.text import Tokenizer
+from gemkit.text.prompts import FIM_PREFIX
 from gemkit.weights import configs, hub
 from gemkit.weights.ckpt import CkptReader
-from gemkit.weights.entries import sniff
+from gemkit.weights.entries import DENSE, MAX_HEADER, Format, Reader, parse_json, sniff
 from gemkit.weights.gguf import GGUFReader
 from gemkit.weights.maps import Part, name_map
 from gemkit.weights.safetensors import SafetensorsReader
-
-if TYPE_CHECKING:
-    Reader = SafetensorsReader | GGUFReader | CkptReader
-
-_MAX_JSON = 64 << 20  # a config.json has kilobytes
 
 
 @dataclass
@@ -35,7 +30,7 @@ class Checkpoint:
 
     label: str  # what to call it in messages and tables
     path: Path
-    format: str  # "hf", "gguf" or "gemma_pytorch"
+    format: Format
     reader: Reader
     decoder: Decoder
     member: Member | None = None  # the member that it was asked for as, if it was by name
@@ -53,10 +48,12 @@ class Checkpoint:
             try:
                 columns = [metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")]
             except KeyError as error:
-                raise WeightsError(f"{self.label}: the GGUF has no {error.args[0]}: its vocabulary is missing") from None
+                raise WeightsError(
+                    f"{self.label}: the GGUF has no {error.args[0]}: its vocabulary is missing"
+                ) from None
             tokenizer = Tokenizer.from_pieces(*columns)
         else:
-            tokenizer = self._tokenizer_beside()
+            tokenizer = _tokenizer_in(self._folder, self.member)
         rows, pieces = self.decoder.vocab_size, len(tokenizer)
         if not pieces <= rows <= pieces + _PADDING_ROWS:
             raise WeightsError(
@@ -65,13 +62,9 @@ class Checkpoint:
             )
         return tokenizer
 
-    def _tokenizer_beside(self) -> Tokenizer:
-        folder = self.path if self.path.is_dir() else self.path.parent
-        codegemma = self.member is not None and self.member.vocabulary == "codegemma"
-        for name, read in (("tokenizer.model", Tokenizer.from_model), ("tokenizer.json", Tokenizer.from_json)):
-            if (folder / name).is_file():
-                return read(folder / name, codegemma=codegemma)
-        raise WeightsError(f"{self.label}: there is no tokenizer.model or tokenizer.json in {folder}")
+    @property
+    def _folder(self) -> Path:
+        return self.path if self.path.is_dir() else self.path.parent
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -81,17 +74,16 @@ class Checkpoint:
         found: list[Prompt] = ["complete"]
         if self._has_chat_template():
             found.append("chat")
-        if self.tokenizer.can_infill:
+        if FIM_PREFIX in self.tokenizer:
             found.append("infill")
         return tuple(found)
 
     def _has_chat_template(self) -> bool:
         if self.format == "gguf":
             return "tokenizer.chat_template" in self.reader.metadata
-        folder = self.path if self.path.is_dir() else self.path.parent
-        if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        if any((self._folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
             return True
-        settings = folder / "tokenizer_config.json"
+        settings = self._folder / "tokenizer_config.json"
         return settings.is_file() and "chat_template" in read_json(settings)
 
     @cached_property
@@ -148,6 +140,21 @@ def find(name: str | os.PathLike[str] | None) -> Checkpoint:
     return open_path(hub.download(member.hub_id), member.name, member)
 
 
+def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer, tuple[Prompt, ...]]:
+    """What a prompt for a model needs, without its weights: its name, its tokenizer, what it was trained to answer.
+
+    Raises as `find` does.
+    """
+    member = None
+    if name is not None and not Path(name).expanduser().exists():
+        member = family.get(os.fspath(name))
+    if member is None:
+        checkpoint = find(name)
+        return checkpoint.label, checkpoint.tokenizer, checkpoint.prompts
+    folder = hub.download(member.hub_id, weights=False)
+    return member.name, _tokenizer_in(folder, member), member.prompts
+
+
 def runnable(decoder: Decoder) -> bool:
     """Whether every layer is of a kind that the modules implement."""
     return all(isinstance(layer, family.Global | family.Sliding) for layer in decoder.layers)
@@ -168,19 +175,30 @@ def open_path(path: Path, label: str, member: Member | None = None) -> Checkpoin
         if not (folder / "config.json").is_file():
             raise WeightsError(f"{label}: there is no config.json in {folder}")
         config = read_json(folder / "config.json")
-        checkpoint = Checkpoint(label, path, "hf", SafetensorsReader(path), configs.from_hf(config, label), member)
+        checkpoint = Checkpoint(
+            label, path, "safetensors", SafetensorsReader(path), configs.from_hf(config, label), member
+        )
         if "vision_config" in config:
             checkpoint.notes.append("the image tower is left out: the text decoder alone is loaded")
         return checkpoint
     reader = CkptReader(path)
-    member = member or _member_of("gemma_pytorch", reader, label)
-    return Checkpoint(label, path, "gemma_pytorch", reader, member.decoder, member)
+    member = member or _member_of("ckpt", reader, label)
+    return Checkpoint(label, path, "ckpt", reader, member.decoder, member)
 
 
 def resolve_decoder(path: str | os.PathLike[str]) -> tuple[Decoder, Vision | None, str]:
     """Architecture and name of a checkpoint on disk."""
     checkpoint = open_path(Path(path).expanduser(), os.fspath(path))
     return checkpoint.decoder, None, checkpoint.label
+
+
+def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:
+    for name, read in (("tokenizer.model", Tokenizer.from_model), ("tokenizer.json", Tokenizer.from_json)):
+        if (folder / name).is_file():
+            tokenizer = read(folder / name)
+            is_code = member is not None and member.vocabulary == "codegemma"
+            return tokenizer.with_infill() if is_code else tokenizer
+    raise WeightsError(f"there is no tokenizer.model or tokenizer.json in {folder}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -190,17 +208,14 @@ def read_json(path: Path) -> dict[str, Any]:
         WeightsError: if it is something else.
     """
     try:
-        if path.stat().st_size > _MAX_JSON:
+        if path.stat().st_size > MAX_HEADER:
             raise WeightsError(f"{path}: {path.stat().st_size:,} bytes is too large for a configuration")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightsError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: holds a {type(value).__name__}, not an object")
-    return value
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _member_of(format: str, reader: Reader, label: str) -> Member:
+def _member_of(format: Format, reader: Reader, label: str) -> Member:
     """The member whose parameters these are: for formats that carry no configuration."""
     for member in family.members():
         if runnable(member.decoder) and not _fit(format, member.decoder, reader)[1]:
@@ -208,7 +223,7 @@ def _member_of(format: str, reader: Reader, label: str) -> Member:
     raise WeightsError(f"{label}: its tensors are those of no member that is known here")
 
 
-def _fit(format: str, decoder: Decoder, reader: Reader) -> tuple[list[Part], list[str]]:
+def _fit(format: Format, decoder: Decoder, reader: Reader) -> tuple[list[Part], list[str]]:
     """Where each parameter is, and what is wrong with that: missing, misshapen or left over."""
     shapes = dict(family.parameters(decoder))
     table = name_map(format, decoder)
@@ -224,6 +239,8 @@ def _fit(format: str, decoder: Decoder, reader: Reader) -> tuple[list[Part], lis
         shape = shapes[part.ours]
         if entry is None:
             problems.append(f"{part.theirs} is missing")
+        elif entry.dtype in DENSE and entry.dtype not in FLOATS:
+            problems.append(f"{part.theirs} is stored as {entry.dtype}, which is no weight")
         elif part.rows is None and tuple(entry.shape) != shape:
             problems.append(f"{part.theirs} is {tuple(entry.shape)} in the file, {shape} in the model")
         elif part.rows is not None and (len(entry.shape) != 2 or entry.shape[1] != shape[1]):
@@ -235,5 +252,7 @@ def _fit(format: str, decoder: Decoder, reader: Reader) -> tuple[list[Part], lis
     return parts, problems
 
 
+# Dense types that weights are stored in.
+FLOATS = ("F32", "F16", "BF16")
 # Copies of the tied head that some files carry. They must equal the embedding, which loading checks.
 TIED_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "output.weight")

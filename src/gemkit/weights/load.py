@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from gemkit import family
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Decoder
 from gemkit.ops import Quantized
-from gemkit.weights.checkpoint import TIED_HEADS, Checkpoint
+from gemkit.weights.checkpoint import FLOATS, TIED_HEADS, Checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Progress = Callable[[int, int], Any]  # (bytes read, bytes in all)
@@ -128,11 +129,9 @@ def _check_room(checkpoint: Checkpoint, run_dtype: torch.dtype, device: torch.de
     needed = 0
     for name in {part.theirs for part in checkpoint.parts}:
         entry = checkpoint.reader.entries[name]
-        is_dense = entry.dtype in ("F32", "F16", "BF16")
-        elements = 1
-        for size in entry.shape:
-            elements *= size
-        needed += elements * run_dtype.itemsize if is_dense or not quantized else entry.nbytes
+        is_dense = entry.dtype in FLOATS
+        becomes_dense = is_dense or not quantized
+        needed += math.prod(entry.shape) * run_dtype.itemsize if becomes_dense else entry.nbytes
     if needed > available:
         raise ConfigError(
             f"{checkpoint.label} needs {needed / 1e9:.1f} GB in memory and {available / 1e9:.1f} GB are free: close "
@@ -157,7 +156,9 @@ def _check_tied_heads(checkpoint: Checkpoint, module: Decoder) -> None:
         if name in checkpoint.reader.entries:
             head, table = checkpoint.reader.read(name), module.embed_tokens.weight
             if isinstance(table, Quantized) and isinstance(head, Quantized):
-                same = head.kind == table.kind and all(torch.equal(head.planes[p], table.planes[p]) for p in head.planes)
+                same = head.kind == table.kind and all(
+                    torch.equal(head.planes[p], table.planes[p]) for p in head.planes
+                )
             elif isinstance(table, Tensor) and isinstance(head, Tensor):
                 same = head.shape == table.shape and torch.equal(head.to(table.dtype), table.cpu())
             else:

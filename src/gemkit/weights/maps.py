@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gemkit.family import Decoder
+from gemkit.weights.entries import Format
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -30,7 +31,7 @@ class Part:
 class NameMap:
     """A table of (published name, our name) with `{i}` for the layer number."""
 
-    format: str
+    format: Format
     table: tuple[tuple[str, str], ...]
     plus_one: bool = False  # norms are stored as 1 + w
     prefixes: tuple[str, ...] = ("",)  # where the table may hang in a larger model; the first is what we write
@@ -114,9 +115,11 @@ _HF_IGNORED = (
     r".*\.rotary_emb\.inv_freq",
 )
 
-HF_GEMMA1 = NameMap("hf", _ENDS + _GEMMA1_NORMS + _MATRICES, prefixes=_HF_PREFIXES, ignored=_HF_IGNORED)
-HF_GEMMA2 = NameMap("hf", _ENDS + _FOUR_NORMS + _MATRICES, prefixes=_HF_PREFIXES, ignored=_HF_IGNORED)
-HF_GEMMA3 = NameMap("hf", _ENDS + _FOUR_NORMS + _QK_NORMS + _MATRICES, prefixes=_HF_PREFIXES, ignored=_HF_IGNORED)
+HF_GEMMA1 = NameMap("safetensors", _ENDS + _GEMMA1_NORMS + _MATRICES, prefixes=_HF_PREFIXES, ignored=_HF_IGNORED)
+HF_GEMMA2 = NameMap("safetensors", _ENDS + _FOUR_NORMS + _MATRICES, prefixes=_HF_PREFIXES, ignored=_HF_IGNORED)
+HF_GEMMA3 = NameMap(
+    "safetensors", _ENDS + _FOUR_NORMS + _QK_NORMS + _MATRICES, prefixes=_HF_PREFIXES, ignored=_HF_IGNORED
+)
 
 _GGUF_ENDS = (("token_embd.weight", "embed_tokens.weight"), ("output_norm.weight", "norm.weight"))
 _GGUF_MATRICES = tuple(
@@ -165,7 +168,7 @@ def _gemma_pytorch(norms: tuple[tuple[str, str], ...]) -> NameMap:
         (re.sub("[qkv]_proj", "qkv_proj", theirs).replace("q_norm", "query_norm").replace("k_norm", "key_norm"), ours)
         for theirs, ours in table
     ]
-    return NameMap("gemma_pytorch", _GP_ENDS + tuple(renamed), ignored=_GP_IGNORED)
+    return NameMap("ckpt", _GP_ENDS + tuple(renamed), ignored=_GP_IGNORED)
 
 
 GEMMA_PYTORCH_GEMMA1 = _gemma_pytorch(_GEMMA1_NORMS)
@@ -173,12 +176,12 @@ GEMMA_PYTORCH_GEMMA2 = _gemma_pytorch(_FOUR_NORMS)
 GEMMA_PYTORCH_GEMMA3 = _gemma_pytorch(_FOUR_NORMS + _QK_NORMS)
 
 _MAPS = {
-    "hf": (HF_GEMMA1, HF_GEMMA2, HF_GEMMA3),
+    "safetensors": (HF_GEMMA1, HF_GEMMA2, HF_GEMMA3),
     "gguf": (GGUF_GEMMA1, GGUF_GEMMA2, GGUF_GEMMA3),
-    "gemma_pytorch": (GEMMA_PYTORCH_GEMMA1, GEMMA_PYTORCH_GEMMA2, GEMMA_PYTORCH_GEMMA3),
+    "ckpt": (GEMMA_PYTORCH_GEMMA1, GEMMA_PYTORCH_GEMMA2, GEMMA_PYTORCH_GEMMA3),
 }
 
 
-def name_map(format: str, decoder: Decoder) -> NameMap:
-    """The table for a decoder in a format ("hf", "gguf" or "gemma_pytorch"), chosen by what the decoder has."""
+def name_map(format: Format, decoder: Decoder) -> NameMap:
+    """The table for a decoder in a format, chosen by what the decoder has."""
     return _MAPS[format][2 if decoder.qk_norm else 1 if decoder.post_norms else 0]

@@ -60,7 +60,11 @@ def save_hf(
         (work / "config.json").write_text(json.dumps({**config, "dtype": saved_as}, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save(work / "tokenizer.model")
-            stops = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.end_ids), "pad_token_id": 0}
+            stops = {
+                "bos_token_id": tokenizer.bos,
+                "eos_token_id": sorted(tokenizer.end_ids),
+                "pad_token_id": tokenizer.pad,
+            }
             (work / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n")
         if target.exists():
             target.rmdir()
@@ -101,7 +105,7 @@ def _write_weights(module: Decoder, folder: Path, dtype: torch.dtype | None, sha
 
 def _published(module: Decoder, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its published name, dense, on the CPU."""
-    table = name_map("hf", module.config)
+    table = name_map("safetensors", module.config)
     for name, _ in family.parameters(module.config):
         value = weight(module, name)
         dense = value.dequantize() if isinstance(value, Quantized) else value.detach()

@@ -1,0 +1,7 @@
+"""`python -m gemkit.cli`"""
+
+import sys
+
+from gemkit.cli import main
+
+sys.exit(main())

@@ -1,0 +1,208 @@
+"""What several verbs share: their options, loading with progress, and printing text that a model wrote."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemkit.errors import ConfigError, TextError
+
+if TYPE_CHECKING:
+    from gemkit.gemma import Gemma, Options, Stream
+    from gemkit.generate import Result, Timings
+
+
+def verb(subparsers: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    """A verb's parser; its help starts with examples that run."""
+    return subparsers.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.\n\nexamples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_model(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
+    """-m, and how to run it."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-m", "--model", metavar="MODEL", help="a member, hub id, folder, .gguf or .ckpt (default: the starter model)"
+    )
+    if runs:
+        group.add_argument("--dtype", help="run dtype: bfloat16 or float32 (default: the file's own)")
+        group.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
+        group.add_argument("--executor", default="auto", help="what computes it: auto or torch (default: auto)")
+        group.add_argument(
+            "--dequantize", action="store_true", help="make quantized weights dense: faster in torch, larger in memory"
+        )
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = 256) -> None:
+    """How the answer is made. What is left out is decided where the library decides it."""
+    group = parser.add_argument_group("sampling (default: the most likely token, always; chat: as published)")
+    group.add_argument("-n", "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"default: {max_tokens}")
+    group.add_argument("-t", "--temperature", type=float, metavar="X", help="0 is greedy")
+    group.add_argument("--top-k", type=int, metavar="K", help="keep the K best tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="keep the best tokens that hold this probability")
+    group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below this share of the best one's")
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: say less again")
+    group.add_argument("--seed", type=int, help="the same seed draws the same tokens")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
+    group.add_argument(
+        "--beyond-context", action="store_true", help="go on past the trained context; quality is undefined there"
+    )
+
+
+def options(args: argparse.Namespace) -> Options:
+    """The sampling options that were given."""
+    given: dict[str, Any] = {"max_tokens": args.max_tokens, "stop": args.stop, "beyond_context": args.beyond_context}
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    if args.beyond_context:
+        say("beyond the trained context quality is undefined: the model has never seen these positions")
+    return given  # type: ignore[return-value]  # its keys are those of Options
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument("--raw", action="store_true", help="on a terminal, do not escape control characters")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress and no figures on stderr")
+
+
+def load_model(args: argparse.Namespace) -> Gemma:
+    """The model that the options name, with progress on stderr."""
+    from gemkit.gemma import load
+
+    with Progress(enabled=not getattr(args, "quiet", False)) as progress:
+        model = load(
+            args.model,
+            device=args.device,
+            dtype=args.dtype,
+            executor=args.executor,
+            quantized=not args.dequantize,
+            progress=progress,
+        )
+    if not getattr(args, "quiet", False):
+        dtype = str(model.report.dtype).removeprefix("torch.")
+        say(f"{model.label}: {model.report.nbytes / 1e6:,.0f} MB, {dtype}, loaded in {model.report.seconds:.1f} s")
+        for note in model.report.notes:
+            say(f"note: {note}")
+    return model
+
+
+class Progress:
+    """Bytes read, on one line of a terminal that is rewritten; silent for the first second, and in a file."""
+
+    def __init__(self, enabled: bool):
+        self._enabled = enabled and sys.stderr.isatty()
+        self._start = time.monotonic()
+        self._shown = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def __call__(self, done: int, total: int) -> None:
+        elapsed = time.monotonic() - self._start
+        if self._enabled and elapsed > 1:
+            self._shown = True
+            left = elapsed * (total - done) / max(done, 1)
+            sys.stderr.write(f"\r\x1b[Kloading {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left:.0f} s left")
+            sys.stderr.flush()
+
+
+def say(line: str) -> None:
+    """Talk: a line on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def read_text(path: str) -> str:
+    """The text of a file, or of stdin for "-".
+
+    Raises:
+        TextError: if it cannot be read as UTF-8.
+    """
+    try:
+        if path == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        return Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+
+
+def printable(text: str, raw: bool) -> str:
+    """Text for stdout: on a terminal control characters are shown, not obeyed, for a model may have learnt bad ones."""
+    if raw or not sys.stdout.isatty():
+        return text
+    return "".join(c if c in "\n\t" or c.isprintable() or ord(c) > 0x9F else f"\\x{ord(c):02x}" for c in text)
+
+
+def write(text: str, raw: bool = False) -> None:
+    sys.stdout.write(printable(text, raw))
+    sys.stdout.flush()
+
+
+def write_stream(stream: Stream, raw: bool) -> Result:
+    """Print the pieces as they come. Ctrl-C keeps what there is."""
+    try:
+        for piece in stream:
+            write(piece, raw)
+    except KeyboardInterrupt:
+        stream.interrupt()
+    write("\n")
+    assert stream.result is not None
+    return stream.result
+
+
+def figures(result: Result) -> str:
+    """One line on how an answer went."""
+    t = result.timings
+    why = {
+        "stop": "stopped" if result.stopped_by is None else f"stopped at {result.stopped_by!r}",
+        "length": "reached --max-tokens",
+        "context": "reached the end of the context",
+        "interrupted": "interrupted",
+    }[result.finish_reason]
+    parts = [f"prompt {t.prompt_tokens} tokens" + (f" ({t.cached_tokens} remembered)" if t.cached_tokens else "")]
+    if t.prompt_tokens_per_second is not None:
+        parts[0] += f" at {t.prompt_tokens_per_second:.1f} tok/s"
+    if t.first_token_seconds is not None:
+        parts.append(f"first token after {t.first_token_seconds:.2f} s")
+    rate = t.decode_tokens_per_second
+    parts.append(f"{t.generated_tokens} tokens" + (f" at {rate:.1f} tok/s" if rate is not None else ""))
+    return "; ".join([*parts, why])
+
+
+def timings_json(t: Timings) -> dict[str, Any]:
+    return {
+        "prompt_tokens": t.prompt_tokens,
+        "cached_tokens": t.cached_tokens,
+        "generated_tokens": t.generated_tokens,
+        "first_token_seconds": t.first_token_seconds,
+        "prompt_tokens_per_second": t.prompt_tokens_per_second,
+        "decode_tokens_per_second": t.decode_tokens_per_second,
+    }
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    """A result as a JSON object."""
+    return {
+        "text": result.text,
+        "ids": list(result.ids),
+        "finish_reason": result.finish_reason,
+        "stopped_by": result.stopped_by,
+        "seed": result.seed,
+        "logprobs": None if result.logprobs is None else [entry._asdict() for entry in result.logprobs],
+        "timings": timings_json(result.timings),
+    }

@@ -1,0 +1,96 @@
+"""`gemkit explain-prompt`: the text and the ids of what a model will really see."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from gemkit import text
+from gemkit.cli.common import add_model, printable, read_text, say, verb
+from gemkit.errors import ConfigError
+from gemkit.text import Prompt
+
+_EXAMPLES = """\
+  gemkit explain-prompt "Hello world!"
+  gemkit explain-prompt --chat -m gemma-2-2b-it "Why is the sky blue?"
+  gemkit explain-prompt --chat --system "Be brief." "Hello" "Hi, how can I help?" "Tell me a joke."
+  gemkit explain-prompt --infill -m codegemma-2b --prefix 'import ' --suffix $'\\nsys.exit(0)'"""
+
+
+def add(subparsers: Any) -> None:
+    parser = verb(subparsers, "explain-prompt", "show the text and the ids that a model will really see", _EXAMPLES)
+    parser.add_argument("text", nargs="*", help="the prompt; with --chat the turns, the user's first")
+    parser.add_argument("-f", "--file", help="read the prompt from a file, - for stdin")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--chat", action="store_true", help="as a conversation")
+    kind.add_argument("--infill", action="store_true", help="as infilling, with --prefix and --suffix")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: instructions")
+    parser.add_argument("--prefix", default="", help="with --infill: the text before the caret")
+    parser.add_argument("--suffix", default="", help="with --infill: the text after the caret")
+    parser.add_argument("--path", help="with --infill: the path of the file")
+    parser.add_argument("--control", action="store_true", help="text that spells a control token is that token")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--raw", action="store_true", help="on a terminal, do not escape control characters")
+    add_model(parser, runs=False)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from gemkit.weights.checkpoint import find_vocabulary
+
+    words = [*args.text, *([read_text(args.file)] if args.file else [])]
+    label, tokenizer, prompts = find_vocabulary(args.model)
+    prompt = _prompt(args, words, tokenizer)
+    if prompt.format not in prompts:
+        say(f"note: {label} was not trained on {prompt.format} prompts, but on {', '.join(prompts)}")
+    if args.json:
+        spans = [
+            {
+                "kind": span.kind,
+                "role": span.role,
+                "text": span.text,
+                "tokens": [
+                    {"id": i, "piece": tokenizer.piece(i), "control": tokenizer.is_control(i)} for i in span.ids
+                ],
+            }
+            for span in prompt.spans
+        ]
+        report = {
+            "model": label,
+            "format": prompt.format,
+            "text": prompt.text,
+            "ids": prompt.ids,
+            "spans": spans,
+            "stop_ids": sorted(prompt.stop_ids),
+            "notes": list(prompt.notes),
+        }
+        print(json.dumps(report, ensure_ascii=False))
+        return 0
+    print(f"{prompt.format} prompt for {label}: {len(prompt)} tokens")
+    for span in prompt.spans:
+        print(printable(f"\n{span.kind}{f' ({span.role})' if span.role else ''}: {span.text!r}", args.raw))
+        for token in span.ids:
+            mark = "  control" if tokenizer.is_control(token) else ""
+            print(printable(f"{token:>8}  {tokenizer.piece(token)!r}{mark}", args.raw))
+    stops = ", ".join(f"{tokenizer.piece(i)} ({i})" for i in sorted(prompt.stop_ids))
+    print(f"\nthe answer ends at {stops}")
+    for note in prompt.notes:
+        say(f"note: {note}")
+    return 0
+
+
+def _prompt(args: argparse.Namespace, words: list[str], tokenizer: text.Tokenizer) -> Prompt:
+    if args.infill:
+        if words:
+            raise ConfigError("--infill takes --prefix and --suffix instead of a prompt")
+        return text.infill(tokenizer, args.prefix, args.suffix, path=args.path)
+    if not words:
+        raise ConfigError("there is no prompt: give a text, or --file PATH")
+    if args.chat:
+        messages = [{"role": "system", "content": args.system}] if args.system else []
+        messages += [{"role": "user" if i % 2 == 0 else "assistant", "content": w} for i, w in enumerate(words)]
+        return text.chat(tokenizer, messages)
+    if len(words) > 1:
+        raise ConfigError(f"{len(words)} texts: one prompt, or the turns of a conversation with --chat")
+    return text.complete(tokenizer, words[0], control=args.control)

@@ -1,0 +1,73 @@
+"""`gemkit generate`: continue a text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from gemkit.cli.common import (
+    add_model,
+    add_output,
+    add_sampling,
+    figures,
+    load_model,
+    options,
+    read_text,
+    result_json,
+    say,
+    verb,
+    write,
+    write_stream,
+)
+from gemkit.errors import ConfigError
+
+_EXAMPLES = """\
+  gemkit generate "The Gemma family is"
+  gemkit generate -m gemma-2-2b --temperature 0.8 --top-p 0.95 "Once upon a time"
+  gemkit generate --file story.txt --max-tokens 100 --stop "THE END"
+  gemkit generate --json "1 + 1 =" "2 + 2 ="        (several prompts run as one batch)"""
+
+
+def add(subparsers: Any) -> None:
+    parser = verb(subparsers, "generate", "continue a text", _EXAMPLES)
+    parser.add_argument("prompt", nargs="*", help="the text to continue; several run as one batch")
+    parser.add_argument("-f", "--file", action="append", default=[], help="read a prompt from a file, - for stdin")
+    parser.add_argument("--echo", action="store_true", help="print the prompt in front of its continuation")
+    parser.add_argument(
+        "--control", action="store_true", help="text that spells a control token, like <start_of_turn>, is that token"
+    )
+    parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: log-probabilities and N alternatives")
+    add_sampling(parser)
+    add_model(parser)
+    add_output(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    prompts = [*args.prompt, *(read_text(path) for path in args.file)]
+    if not prompts:
+        raise ConfigError('there is no prompt: give a text, or --file PATH ("-" reads stdin)')
+    if args.logprobs is not None and not args.json:
+        raise ConfigError("--logprobs are printed with --json")
+    chosen = options(args)
+    model = load_model(args)
+    if args.json or len(prompts) > 1:
+        if args.logprobs is not None:
+            chosen["logprobs"] = args.logprobs
+        results = model.generate(prompts, control=args.control, **chosen)
+        if args.json:
+            answers = [{"prompt": p, **result_json(r)} for p, r in zip(prompts, results, strict=True)]
+            print(json.dumps({"model": model.label, "answers": answers}, ensure_ascii=False))
+        else:
+            for prompt, result in zip(prompts, results, strict=True):
+                say(f"── {prompt.strip().splitlines()[0][:70] if prompt.strip() else '(empty)'}")
+                write((prompt if args.echo else "") + result.text + "\n", args.raw)
+    else:
+        if args.echo:
+            write(prompts[0], args.raw)
+        results = [write_stream(model.stream(prompts[0], control=args.control, **chosen), args.raw)]
+    if not args.quiet:
+        for result in results:
+            say(figures(result))
+    return 130 if any(result.finish_reason == "interrupted" for result in results) else 0

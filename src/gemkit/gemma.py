@@ -1,0 +1,366 @@
+"""The front door: `load` a model, then ask it things in one line each.
+
+>>> model = gemkit.load("gemma-2-2b-it")
+>>> print(model.chat("Why is the sky blue?"))
+>>> for text in model.stream("Once upon a time"):
+...     print(text, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+
+from gemkit import generate as loop
+from gemkit import text
+from gemkit.errors import ConfigError, ModelError
+from gemkit.generate import INSTRUCTION_TUNED, Event, Request, Result, Sampling, Score
+from gemkit.text import Prompt, StreamDecoder, Tokenizer
+from gemkit.weights.checkpoint import Checkpoint, find
+
+if TYPE_CHECKING:
+    import torch
+
+    from gemkit.nn import Decoder
+    from gemkit.weights.load import Report
+
+MAX_TOKENS = 256
+Executor = Literal["auto", "torch"]
+
+
+class Options(TypedDict, total=False):
+    """How an answer is made; every field may be left out.
+
+    Sampling fields that are left out are greedy for `generate` and `infill`, and for `chat` those that the
+    instruction-tuned models are published with (temperature 1, top-k 64, top-p 0.95).
+    """
+
+    max_tokens: int | None  # to generate at most (256); None: until a stop or the end of the context
+    temperature: float  # 0 is greedy
+    top_k: int | None
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    stop: Sequence[str]  # texts that end the answer, and are not part of it
+    logprobs: int | None  # log-probabilities of the tokens, and of so many alternatives to each
+    beyond_context: bool  # go on past the context the model was trained with; quality is undefined there
+
+
+def load(
+    name: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str | torch.dtype | None = None,
+    executor: Executor = "auto",
+    quantized: bool = True,
+    progress: Callable[[int, int], Any] | None = None,
+) -> Gemma:
+    """A model, ready to run.
+
+    Args:
+        name: a member ("gemma-2-2b-it"), a hub id, a folder, a .gguf or .ckpt file; None: the starter model.
+        device: any torch device.
+        dtype: "bfloat16" or "float32". None: bfloat16 where the file has it, else float32.
+        executor: what computes it. "auto" takes the fastest there is, today "torch".
+        quantized: keep quantized weights as they are in memory. False makes them dense: faster in torch, larger.
+        progress: is called with (bytes read, bytes in all).
+
+    Raises:
+        GemkitError: one of its kinds, with what to do about it.
+    """
+    if executor not in ("auto", "torch"):
+        raise ConfigError(f"executor={executor!r} is not one of auto, torch")
+    checkpoint = find(name)
+    from gemkit.weights.load import load_decoder
+
+    module, report = load_decoder(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
+    return Gemma(checkpoint, module, report)
+
+
+class Gemma:
+    """A loaded model. `load` makes it."""
+
+    def __init__(self, checkpoint: Checkpoint, module: Decoder, report: Report):
+        from gemkit.program.eager import Eager
+
+        self.label = checkpoint.label
+        self.member = checkpoint.member
+        self.config = checkpoint.decoder
+        self.tokenizer: Tokenizer = checkpoint.tokenizer
+        self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill
+        self.module = module
+        self.report = report
+        self.executor = Eager(module)
+
+    def __repr__(self) -> str:
+        return f"Gemma({self.label!r})"
+
+    def __str__(self) -> str:
+        return str(self.module)
+
+    # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @overload
+    def generate(self, prompt: str, *, control: bool = False, **options: Unpack[Options]) -> Result: ...
+    @overload
+    def generate(self, prompt: Sequence[str], *, control: bool = False, **options: Unpack[Options]) -> list[Result]: ...
+    def generate(self, prompt: str | Sequence[str], *, control: bool = False, **options: Unpack[Options]):
+        """Continue a text, or several in one batch.
+
+        Args:
+            control: text that spells a control token, such as `<start_of_turn>`, is that token. By default it is
+                text, which is safe with input from strangers.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        asked = [text.complete(self.tokenizer, p, control=control) for p in prompts]
+        results = self._all(asked, options, Sampling())
+        return results[0] if isinstance(prompt, str) else results
+
+    def stream(self, prompt: str, *, control: bool = False, **options: Unpack[Options]) -> Stream:
+        """Continue a text, piece by piece as it comes."""
+        return self._stream(text.complete(self.tokenizer, prompt, control=control), options, Sampling())
+
+    def chat(self, messages: str | Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Result:
+        """The model's next turn of a conversation.
+
+        Args:
+            messages: what the user says, or `{"role": "user" | "assistant" | "system", "content": ...}` in turns that
+                alternate. A system message is merged into the first user turn: the family has no system role.
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        self.warn_if_not_tuned_for_chat()
+        return self._all([text.chat(self.tokenizer, messages)], options, INSTRUCTION_TUNED)[0]
+
+    def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
+        """A conversation that remembers: each turn continues from the state that the turns before left."""
+        return Conversation(self, system, options)
+
+    def infill(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        path: str | None = None,
+        files: Sequence[tuple[str, str]] = (),
+        **options: Unpack[Options],
+    ) -> Result:
+        """What belongs between a prefix and a suffix, for models that were trained to fill in (CodeGemma).
+
+        Args:
+            path: of the file that is being completed.
+            files: (path, text) of other files to take into account.
+        """
+        prompt = self.infill_prompt(prefix, suffix, path=path, files=files, max_tokens=options.get("max_tokens"))
+        return self._all([prompt], options, Sampling())[0]
+
+    def infill_stream(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        path: str | None = None,
+        files: Sequence[tuple[str, str]] = (),
+        **options: Unpack[Options],
+    ) -> Stream:
+        """`infill`, piece by piece as it comes."""
+        prompt = self.infill_prompt(prefix, suffix, path=path, files=files, max_tokens=options.get("max_tokens"))
+        return self._stream(prompt, options, Sampling())
+
+    def infill_prompt(
+        self,
+        prefix: str,
+        suffix: str,
+        *,
+        path: str | None = None,
+        files: Sequence[tuple[str, str]] = (),
+        max_tokens: int | None = None,
+    ) -> Prompt:
+        """The infilling prompt, cut to leave room in the context for `max_tokens` of answer."""
+        if "infill" not in self.prompts:
+            raise ModelError(f"{self.label} was not trained to infill: use codegemma-2b or codegemma-7b")
+        room = self.config.max_context - (max_tokens or MAX_TOKENS)
+        if room < 1:
+            raise ConfigError(
+                f"max_tokens={max_tokens} leaves no room for a prompt in {self.config.max_context} tokens"
+            )
+        return text.infill(self.tokenizer, prefix, suffix, path=path, files=files, max_tokens=room)
+
+    def score(self, text_: str, *, top: int = 0, control: bool = False, beyond_context: bool = False) -> Score:
+        """Log-probability of every token of a text, and its perplexity. The text follows a `<bos>`.
+
+        Args:
+            top: list so many of the most likely tokens at each position.
+        """
+        ids = text.complete(self.tokenizer, text_, control=control).ids
+        return loop.score(self.executor, ids, top=top, beyond_context=beyond_context)
+
+    # ── showing, keeping ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def summary(self) -> str:
+        """What was loaded, how large it is, what computes it and why."""
+        from gemkit.inspect import cost
+        from gemkit.ops import attention_kernel
+
+        counts = cost.count_parameters(self.config)
+        kernel, reason = attention_kernel(self.config.attention_softcap)
+        dtype = str(self.report.dtype).removeprefix("torch.")
+        lines = [
+            f"{self.label}: {counts.total:,} parameters, {len(self.config.layers)} layers of width {self.config.width}",
+            f"weights    {self.report.nbytes / 1e6:,.0f} MB, computed in {dtype} on {self.executor.device}, "
+            f"loaded in {self.report.seconds:.1f} s",
+            f"context    {self.config.max_context:,} tokens",
+            f"trained to {', '.join(self.prompts)}",
+            f"executor   {self.executor.name}",
+            f"attention  {kernel}: {reason}",
+        ]
+        lines += [f"note       {note}" for note in self.report.notes]
+        return "\n".join(lines)
+
+    def save(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
+        """Write a folder that Transformers loads unchanged. Quantized weights are made dense, exactly."""
+        from gemkit.weights.save import save_hf
+
+        return save_hf(self.module, folder, tokenizer=self.tokenizer, dtype=dtype)
+
+    def warn_if_not_tuned_for_chat(self) -> None:
+        """Say once per call site that a pretrained model only continues text."""
+        if "chat" not in self.prompts:
+            warnings.warn(not_tuned_for_chat(self.label), stacklevel=3)
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def request(
+        self, prompt: Prompt, options: Options, sampling: Sampling, history: Sequence[int] = (), slot: int | None = None
+    ) -> Request:
+        """A prompt, after the ids of a `history`, and options as a request to the loop."""
+        known = {field: options[field] for field in _SAMPLING_FIELDS if field in options}
+        if unknown := sorted(set(options) - set(Options.__annotations__)):
+            raise ConfigError(f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}")
+        if known.get("temperature") == 0:  # greedy, whatever was published
+            sampling = Sampling()
+        return Request(
+            ids=[*history, *prompt.ids],
+            sampling=replace(sampling, **known),
+            max_tokens=options.get("max_tokens", MAX_TOKENS),
+            stop_ids=prompt.stop_ids,
+            stop_strings=tuple(options.get("stop", ())),
+            logprobs=options.get("logprobs"),
+            slot=slot,
+        )
+
+    def _all(self, prompts: Sequence[Prompt], options: Options, sampling: Sampling) -> list[Result]:
+        requests = [self.request(prompt, options, sampling) for prompt in prompts]
+        return loop.complete(self.executor, requests, **self.loop_options(options))
+
+    def _stream(self, prompt: Prompt, options: Options, sampling: Sampling) -> Stream:
+        return Stream(
+            loop.generate(self.executor, [self.request(prompt, options, sampling)], **self.loop_options(options))
+        )
+
+    def loop_options(self, options: Options) -> dict[str, Any]:
+        return {
+            "text_stream": lambda: StreamDecoder(self.tokenizer),
+            "beyond_context": options.get("beyond_context", False),
+        }
+
+
+_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias", "seed")
+
+
+def not_tuned_for_chat(label: str) -> str:
+    """What to know before chatting with a pretrained model."""
+    return (
+        f"{label} is a pretrained model: it continues text and was not taught to answer. For conversations load an "
+        "instruction-tuned one, such as gemma-3-270m-it, gemma-3-1b-it or gemma-2-2b-it (`gemkit doctor` tells how to "
+        "get access)"
+    )
+
+
+class Stream(Iterator[str]):
+    """The pieces of one answer as they come; `result` is there when they have ended.
+
+    A Ctrl-C while the model computes ends the pieces and keeps what there is, with `result.finish_reason`
+    "interrupted". One that arrives between two pieces is yours to catch: `interrupt()` then does the same.
+    """
+
+    def __init__(self, events: Generator[Event], on_result: Callable[[Result], None] | None = None):
+        self._events = events
+        self._on_result = on_result
+        self.result: Result | None = None
+
+    def __next__(self) -> str:
+        return self._take(next(self._events))
+
+    def interrupt(self) -> Result:
+        """Stop here; the result has everything up to now."""
+        if self.result is None:
+            self._take(self._events.throw(KeyboardInterrupt))
+        assert self.result is not None
+        return self.result
+
+    def finish(self) -> Result:
+        """Read to the end without looking at the pieces."""
+        for _ in self:
+            pass
+        assert self.result is not None
+        return self.result
+
+    def _take(self, event: Event) -> str:
+        if event.result is not None:
+            self.result = event.result
+            if self._on_result is not None:
+                self._on_result(event.result)
+        return event.text
+
+
+class Conversation:
+    """Turns with one model; the state of the turns before is kept, so history is never computed again.
+
+    talk = model.conversation(system="Answer in one sentence.")
+    print(talk.say("What is a tide?"))
+    print(talk.say("And a spring tide?"))
+    """
+
+    def __init__(self, model: Gemma, system: str | None, options: Options):
+        model.warn_if_not_tuned_for_chat()
+        self.model = model
+        self.ids: list[int] = []  # the whole conversation as the model has seen and written it
+        self._system = system
+        self._options = options
+        self._state = model.executor.new_state(1)
+        self._known = True  # whether the state holds the beginning of `ids` and nothing else
+
+    def say(self, words: str) -> Result:
+        """The model's answer to the user's next turn."""
+        return self.stream(words).finish()
+
+    def stream(self, words: str) -> Stream:
+        """`say`, piece by piece. A turn counts once it is read to its end or interrupted."""
+        if not self._known:  # the turn before was dropped on the way: its beginning is computed anew
+            self._state.free(0)
+        prompt = self._prompt(words)
+        request = self.model.request(prompt, self._options, INSTRUCTION_TUNED, self.ids, slot=0)
+        events = loop.generate(
+            self.model.executor, [request], state=self._state, **self.model.loop_options(self._options)
+        )
+        self._known = False
+        return Stream(events, lambda result: self._remember(request, result))
+
+    def _prompt(self, words: str) -> Prompt:
+        if self.ids:
+            return text.next_turn(self.model.tokenizer, self.ids, words)
+        messages = [{"role": "user", "content": words}]
+        if self._system:
+            messages.insert(0, {"role": "system", "content": self._system})
+        return text.chat(self.model.tokenizer, messages)
+
+    def _remember(self, request: Request, result: Result) -> None:
+        self.ids = [*request.ids, *result.ids]
+        self._known = result.in_state is not None
