@@ -17,6 +17,8 @@ EXAMPLES = """\
   gemkit compare gemma-2b gemma-7b --explain     what each quantity means
 """
 
+ROOM_FOR_COSTS = 100  # columns of terminal from which more than two models leave room for a column of costs
+
 
 def add(subparsers: Any) -> None:
     """Add the parser of `gemkit compare`."""
@@ -31,6 +33,7 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the models named by `args` side by side."""
+    from gemkit.cli.tables import width
     from gemkit.inspect import subject
     from gemkit.inspect.compare import compare, summary
 
@@ -43,29 +46,29 @@ def run(args: argparse.Namespace) -> int:
     for line in summary(subjects):
         print(line)
     print()
+    with_costs = len(subjects) == 2 or width() >= ROOM_FOR_COSTS
     shown = [row for row in rows if args.all or row.differs]
     if args.explain:
         _print_explained(labels, shown)
     else:
-        _print_table(labels, shown)
-    hints = [] if args.all else [f"{len(rows) - len(shown)} more are the same (--all)"]
+        _print_table(labels, shown, with_costs)
+    hints = [] if with_costs or args.explain else ["a wider terminal shows what each difference costs"]
+    hints += [] if args.all else [f"{len(rows) - len(shown)} more are the same (--all)"]
     hints += [] if args.explain else ["--explain says what each one means"]
     if hints:
         say("\n" + "; ".join(hints))
     return 0
 
 
-def _print_table(labels: list[str], rows) -> None:
+def _print_table(labels: list[str], rows, with_costs: bool) -> None:
     from gemkit.cli.tables import print_table
 
-    print_table(
-        [("", "left"), *((label, "left") for label in labels), ("what it costs", "left")],
-        [(group, [_cells(row) for row in of_group]) for group, of_group in groupby(rows, lambda row: row.group)],
-    )
+    def cells(row) -> list[str]:
+        return ["  " + row.label, *row.values, *([_costs(row)] if with_costs else [])]
 
-
-def _cells(row) -> list[str]:
-    return ["  " + row.label, *row.values, _costs(row)]
+    headings = ["", *labels, *(["what it costs"] if with_costs else [])]
+    groups = groupby(rows, lambda row: row.group)
+    print_table([(heading, "left") for heading in headings], [(group, list(map(cells, of))) for group, of in groups])
 
 
 def _costs(row) -> str:
@@ -81,7 +84,7 @@ def _print_explained(labels: list[str], rows) -> None:
     for group, of_group in groupby(rows, lambda row: row.group):
         print(group.upper())
         for row in of_group:
-            print(f"\n{row.label.strip()}")
+            print(f"\n{row.label}")
             for label, value, cost in zip(labels, row.values, ("", *row.costs), strict=True):
                 print(f"  {label:<{name}}  {value}" + (f"   ({cost})" if cost else ""))
             print(textwrap.fill(row.explanation, room, initial_indent="    ", subsequent_indent="    "))
@@ -94,7 +97,7 @@ def _record(row) -> dict[str, Any]:
     return {
         "key": row.key,
         "group": row.group,
-        "label": row.label.strip(),
+        "label": row.label,
         "values": row.raw,
         "text": row.values,
         "differs": row.differs,

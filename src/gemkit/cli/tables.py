@@ -32,7 +32,13 @@ def print_table(
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i, (heading, side) in enumerate(columns):
-        table.add_column(heading, justify="right" if side == "right" else "left", no_wrap=i < fixed)
+        table.add_column(
+            heading,
+            justify="right" if side == "right" else "left",
+            no_wrap=i < fixed,
+            min_width=len(heading),
+            overflow="fold",
+        )
     for heading, rows in groups:
         table.add_row(Text(heading, style="dim"))
         for row in rows:

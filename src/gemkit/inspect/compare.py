@@ -57,7 +57,6 @@ def compare(subjects: Sequence[Subject]) -> list[Row]:
         if all(value is None for value in raw):
             continue
         values = tuple("-" if value is None else quantity.show(value) for value in raw)
-        notes = [note for s in subjects for note in confusions(quantity.key, s.decoder, s.vision)]
         rows.append(
             Row(
                 key=quantity.key,
@@ -67,7 +66,7 @@ def compare(subjects: Sequence[Subject]) -> list[Row]:
                 raw=raw,
                 costs=tuple(_cost(quantity, raw[0], value, steps) for value, steps in zip(raw[1:], walks, strict=True)),
                 explanation=explanation(quantity.key),
-                confusions=tuple(dict.fromkeys(notes)),
+                confusions=_confusions(quantity.key, subjects),
             )
         )
     crossing = _crossing(subjects)
@@ -80,6 +79,9 @@ def summary(subjects: Sequence[Subject]) -> list[str]:
     first, *others = subjects
     said = [f"{first.label}: {_size(first)}"]
     for other in others:
+        if other.label == first.label:
+            said.append(f"{other.label}: the same model")
+            continue
         if other.decoder == first.decoder and other.vision == first.vision:
             said.append(f"{other.label}: the same architecture, with other weights")
             continue
@@ -114,12 +116,12 @@ _STEPS = (
 )
 
 
-def walk(a: Subject, b: Subject) -> dict[str, Delta]:
+def walk(a: Subject, b: Subject) -> dict[str, Delta | None]:
     """What each difference in shape adds on the way from `a` to `b`, by the key of its row; the sums are exact.
 
-    A step that no decoder can take alone (16 key/value heads with 8 heads) is taken with the next.
+    A step that no decoder can take alone (8 heads on 16 key/value heads) is None, and taken with the next.
     """
-    steps: dict[str, Delta] = {}
+    steps: dict[str, Delta | None] = {}
     here, pending = a.decoder, {}
     for key, fields in _STEPS:
         pending |= {field: getattr(b.decoder, field) for field in fields}
@@ -128,6 +130,7 @@ def walk(a: Subject, b: Subject) -> dict[str, Delta]:
         try:
             there = replace(here, **pending)
         except ConfigError:
+            steps[key] = None
             continue
         steps[key] = Delta(_parameters(there) - _parameters(here), _cache(there) - _cache(here))
         here, pending = there, {}
@@ -145,6 +148,17 @@ def _cache(decoder: Decoder) -> int:
     return cost.cache_bytes_per_token(decoder).total
 
 
+def _confusions(key: str, subjects: Sequence[Subject]) -> tuple[str, ...]:
+    """What is commonly mistaken, with the name of the model that it is about where it is not all of them."""
+    about: dict[str, list[str]] = {}
+    for subject in subjects:
+        for note in confusions(key, subject.decoder, subject.vision):
+            about.setdefault(note, []).append(subject.label)
+    return tuple(
+        note if len(labels) == len(subjects) else f"{', '.join(labels)}: {note}" for note, labels in about.items()
+    )
+
+
 @dataclass(frozen=True)
 class _Quantity:
     key: str
@@ -155,7 +169,7 @@ class _Quantity:
     ratio: bool = False  # a cost itself: what differs is told as a factor
 
 
-def _cost(quantity: _Quantity, first: Any, other: Any, steps: dict[str, Delta]) -> str:
+def _cost(quantity: _Quantity, first: Any, other: Any, steps: dict[str, Delta | None]) -> str:
     if first == other:
         return ""
     if quantity.ratio:
@@ -165,7 +179,7 @@ def _cost(quantity: _Quantity, first: Any, other: Any, steps: dict[str, Delta]) 
         return f"x {factor:.3g}" if abs(factor - 1) > 0.05 else f"{100 * (factor - 1):+.2g} %"
     delta = steps.get(quantity.key)
     if delta is None:
-        return ""
+        return "with the next row" if quantity.key in steps else ""
     parts = [
         *([f"{delta.parameters:+,}" if abs(delta.parameters) < 10_000 else _signed(delta.parameters, units.short)]
           if delta.parameters else []),
@@ -193,7 +207,7 @@ def _crossing(subjects: Sequence[Subject]) -> list[Row]:
         return []
     text = explanation("crossing")
     costs = tuple("" for _ in subjects[1:])
-    return [Row("crossing", "Memory", "less than the first", tuple(values), tuple(raw), costs, text, ())]
+    return [Row("crossing", "Memory", "needs less memory", tuple(values), tuple(raw), costs, text, ())]
 
 
 def _say_crossing(first: Subject, other: Subject, ahead: int, together: list[int], states: list[int]) -> str:
@@ -203,11 +217,11 @@ def _say_crossing(first: Subject, other: Subject, ahead: int, together: list[int
         smaller = needs < cost.state_bytes(first.decoder, at).total
         if not crossings:
             return "always" if smaller else "never"
-        return f"{'from' if smaller else 'below'} {units.exact(at)} tokens"
+        return f"{'from' if smaller else 'below'} {units.exact(at)}"
 
     if not (together or states):
         return "-"
-    return f"{less(ahead, together)} (states: {less(0, states)})"
+    return f"{less(ahead, together)} (state alone: {less(0, states)})"
 
 
 # ---------------------------------------------------------------- how shapes are said
@@ -335,10 +349,12 @@ _QUANTITIES = (
     _Quantity("embed_scale", "Details", "embedding scale", lambda s: _embed_scale(s.decoder), str),
     _Quantity("biases", "Details", "biases", lambda s: s.decoder.biases, _yes),
     _Quantity("parameters", "Size", "parameters", lambda s: cost.count(s.decoder, s.vision).total, units.exact, True),
-    _Quantity("embedding", "Size", "  embedding", lambda s: cost.count(s.decoder).embedding, units.exact, True),
-    _Quantity("non_embedding", "Size", "  the rest", lambda s: cost.count(s.decoder).non_embedding, units.exact, True),
+    _Quantity("embedding", "Size", "embedding", lambda s: cost.count(s.decoder).embedding, units.exact, True),
     _Quantity(
-        "vision", "Size", "  image tower", lambda s: _optional(cost.count(s.decoder, s.vision).vision), units.exact
+        "non_embedding", "Size", "non-embedding", lambda s: cost.count(s.decoder).non_embedding, units.exact, True
+    ),
+    _Quantity(
+        "vision", "Size", "image tower", lambda s: _optional(cost.count(s.decoder, s.vision).vision), units.exact
     ),
     _weights("float32"),
     _weights("bfloat16"),
@@ -346,12 +362,17 @@ _QUANTITIES = (
     _weights("int4"),
     _Quantity("cache_per_token", "Memory", "cache a token", lambda s: _cache(s.decoder), units.kib, True),
     _Quantity(
-        "state_8k", "Memory", "  at 8,192", lambda s: cost.state_bytes(s.decoder, 8192).total, units.memory, True
+        "state_8k",
+        "Memory",
+        "cache, 8,192 tokens",
+        lambda s: cost.state_bytes(s.decoder, 8192).total,
+        units.memory,
+        True,
     ),
     _Quantity(
         "state_full",
         "Memory",
-        "  at full context",
+        "cache, full context",
         lambda s: cost.state_bytes(s.decoder, s.decoder.max_context).total,
         units.memory,
         True,
@@ -363,11 +384,13 @@ _QUANTITIES = (
         lambda s: _optional(cost.state_bytes(s.decoder, 0).recurrent),
         units.memory,
     ),
-    _Quantity("flops_empty", "Arithmetic", "a token", lambda s: cost.decode_flops(s.decoder, 0), units.flops, True),
+    _Quantity(
+        "flops_empty", "Arithmetic", "FLOP a token", lambda s: cost.decode_flops(s.decoder, 0), units.flops, True
+    ),
     _Quantity(
         "flops_full",
         "Arithmetic",
-        "  at full context",
+        "FLOP, full context",
         lambda s: cost.decode_flops(s.decoder, s.decoder.max_context),
         units.flops,
         True,
@@ -375,17 +398,17 @@ _QUANTITIES = (
     _Quantity(
         "bytes_full",
         "Arithmetic",
-        "  bytes read",
+        "bytes, full context",
         lambda s: cost.decode_bytes(s.decoder, s.decoder.max_context),
         units.memory,
         True,
     ),
     _Quantity("image_tokens", "Images", "tokens an image", _of_vision(lambda _, v: v.num_patches), units.exact, True),
-    _Quantity("image_flops", "Images", "  to encode", _of_vision(cost.image_flops), units.flops, True),
+    _Quantity("image_flops", "Images", "FLOP an image", _of_vision(cost.image_flops), units.flops, True),
     _Quantity(
         "image_state",
         "Images",
-        "  its cache",
+        "cache an image",
         _of_vision(lambda d, v: cost.state_bytes(d, v.num_patches).total),
         units.memory,
         True,

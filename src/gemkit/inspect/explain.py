@@ -114,9 +114,9 @@ EXPLANATIONS = {
         What the recurrent layers keep: one float32 number a channel and the last inputs of a short convolution.
         It is the same after ten tokens and after a million, and everything older must fit in it.""",
     "crossing": """
-        The context from which it needs less memory than the first, weights in bfloat16 and the state of one sequence
-        together. The number in brackets looks at the states alone, which is what counts when many sequences share
-        the weights.""",
+        At which lengths of context, in tokens, it needs less memory than the first model: weights in bfloat16 and the
+        state of one sequence together. The number in brackets looks at the state alone, which is what counts when
+        many sequences share the weights.""",
     "flops_empty": """
         Arithmetic to decode one token with attention left out: twice the weights that multiply, the output head
         included. It hardly depends on the context until the context is long.""",
@@ -195,8 +195,12 @@ def confusions(key: str, decoder: Decoder, vision: Vision | None) -> list[str]:
         case "final_softcap" if decoder.final_softcap and vision:
             said.append("The original code leaves the cap out of training and prefill; Hugging Face applies it.")
         case "embed_scale" if (sqrt := d**0.5) != bfloat16(sqrt):
-            whose = "whatever dtype it runs in" if decoder.embed_scale_dtype == "bfloat16" else "when run in it"
-            said.append(f"In bfloat16 the factor is {bfloat16(sqrt):g}, not {sqrt:.4f}; this member uses that {whose}.")
+            whose = (
+                "whatever dtype the model runs in"
+                if decoder.embed_scale_dtype == "bfloat16"
+                else "when the model runs in it"
+            )
+            said.append(f"In bfloat16 the factor is {bfloat16(sqrt):g}, not {sqrt:.4f}; it is used {whose}.")
         case "parameters":
             said.append("Tools that list lm_head beside the embedding count the same table twice.")
         case "biases" if decoder.biases:
