@@ -10,6 +10,7 @@ Source: https://github.com/google/gemma_pytorch (gemma/model.py, `load_weights`)
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,11 +112,9 @@ def _unpickle(file: File) -> dict[str, Any]:
             raw.seek(0)
             content = torch.load(raw, weights_only=True, map_location="meta")
     except Exception as error:  # a hostile pickle makes the loader fail in any way it can; none of them ran its code
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise WeightsError(
-            f"{file.path} is corrupt, or asks for more than tensors, which is never granted ({reason}): "
-            "take a safetensors or GGUF file of the same model"
-        ) from None
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"its pickle asks for {asked[1]}, which is never granted" if asked else "its pickle is corrupt"
+        raise WeightsError(f"{file.path}: {reason}: take a safetensors or GGUF file of the same model") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise WeightsError(f"{file.path} holds a {type(content).__name__}, not tensors by name")
     return content
@@ -133,7 +132,9 @@ def _entry(file: File, name: str, tensor: Tensor, records: dict[int, int]) -> En
         raise WeightsError(f"{where} is a {type(tensor).__name__}")
     dtypes = {torch_name: ours for ours, (_, torch_name) in DENSE.items()}
     dtype = dtypes.get(str(tensor.dtype).removeprefix("torch."))
-    if tensor.layout is not torch.strided or dtype is None or len(tensor.shape) > MAX_AXES:
+    if len(tensor.shape) > MAX_AXES:
+        raise WeightsError(f"{where} has {len(tensor.shape)} axes, more than {MAX_AXES}")
+    if tensor.layout is not torch.strided or dtype is None:
         raise WeightsError(
             f"{where} is {tensor.layout} {tensor.dtype}; dense tensors of these are read: {', '.join(DENSE)}"
         )

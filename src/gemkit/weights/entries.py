@@ -219,10 +219,11 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise WeightsError(f"{where} repeats the key {next(key for key in keys if keys.count(key) > 1)!r}")
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise WeightsError(f"{where} repeats the key {key!r}")
+            found[key] = value
         return found
 
     try:

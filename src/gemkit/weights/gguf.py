@@ -55,7 +55,7 @@ _NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _U32, _STRING, _ARRAY = 4, 8, 9
 
 _MAX_NAME = 65_535  # bytes of a key, and of a tensor's name
-_MIN_KEY_BYTES, _MIN_TENSOR_BYTES = 14, 25  # an empty key and one byte of value; an empty name and no axes
+_MIN_KEY_BYTES, _MIN_TENSOR_BYTES = 14, 33  # a name of one letter; one byte of value, or one axis
 
 _CHUNK = 4 << 20  # bytes of blocks repacked at a time, so that they stay in a cache
 

@@ -31,7 +31,9 @@ def read_index(path: Path) -> dict[Path, set[str]]:
     shards: dict[str, set[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_plain(shard):
-            raise WeightsError(f"{path}: {name} is said to be in {shard!r}, which is not the name of a file beside it")
+            raise WeightsError(
+                f"{path}: {name!r} is said to be in {shard!r}, which is not the name of a file beside it"
+            )
         shards.setdefault(shard, set()).add(name)
     missing = sorted(shard for shard in shards if not (path.parent / shard).exists())
     if missing:
