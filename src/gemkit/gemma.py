@@ -76,11 +76,11 @@ def load(
     """
     if executor not in ("auto", "torch"):
         raise ConfigError(f"executor={executor!r} is not one of auto, torch")
-    checkpoint = find(name)
-    from gemkit.weights.load import load_decoder
+    with find(name) as checkpoint:
+        from gemkit.weights.load import load_decoder  # imports torch: a wrong name is told without waiting for it
 
-    module, report = load_decoder(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
-    return Gemma(checkpoint, module, report)
+        module, report = load_decoder(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
+        return Gemma(checkpoint, module, report)
 
 
 class Gemma:

@@ -26,7 +26,7 @@ from gemkit.weights.safetensors import SafetensorsReader
 
 @dataclass
 class Checkpoint:
-    """A model on disk, its headers read and checked, its weights not yet."""
+    """A model on disk, its headers read and checked, its weights not yet. A context manager: it holds open files."""
 
     label: str  # what to call it in messages and tables
     path: Path
@@ -35,6 +35,12 @@ class Checkpoint:
     decoder: Decoder
     member: Member | None = None  # the member that it was asked for as, if it was by name
     notes: list[str] = field(default_factory=list)  # what a user should know of how it was read
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reader.close()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -149,8 +155,8 @@ def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer
     if name is not None and not Path(name).expanduser().exists():
         member = family.get(os.fspath(name))
     if member is None:
-        checkpoint = find(name)
-        return checkpoint.label, checkpoint.tokenizer, checkpoint.prompts
+        with find(name) as checkpoint:
+            return checkpoint.label, checkpoint.tokenizer, checkpoint.prompts
     folder = hub.download(member.hub_id, weights=False)
     return member.name, _tokenizer_in(folder, member), member.prompts
 
@@ -163,33 +169,43 @@ def runnable(decoder: Decoder) -> bool:
 def open_path(path: Path, label: str, member: Member | None = None) -> Checkpoint:
     """Read and check the headers of a checkpoint."""
     format = sniff(path)
+    reader = _READERS[format](path)
+    try:
+        return _describe(format, path, label, reader, member)
+    except BaseException:
+        reader.close()
+        raise
+
+
+_READERS: dict[Format, type[Reader]] = {"safetensors": SafetensorsReader, "gguf": GGUFReader, "ckpt": CkptReader}
+
+
+def _describe(format: Format, path: Path, label: str, reader: Reader, member: Member | None) -> Checkpoint:
+    """The architecture: from the configuration that came with the tensors, or else from their shapes."""
     if format == "gguf":
-        reader = GGUFReader(path)
         table = reader.entries.get("token_embd.weight")
         if table is None or len(table.shape) != 2:
             raise WeightsError(f"{label}: token_embd.weight is missing or not a matrix")
-        decoder = configs.from_gguf(reader.metadata, table.shape[0], label)
-        return Checkpoint(label, path, "gguf", reader, decoder, member)
+        return Checkpoint(
+            label, path, format, reader, configs.from_gguf(reader.metadata, table.shape[0], label), member
+        )
     if format == "safetensors":
         folder = path if path.is_dir() else path.parent
         if not (folder / "config.json").is_file():
             raise WeightsError(f"{label}: there is no config.json in {folder}")
         config = read_json(folder / "config.json")
-        checkpoint = Checkpoint(
-            label, path, "safetensors", SafetensorsReader(path), configs.from_hf(config, label), member
-        )
+        checkpoint = Checkpoint(label, path, format, reader, configs.from_hf(config, label), member)
         if "vision_config" in config:
             checkpoint.notes.append("the image tower is left out: the text decoder alone is loaded")
         return checkpoint
-    reader = CkptReader(path)
-    member = member or _member_of("ckpt", reader, label)
-    return Checkpoint(label, path, "ckpt", reader, member.decoder, member)
+    member = member or _member_of(format, reader, label)
+    return Checkpoint(label, path, format, reader, member.decoder, member)
 
 
 def resolve_decoder(path: str | os.PathLike[str]) -> tuple[Decoder, Vision | None, str]:
     """Architecture and name of a checkpoint on disk."""
-    checkpoint = open_path(Path(path).expanduser(), os.fspath(path))
-    return checkpoint.decoder, None, checkpoint.label
+    with open_path(Path(path).expanduser(), os.fspath(path)) as checkpoint:
+        return checkpoint.decoder, None, checkpoint.label
 
 
 def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:

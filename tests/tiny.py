@@ -1,0 +1,74 @@
+"""Members at a size that a test can run, with their real layer pattern, and the same weights in Transformers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+
+from gemkit import family
+from gemkit.family import Decoder, Sliding
+from gemkit.nn import Decoder as Module
+from gemkit.weights import configs
+from gemkit.weights.checkpoint import find
+from gemkit.weights.load import load_decoder
+
+WINDOW = 8
+VOCAB = 320
+
+
+def tiny(name: str) -> Decoder:
+    """The member with small widths and windows of 8. Heads, pattern, caps, norms and ropes stay as they are, and
+    heads times head size still differs from the width."""
+    real = family.get(name).decoder
+    layers = tuple(replace(layer, window=WINDOW) if isinstance(layer, Sliding) else layer for layer in real.layers)
+    by_width = abs(real.query_scale - real.head_dim**-0.5) > 1e-6  # the 27B models scale by width / heads
+    width, head_dim = (12 if by_width else 4) * real.num_heads, 16
+    return replace(
+        real,
+        vocab_size=VOCAB,
+        width=width,
+        ffw_width=96,
+        head_dim=head_dim,
+        layers=layers,
+        query_scale=(width // real.num_heads if by_width else head_dim) ** -0.5,
+    )
+
+
+def reference(decoder: Decoder, seed: int = 0) -> transformers.PreTrainedModel:
+    """Transformers' model with random weights, float32, eager attention (its default may drop Gemma 2's soft cap)."""
+    settings = configs.to_hf(decoder)
+    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            # Norms are offsets from 1. Queries and keys are larger, so that softmaxes choose and soft caps bend; all
+            # else is of unit gain. With more gain the models are chaotic: Transformers' own float32 is then 1e-4 off its float64.
+            gain = 1.5 if "q_proj" in name or "k_proj" in name else 1
+            weight.normal_(0, 0.3 if "norm" in name else gain / weight.shape[-1] ** 0.5, generator=generator)
+    return model.eval()
+
+
+def save_reference(model: transformers.PreTrainedModel, folder: Path, **options) -> Path:
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def load(path: Path, **options) -> Module:
+    """Our decoder from files, as the front door loads it."""
+    with find(path) as checkpoint:
+        return load_decoder(checkpoint, **options)[0]
+
+
+def tokens(*lengths: int, seed: int = 1) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, VOCAB, (length,), generator=generator) for length in lengths]
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """Within `tolerance` of the largest absolute logit: float32 sums in another order differ by about 1e-6 of it."""
+    error = (ours - theirs).abs().max().item() / theirs.abs().max().item()
+    assert error <= tolerance, f"off by {error:.2e} of the largest logit, {tolerance:.0e} allowed"
