@@ -97,11 +97,13 @@ class Vocabulary:
         for i in np.flatnonzero(type_V == PieceType.UNKNOWN):
             if spelled[i] != UNK:
                 raise WeightsError(f"{source}: piece {i}, {spelled[i]!r}, has the type UNKNOWN, as only {UNK} may")
-        byte_pieces = {spelled[i]: i for i in np.flatnonzero(type_V == PieceType.BYTE)}
-        for piece in byte_pieces.keys() ^ BYTES.keys():
-            if piece in BYTES:
-                raise WeightsError(f"{source}: no byte piece {piece}; characters without a piece need all 256")
-            raise WeightsError(f"{source}: byte piece {byte_pieces[piece]} is {piece!r}; bytes are <0x00> to <0xFF>")
+        byte_ids = np.flatnonzero(type_V == PieceType.BYTE)
+        for i in byte_ids:
+            if spelled[i] not in BYTES:
+                raise WeightsError(f"{source}: byte piece {i} is {spelled[i]!r}; bytes are <0x00> to <0xFF>")
+        if len(byte_ids) < len(BYTES):
+            missing = min(BYTES.keys() - {spelled[i] for i in byte_ids})
+            raise WeightsError(f"{source}: no byte piece {missing}; characters without a piece need all 256")
         return cls(spelled, score_V, type_V, specs)
 
     @classmethod
