@@ -8,7 +8,7 @@ alone, in any batch, with any chunk size, and from a state that holds a part of 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,7 +50,10 @@ class Executor(Protocol):
         ...
 
     def run(self, chunks: Sequence[Chunk], state: State) -> np.ndarray:
-        """Append each chunk to its slot; logits (sum of rows, vocab_size) float32, in the order of the chunks."""
+        """Append each chunk to its slot; logits (sum of rows, vocab_size) float32, in the order of the chunks.
+
+        All or nothing: if it raises, by Ctrl-C too, `lengths` are as before and every slot can go on from there.
+        """
         ...
 
 
@@ -93,7 +96,7 @@ def generate(
     state: State | None = None,
     chunk: int = 512,
     beyond_context: bool = False,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Continue all requests as one batch; events come as tokens are drawn, the last of each request with its `Result`.
 
     Prompt and answer together have at most `executor.decoder.max_context` tokens: a request that reaches that many
@@ -125,11 +128,11 @@ def generate(
         except (ConfigError, ContextError) as error:
             raise type(error)(f"request {index}: {error}") from None
     slots = _slots(requests, state)
-    state = executor.new_state(len(requests)) if state is None else state
+    state = executor.new_state(max(1, len(requests))) if state is None else state
     limit = None if beyond_context else executor.decoder.max_context
     stream = text_stream or _NoText
     answers = [
-        _Answer(i, request, slot, state.lengths[slot], limit, stream())
+        _Answer(i, request, slot, state, limit, stream())
         for i, (request, slot) in enumerate(zip(requests, slots, strict=True))
     ]
     return _run(executor, state, answers, chunk)
@@ -168,9 +171,8 @@ def score(
     return Score(tuple(entries))
 
 
-def _run(executor: Executor, state: State, answers: list[_Answer], chunk: int) -> Iterator[Event]:
+def _run(executor: Executor, state: State, answers: list[_Answer], chunk: int) -> Generator[Event, None, None]:
     started = time.perf_counter()
-    in_step: list[_Answer] = []
     for answer in answers:
         answer.started = started
     try:
@@ -178,20 +180,15 @@ def _run(executor: Executor, state: State, answers: list[_Answer], chunk: int) -
             if answer.is_full:
                 yield answer.finish("context")
         while live := [answer for answer in answers if not answer.finished]:
-            counts = _share(live, chunk)
-            chunks = [answer.chunk(count) for answer, count in counts]
-            in_step = [answer for answer, _ in counts]
-            logits = iter(executor.run(chunks, state))
-            for answer, count in counts:
-                answer.in_state += count
-            in_step = []
-            for (answer, _), part in zip(counts, chunks, strict=True):
+            parts = [(answer, answer.chunk(count)) for answer, count in _share(live, chunk)]
+            logits = iter(executor.run([part for _, part in parts], state))
+            for answer, part in parts:
                 if part.rows:
                     yield answer.accept(next(logits))
     except KeyboardInterrupt:
         for answer in answers:
             if not answer.finished:
-                yield answer.finish("interrupted", mid_step=answer in in_step)
+                yield answer.finish("interrupted")
 
 
 def _share(live: list[_Answer], chunk: int) -> list[tuple[_Answer, int]]:
@@ -207,11 +204,11 @@ def _share(live: list[_Answer], chunk: int) -> list[tuple[_Answer, int]]:
 class _Answer:
     """One request on its way: what has been drawn, what of it the state holds, and whether it is over."""
 
-    def __init__(self, index: int, request: Request, slot: int, in_state: int, limit: int | None, stream: TextStream):
-        self.index, self.request, self.slot = index, request, slot
-        self.sampling = request.sampling.seeded() if request.sampling.temperature else request.sampling
+    def __init__(self, index: int, request: Request, slot: int, state: State, limit: int | None, stream: TextStream):
+        self.index, self.request, self.slot, self.state = index, request, slot, state
+        self.sampling = request.sampling.seeded()
         self.ids = [int(i) for i in request.ids]  # prompt and answer
-        self.in_state = self.cached = in_state  # of `ids`, so many are in the state
+        self.cached = self.in_state
         self.limit = limit
         self.stream, self.stops = stream, StopStrings(request.stop_strings)
         self.text = ""
@@ -220,15 +217,19 @@ class _Answer:
         self.first: float | None = None  # when the first and the last token came
         self.last = 0.0
         self.finished = False
-        if in_state >= len(self.ids):
+        if self.pending < 1:
             raise StateError(
-                f"request {index}: slot {slot} holds {in_state} tokens and the request has {len(self.ids)}; "
+                f"request {index}: slot {slot} holds {self.cached} tokens and the request has {len(self.ids)}; "
                 "pass the whole sequence with at least one new token, or free the slot"
             )
 
     @property
     def drawn(self) -> int:
         return len(self.ids) - len(self.request.ids)
+
+    @property
+    def in_state(self) -> int:
+        return self.state.lengths[self.slot]
 
     @property
     def pending(self) -> int:
@@ -272,7 +273,6 @@ class _Answer:
         logprob: TokenLogprob | None = None,
         *,
         stopped_by: int | None = None,
-        mid_step: bool = False,
     ) -> Event:
         """The last event: `text` and what was held back until now, with the result."""
         rest = self.stops.push(self.stream.finish()) + self.stops.finish()
@@ -287,7 +287,7 @@ class _Answer:
             finish_reason=reason,
             stopped_by=self.stops.matched if self.stops.matched is not None else stopped_by,
             logprobs=None if self.request.logprobs is None else tuple(self.logprobs),
-            in_state=None if mid_step else self.in_state,
+            in_state=self.in_state,
             seed=self.sampling.seed if self.sampling.temperature else None,
             timings=Timings(
                 prompt_tokens=len(self.request.ids),

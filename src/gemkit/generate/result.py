@@ -45,7 +45,8 @@ class Result:
     """All that came of one request.
 
     `request.ids + result.ids` is the whole sequence, and the state's slot holds its first `in_state` ids: all but the
-    last one or few, which were drawn but not run. To go on, ask for the whole sequence and more from the same slot.
+    last, which was drawn but not run (after an interruption also fewer, or all). To go on, ask for the whole sequence
+    and more from the same slot.
     """
 
     text: str  # without stop strings and what follows them
@@ -53,7 +54,7 @@ class Result:
     finish_reason: FinishReason
     stopped_by: int | str | None  # the stop id or stop string, if the reason is "stop"
     logprobs: tuple[TokenLogprob, ...] | None  # one for each of `ids`, if asked for
-    in_state: int | None  # None after an interruption in mid-step: the slot's content is unknown and must be freed
+    in_state: int
     seed: int | None  # that the draws were made with, whether given or fresh; None if greedy
     timings: Timings
 

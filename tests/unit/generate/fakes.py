@@ -31,6 +31,7 @@ def tiny_decoder(max_context: int = 64, vocab_size: int = len(PIECES)) -> Decode
 
 class FakeState:
     def __init__(self, slots: int):
+        assert slots >= 1
         self.histories: list[list[int]] = [[] for _ in range(slots)]
 
     @property
@@ -58,6 +59,7 @@ class HashModel:
         self.calls.append(list(chunks))
         rows = []
         for chunk in chunks:
+            assert chunk.ids
             assert 0 <= chunk.rows <= len(chunk.ids)
             for at, i in enumerate(chunk.ids):
                 state.histories[chunk.slot].append(i)

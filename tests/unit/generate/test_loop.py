@@ -221,6 +221,10 @@ def test_a_request_that_cannot_be_is_refused_before_anything_runs(request_, says
     assert not model.calls
 
 
+def test_no_requests_give_no_results():
+    assert complete(HashModel(), []) == []
+
+
 @pytest.mark.parametrize("run", [lambda m: generate(m, [], chunk=0), lambda m: score(m, [BOS], chunk=0)])
 def test_a_chunk_of_nothing_is_refused(run):
     with pytest.raises(ConfigError, match="chunk=0"):
@@ -278,7 +282,7 @@ def test_ctrl_c_in_a_step_keeps_all_that_there_is():
     results = complete(model, batch, text_stream=ByteStream)
     undisturbed = complete(HashModel(), batch, text_stream=ByteStream)
     assert [r.finish_reason for r in results] == ["interrupted", "length", "interrupted"]
-    assert [r.in_state for r in results] == [None, 3, None]
+    assert [r.in_state for r in results] == [4, 3, 4]
     for result, whole in zip(results, undisturbed, strict=True):
         assert result.ids == whole.ids[: len(result.ids)]
         assert result.text == text_of(result.ids)

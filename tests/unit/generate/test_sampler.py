@@ -56,6 +56,24 @@ def test_draws_follow_the_distribution(seed):
     assert chi_square < 24.32  # the 99.9 % quantile for 7 degrees of freedom; the draws are fixed by the seed
 
 
+@pytest.mark.parametrize("size", [3, 2000])
+def test_the_smallest_and_the_largest_draw_fall_on_tokens_with_weight(monkeypatch, size):
+    logits = np.full(size, -np.inf, np.float32)
+    logits[[1, size - 2]] = 0
+    for share, token in ((0.0, 1), (1 - 2**-53, size - 2)):
+        monkeypatch.setattr("gemkit.generate.sampler.uniform", lambda *_, share=share: share)
+        assert sample(logits, Sampling(temperature=1.0, seed=0)) == token
+
+
+def test_rounding_of_the_sums_never_draws_past_the_end(monkeypatch):
+    monkeypatch.setattr("gemkit.generate.sampler.uniform", lambda *_: 1 - 2**-53)
+    rng = np.random.default_rng(0)
+    for size in rng.integers(500, 3000, 300):
+        logits = -30 * rng.random(size, dtype=np.float32)  # weights of such a range do not add up exactly in float64
+        logits[-1] = 0  # and the last one is far more than the error
+        assert sample(logits, Sampling(temperature=1.0, seed=0)) == size - 1
+
+
 def test_a_draw_from_a_whole_vocabulary_inverts_the_cumulative_distribution():
     logits = np.random.default_rng(0).standard_normal(262_144, dtype=np.float32)
     cumulative = np.cumsum(np.exp(logits.astype(np.float64)))
