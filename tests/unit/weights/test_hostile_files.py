@@ -177,7 +177,7 @@ def test_every_length_at_every_place(tmp_path, reader_class):
     """2**k and its neighbours written over every position: whatever field stands there, it is checked before use."""
     whole = small_file(reader_class)
     assert survives(reader_class, tmp_path / "x", whole)
-    values = [(2**k + d) % 2**64 for k in (8, 16, 31, 32, 60, 63, 64) for d in (-1, 0, 1)]
+    values = [(2**k + d) % 2**64 for k in (16, 32, 63, 64) for d in (-1, 0, 1)]
     tracemalloc.start()
     start = time.perf_counter()
     for at in range(len(whole) - 8):
