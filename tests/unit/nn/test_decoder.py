@@ -1,0 +1,172 @@
+"""The modules themselves: what they are called, how they print, how weights move, what compilation sees."""
+
+import pytest
+import torch
+
+from gemkit import family, nn, ops
+from gemkit.errors import ModelError
+from gemkit.nn import Batch
+from gemkit.ops.quantized import KINDS, Quantized
+
+
+def on_meta(name: str) -> nn.Decoder:
+    with torch.device("meta"):
+        return nn.Decoder(family.get(name).decoder)
+
+
+RUNNABLE = ["gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "gemma-3-270m", "gemma-3-1b", "gemma-3-27b"]
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_parameters_are_those_of_the_data(name):
+    found = [(n, tuple(p.shape)) for n, p in on_meta(name).named_parameters()]
+    assert found == list(family.parameters(family.get(name).decoder))
+
+
+def test_the_tree_of_gemma_7b_reads_like_transformers():
+    lines = [line.strip() for line in str(on_meta("gemma-7b")).splitlines()]
+    for expected in (
+        "(embed_tokens): Embedding(256000, 3072)",
+        "(0-27): 28 x Block(",
+        "(q_proj): Linear(in_features=3072, out_features=4096, bias=False)",
+        "(o_proj): Linear(in_features=4096, out_features=3072, bias=False)",
+        "(gate_proj): Linear(in_features=3072, out_features=24576, bias=False)",
+        "(down_proj): Linear(in_features=24576, out_features=3072, bias=False)",
+        "(lm_head): Head(in_features=3072, out_features=256000, tied to embed_tokens)",
+    ):
+        assert expected in lines
+
+
+def test_the_head_is_the_embedding():
+    module = nn.Decoder(tiny_config())
+    assert module.lm_head.weight is module.embed_tokens.weight
+    module.hold("embed_tokens.weight", torch.nn.Parameter(torch.ones(64, 32)))
+    assert module.lm_head.weight is module.embed_tokens.weight
+    module.to(torch.bfloat16)
+    assert module.lm_head.weight is module.embed_tokens.weight
+
+
+def tiny_config(**changes) -> family.Decoder:
+    settings = {
+        "vocab_size": 64,
+        "width": 32,
+        "ffw_width": 64,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "head_dim": 32,
+        "layers": (family.Global(),),
+        "max_context": 64,
+        "query_scale": 32**-0.5,
+    }
+    return family.Decoder(**{**settings, **changes})
+
+
+def test_layers_that_cannot_be_built_say_so():
+    with pytest.raises(ModelError, match="Recurrent"):
+        nn.Decoder(tiny_config(layers=(family.Recurrent(32, 2),)))
+
+
+def quantized(rows: int, columns: int) -> Quantized:
+    weight = Quantized.empty(KINDS["Q8_0"], (rows, columns))
+    weight.planes["codes"].copy_(torch.randint(-127, 128, (rows, columns)))
+    weight.planes["scales"].fill_(0.01)
+    return weight
+
+
+def test_quantized_weights_move_but_are_never_cast_nor_trained():
+    module = nn.Decoder(tiny_config())
+    weight = quantized(64, 32)
+    module.hold("embed_tokens.weight", weight)
+    module.to(torch.bfloat16)
+    assert module.lm_head.weight.planes["scales"].dtype == torch.float16
+    assert "embed_tokens.weight" not in dict(module.named_parameters())
+    assert module.to("meta").embed_tokens.weight.device.type == "meta"
+    module.hold("embed_tokens.weight", torch.nn.Parameter(torch.zeros(64, 32)))  # and back to a dense one
+    assert "embed_tokens.weight" in dict(module.named_parameters())
+    assert "Q8_0" in repr(_with(quantized(64, 32)))
+
+
+def _with(weight: Quantized) -> nn.decoder.Linear:
+    linear = nn.decoder.Linear(32, 64)
+    linear.hold("weight", weight)
+    return linear
+
+
+@pytest.mark.parametrize("rows", [1, 64, 40_000])  # 40,000 rows of 32 are more than one piece
+def test_a_quantized_linear_equals_the_dense_one(rows):
+    torch.manual_seed(0)
+    weight, x = quantized(rows, 32), torch.randn(5, 32)
+    dense = weight.dequantize()
+    # float32 sums of 32 products, in another order
+    torch.testing.assert_close(ops.linear(x, weight), x @ dense.T, rtol=1e-5, atol=1e-5)
+    bias = torch.randn(rows)
+    torch.testing.assert_close(ops.linear(x, weight, bias), x @ dense.T + bias, rtol=1e-5, atol=1e-5)
+    ids = torch.tensor([0, rows - 1, 0])
+    assert torch.equal(ops.embed(ids, weight, 2.0), dense[ids] * 2)
+    assert ops.embed(ids, weight, 1.0, run_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("width", "factor"), [(2048, 45.25), (3072, 55.5), (2560, 50.5), (640, 25.25)])
+def test_the_embedding_scale_is_rounded_before_it_multiplies(width, factor):
+    """Published values of sqrt(width) in bf16; RecurrentGemma rounds to bf16 whatever the run dtype."""
+    table = torch.ones(1, 1, dtype=torch.bfloat16)
+    ids = torch.zeros(1, dtype=torch.int64)
+    assert ops.embed(ids, table, width**0.5).item() == factor
+    assert ops.embed(ids, table.float(), width**0.5, "bfloat16").item() == factor
+    assert ops.embed(ids, table.float(), width**0.5).item() == pytest.approx(width**0.5, rel=1e-7)
+
+
+def test_rope_tells_neighbours_apart_at_the_end_of_the_context():
+    """In bf16 the positions 8190 and 8191 are one number: positions must stay integers and angles float32."""
+    table = ops.rope_table(torch.tensor([8190, 8191]), family.Rope(), 256)
+    x = torch.ones(2, 1, 256, dtype=torch.bfloat16)
+    turned = ops.rope(x, table)
+    exact = torch.tensor([8190.0, 8191.0], dtype=torch.float64)
+    assert not torch.equal(turned[0], turned[1])
+    # float32 angles near 8191 are 5e-4 apart, so their cosines are that exact
+    torch.testing.assert_close(table[0][:, 0], exact.cos().float(), rtol=0, atol=5e-4)
+
+
+def test_partial_rope_leaves_the_rest_alone():
+    x = torch.randn(3, 2, 16)
+    turned = ops.rope(x, ops.rope_table(torch.arange(3), family.Rope(fraction=0.5), 16))
+    assert torch.equal(turned[..., 8:], x[..., 8:])
+    torch.testing.assert_close(turned[..., :8].norm(dim=-1), x[..., :8].norm(dim=-1))  # a rotation
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("window", [None, 1, 7, 300])
+def test_tiles_equal_plain_attention(window, softcap):
+    """Against float64 attention with a whole mask, over more queries than a tile has."""
+    torch.manual_seed(0)
+    total, heads, kv, size = 300, 4, 2, 8
+    q, k, v = torch.randn(total, heads, size), torch.randn(total, kv, size), torch.randn(total, kv, size)
+    got = ops.attention(q, k, v, Batch.of([[0] * total]), scale=0.4, window=window, softcap=softcap)
+    qd, kd, vd = q.double(), k.double().repeat_interleave(2, 1), v.double().repeat_interleave(2, 1)
+    scores = torch.einsum("tnh,snh->nts", qd, kd) * 0.4
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    age = torch.arange(total)[:, None] - torch.arange(total)
+    hidden = (age < 0) | (age >= (window or total))
+    expected = torch.einsum("nts,snh->tnh", scores.masked_fill(hidden, -torch.inf).softmax(-1), vd)
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_attention_says_which_kernel_and_why():
+    assert ops.attention_kernel(None)[0] == "sdpa"
+    kernel, reason = ops.attention_kernel(50.0)
+    assert kernel == "explicit"
+    assert "soft-cap" in reason
+
+
+def test_compiled_modules_give_the_same_numbers():
+    """Attention is opaque to compilation, and new boundaries are data to it."""
+    torch.manual_seed(0)
+    module = nn.Decoder(tiny_config())
+    for p in module.parameters():
+        torch.nn.init.normal_(p, 0, 0.2)
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.no_grad():
+        for lengths in ([5, 3], [2, 6], [8]):
+            batch = Batch.of([list(range(n)) for n in lengths])
+            torch.testing.assert_close(compiled(batch), module(batch))
