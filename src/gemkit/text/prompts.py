@@ -89,15 +89,24 @@ def complete(tokenizer: Tokenizer, text: str, *, control: bool = False) -> Promp
     """`text` for a model to go on with.
 
     Args:
-        control: control tokens that `text` spells are meant as such; a `<bos>` at its head is not doubled.
+        control: control tokens that `text` spells are meant as such: it is a whole prompt made elsewhere, say by a chat
+            template. A `<bos>` at its head is not doubled, and an answer ends as in the format that it shows.
 
     Raises:
         TextError: if `text` cannot be encoded.
     """
     if control:
+        spans: list[Span] = []
         ids = tokenizer.with_bos(tokenizer.encode(text, control=True))
-        spans = (_control(tokenizer, BOS), Span("content", text.removeprefix(BOS), tuple(ids[1:])))
-        return Prompt("complete", spans, stop_ids(tokenizer, "complete"))
+        for is_control, group in groupby(ids, key=tokenizer.is_control):
+            if is_control:
+                spans += [Span("control", tokenizer.piece(i), (i,)) for i in group]
+            else:
+                content = tuple(group)
+                spans.append(Span("content", tokenizer.decode(content), content))
+        marks = {span.text for span in spans if span.kind == "control"}
+        shown = "infill" if FIM_PREFIX in marks else "chat" if START_OF_TURN in marks else "complete"
+        return Prompt(shown, tuple(spans), stop_ids(tokenizer, shown))
     return _prompt(tokenizer, "complete", [_control(tokenizer, BOS), Span("content", text)])
 
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemkit.errors import ConfigError, ContextError, ModelError, TextError
-from gemkit.text import Tokenizer, chat, complete, infill, infill_at, next_turn, stop_ids
+from gemkit.text import Span, Tokenizer, chat, complete, infill, infill_at, next_turn, stop_ids
 from vocabularies import small_model, tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n<>|_"), max_size=20)
@@ -44,6 +44,24 @@ def test_complete_is_bos_and_text():
     assert spelled(prompt) == [("control", "<bos>"), ("content", "Hello world!")]
     assert prompt.stop_ids == {1}
     assert complete(tokenizer("gemma3"), "").ids == [2]
+
+
+def test_complete_takes_a_whole_prompt_made_elsewhere():
+    gemma3, codegemma = tokenizer("gemma3"), tokenizer("codegemma")
+    for ours, made in (
+        (gemma3, chat(gemma3, [system("Be brief"), user("Hi"), model("Yes?"), user("Go")])),
+        (codegemma, infill(codegemma, "P", "S", path="c.py", files=[("a.py", "A\n")])),
+        (gemma3, complete(gemma3, "Hello")),
+    ):
+        for text in (made.text, made.text.removeprefix("<bos>")):
+            prompt = complete(ours, text, control=True)
+            check_account(prompt, ours)
+            assert (prompt.ids, prompt.text) == (made.ids, made.text)
+            assert (prompt.format, prompt.stop_ids) == (made.format, made.stop_ids)
+            assert [span for span in prompt.spans if span.kind == "control"] == [
+                Span("control", span.text, span.ids) for span in made.spans if span.kind == "control"
+            ]
+    assert complete(gemma3, "<bos>Hello").ids != [2, 9259]  # unless it is asked for, they are data
 
 
 def test_a_prompt_prints_what_each_span_is():
