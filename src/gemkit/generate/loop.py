@@ -107,7 +107,7 @@ def generate(
     with the iterator's `throw`.
 
     Args:
-        text_stream: makes the decoder of one answer, such as `lambda: StreamDecoder(tokenizer)`; without it the texts
+        text_stream: makes the decoder of one answer, such as `tokenizer.stream`; without it the texts
             are empty.
         state: what the executor remembers from before. A request's slot must hold the beginning of its ids and not
             the whole of them; a fresh slot holds nothing. Without a state the batch makes and drops its own.

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gemkit.errors import ConfigError, ContextError, ModelError, StateError
@@ -60,7 +60,6 @@ def by_definition(model: HashModel, request: Request) -> tuple[list[int], str, s
             return ids, text, "length"
 
 
-@settings(deadline=None)
 @given(requests)
 def test_a_request_gives_what_the_definition_gives(request_):
     model = HashModel(max_context=16)
@@ -70,7 +69,6 @@ def test_a_request_gives_what_the_definition_gives(request_):
     assert model.longest <= 16
 
 
-@settings(deadline=None)
 @given(st.lists(requests, min_size=1, max_size=4), st.integers(1, 12))
 def test_batch_and_chunks_change_nothing(batch, chunk):
     model = HashModel(max_context=16)
@@ -81,7 +79,6 @@ def test_batch_and_chunks_change_nothing(batch, chunk):
     assert all(sum(len(c.ids) for c in call) <= chunk for call in prompt_steps)
 
 
-@settings(deadline=None)
 @given(requests, st.data())
 def test_a_state_that_holds_the_beginning_changes_nothing_but_the_work(request_, data):
     held = data.draw(st.integers(0, len(request_.ids) - 1))
@@ -97,7 +94,6 @@ def test_a_state_that_holds_the_beginning_changes_nothing_but_the_work(request_,
     assert state.histories[1] == [*request_.ids, *warm.ids][: warm.in_state]
 
 
-@settings(deadline=None)
 @given(st.lists(requests, min_size=1, max_size=3))
 def test_events_add_up_to_the_results(batch):
     events = list(generate(HashModel(max_context=16), batch, text_stream=ByteStream))
