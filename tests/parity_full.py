@@ -2,7 +2,7 @@
 
 The same random weights, in the published layout and in real files, go through both. Each step has a process of its own,
 so that one model is in memory at a time: write, their logits, our logits, and a load in bfloat16 that is measured. A
-member takes minutes, 12 GB of memory and 6 GB of disk; naming members runs these alone, as after a run that was cut
+member takes minutes, 16 GB of memory and 6 GB of disk; naming members runs these alone, as after a run that was cut
 short.
 """
 
@@ -60,6 +60,7 @@ def their_logits(folder: Path, ids: list[int], out: Path) -> None:
     import torch
     import transformers
 
+    transformers.logging.disable_progress_bar()
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -142,6 +143,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="where the files are while they are needed (default: a temporary)")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here is downloaded
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     failed = []
     for name in args.members:
         folder = Path(tempfile.mkdtemp(dir=args.folder, prefix="parity-"))
