@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from gemkit import generate as loop
 from gemkit import text
 from gemkit.errors import ConfigError, ModelError
 from gemkit.generate import INSTRUCTION_TUNED, Event, Request, Result, Sampling, Score
-from gemkit.text import Prompt, StreamDecoder, Tokenizer
+from gemkit.text import Prompt, Tokenizer
 from gemkit.weights.checkpoint import Checkpoint, find
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class Gemma:
         from gemkit.inspect import cost
         from gemkit.ops import attention_kernel
 
-        counts = cost.count_parameters(self.config)
+        counts = cost.count(self.config)
         kernel, reason = attention_kernel(self.config.attention_softcap)
         dtype = str(self.report.dtype).removeprefix("torch.")
         lines = [
@@ -245,9 +246,16 @@ class Gemma:
             raise ConfigError(f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}")
         if known.get("temperature") == 0:  # greedy, whatever was published
             sampling = Sampling()
+        chosen = replace(sampling, **known)
+        if chosen.temperature == 0 and (idle := [f"{f}={known[f]}" for f in _FILTERS if f in known]):
+            raise ConfigError(
+                f"{', '.join(idle)} cannot take effect at temperature 0, which always takes the best token"
+            )
+        if unused := range(len(self.tokenizer), self.config.vocab_size):  # rows that only pad the table
+            chosen = replace(chosen, logit_bias={**dict.fromkeys(unused, -math.inf), **chosen.logit_bias})
         return Request(
             ids=[*history, *prompt.ids],
-            sampling=replace(sampling, **known),
+            sampling=chosen,
             max_tokens=options.get("max_tokens", MAX_TOKENS),
             stop_ids=prompt.stop_ids,
             stop_strings=tuple(options.get("stop", ())),
@@ -266,12 +274,13 @@ class Gemma:
 
     def loop_options(self, options: Options) -> dict[str, Any]:
         return {
-            "text_stream": lambda: StreamDecoder(self.tokenizer),
+            "text_stream": self.tokenizer.stream,
             "beyond_context": options.get("beyond_context", False),
         }
 
 
-_SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "logit_bias", "seed")
+_FILTERS = ("top_k", "top_p", "min_p")
+_SAMPLING_FIELDS = ("temperature", *_FILTERS, "repetition_penalty", "logit_bias", "seed")
 
 
 def not_tuned_for_chat(label: str) -> str:
