@@ -162,12 +162,15 @@ def _verb(name: str, parser: argparse.ArgumentParser) -> str:
     return "\n\n".join([*parts, table(("", "as typed", "what it does"), rows)])
 
 
+_REPEATED = {None: "{}", "?": "[{}]", "*": "[{} ...]", "+": "{} ..."}  # nargs -> how a positional argument is typed
+
+
 def _said(action: argparse.Action) -> str:
     """An option or argument as it is typed."""
     value = action.metavar or ("{" + ",".join(map(str, action.choices)) + "}" if action.choices else None)
     value = value or (action.dest if not action.option_strings else action.dest.upper())
     if not action.option_strings:
-        return f"`[{value} ...]`" if action.nargs == "*" else f"`{value} ...`" if action.nargs == "+" else f"`{value}`"
+        return f"`{_REPEATED[action.nargs].format(value)}`"
     takes_value = action.nargs != 0
     return ", ".join(f"`{option} {value}`" if takes_value else f"`{option}`" for option in action.option_strings)
 
