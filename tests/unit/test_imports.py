@@ -97,7 +97,7 @@ def test_a_forbidden_import_is_found(room, source):
 MODULES = [path for path in (SOURCE / "nn").glob("*.py") if path.name not in ("__init__.py", "batch.py", "state.py")]
 OF_TORCH = {"Module", "ModuleList", "Parameter"}
 # whose methods a forward may call: they are no tensors
-NOT_TENSORS = {"self", "ops", "batch", "state", "Batch"}
+NOT_TENSORS = {"self", "ops", "batch", "state", "Batch", "family", "dict"}
 # rearranging what a forward returns computes nothing: the (B, T) convenience of the decoder
 REARRANGING = {"unflatten"}
 
@@ -133,8 +133,8 @@ def arithmetic_in_forward(source: str) -> list[str]:
 
 def _does(node: ast.AST) -> str | None:
     match node:
-        case ast.BinOp(left=ast.List()):  # [None] * 3 is Python's
-            return None
+        case ast.BinOp(left=ast.List() | ast.Attribute(value=ast.Name(id="family"))):
+            return None  # [None] * 3 and the type family.Global | family.Sliding are Python's
         case ast.BinOp() | ast.AugAssign():
             return f"operator {type(node.op).__name__}"
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() | ast.Invert()):
@@ -207,6 +207,9 @@ def test_what_a_forward_may_do():
         arithmetic_in_forward(f"class M:\n    def forward(self, x, batch, a):\n        {calls}\n        return x") == []
     )
     assert arithmetic_in_forward("class M:\n    def forward(self, x):\n        return [None] * 3") == []
+    assert (
+        arithmetic_in_forward("class M:\n    def forward(self, x):\n        isinstance(x, family.A | family.B)") == []
+    )
     assert arithmetic_in_forward("class M:\n    def __init__(self, n, h):\n        self.width = n * h") == []
 
 
