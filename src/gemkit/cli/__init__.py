@@ -7,16 +7,18 @@ exits with 1; a command line that cannot be read exits with 2; Ctrl-C with 130.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from gemkit import __version__
 from gemkit.cli import chat, compare, doctor, explain_prompt, generate, infill, models, score, show
+from gemkit.cli.common import say
 from gemkit.errors import GemkitError
 
-# Threads that spin while they wait cost everyone a busy machine: on two cores with other work, one token took 5 s with
-# torch's default and 0.4 s with this. It must be set before torch is imported, so it is set here and not in the library.
+# Threads that spin while they wait cost everyone a busy machine: on two cores with other work, a token took 5 s with
+# torch's default and 0.4 s with this. It must be set before torch is imported: here, and not in the library.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 _VERBS = (generate, chat, infill, score, show, compare, models, explain_prompt, doctor)
@@ -33,15 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(metavar="VERB", required=True)
     for verb in _VERBS:
         verb.add(subparsers)
-    args = parser.parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its code
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return args.run(args)
+        try:
+            args = parser.parse_args(argv)
+            return args.run(args)
+        finally:
+            sys.stdout.flush()  # here, not when the process ends: a pipe may be broken, a disk full
     except GemkitError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        say(f"{type(error).__name__}: {error}")
         return 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has gone: nothing is wrong
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
+        if isinstance(error, BrokenPipeError):  # the reader of our output, such as `head`, has gone: nothing is wrong
+            return 0
+        say(f"{type(error).__name__}: {error}")
+        return 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -15,11 +14,13 @@ from gemkit.cli.common import (
     figures,
     load_model,
     options,
+    print_json,
     result_json,
     say,
     verb,
     write_stream,
 )
+from gemkit.errors import GemkitError, TextError
 
 if TYPE_CHECKING:
     from gemkit.gemma import Conversation
@@ -38,7 +39,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--system", metavar="TEXT", help="instructions, put at the head of the first turn")
     add_sampling(parser, max_tokens=1024)
     add_model(parser)
-    add_output(parser)
+    add_output(parser, each=" a turn")
     parser.set_defaults(run=run)
 
 
@@ -49,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     if "chat" not in model.prompts:
         say(f"note: {not_tuned_for_chat(model.label)}")
-    warnings.simplefilter("ignore", UserWarning)  # said above, once, in plain words
 
     def begin() -> Conversation:
-        return model.conversation(args.system, **chosen)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # said above, once, in plain words
+            return model.conversation(args.system, **chosen)
 
     talk = begin()
     if args.message:
@@ -64,9 +66,11 @@ def run(args: argparse.Namespace) -> int:
         say(_HELP)
     while True:
         try:
-            words = input("> " if interactive else "").strip()
+            words = input("> " if interactive and sys.stdout.isatty() else "").strip()
         except EOFError:
             return 0
+        except UnicodeDecodeError as error:
+            raise TextError(f"stdin is not UTF-8: it holds the byte 0x{error.object[error.start]:02x}") from None
         except KeyboardInterrupt:  # at the prompt: clears the line, as in a shell
             say("")
             continue
@@ -77,17 +81,24 @@ def run(args: argparse.Namespace) -> int:
             say("a new conversation")
         elif words == "/help":
             say(_HELP)
+        elif words and not interactive:
+            if code := _turn(talk, words, args):
+                return code
         elif words:
-            _turn(talk, words, args)
+            try:
+                _turn(talk, words, args)
+            except GemkitError as error:  # costs the turn, not the conversation
+                say(f"{type(error).__name__}: {error}")
 
 
 def _turn(talk: Conversation, words: str, args: argparse.Namespace) -> int:
     stream = talk.stream(words)
     if args.json:
         result = stream.finish()
-        print(json.dumps({"message": words, **result_json(result)}, ensure_ascii=False), flush=True)
+        answer = result_json(result, talk.model.tokenizer)
+        print_json({"model": talk.model.label, "message": words, **answer})
     else:
         result = write_stream(stream, args.raw)
     if not args.quiet:
-        say(figures(result))
+        say(figures(result, talk.model.tokenizer))
     return 130 if result.finish_reason == "interrupted" else 0

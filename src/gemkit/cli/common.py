@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from gemkit.errors import ConfigError, TextError
 
 if TYPE_CHECKING:
     from gemkit.gemma import Gemma, Options, Stream
-    from gemkit.generate import Result, Timings
+    from gemkit.generate import Result, TokenLogprob
+    from gemkit.text import Tokenizer
 
 
 def verb(subparsers: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
@@ -21,7 +23,7 @@ def verb(subparsers: Any, name: str, summary: str, examples: str) -> argparse.Ar
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.\n\nexamples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
     )
 
 
@@ -32,9 +34,11 @@ def add_model(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
         "-m", "--model", metavar="MODEL", help="a member, hub id, folder, .gguf or .ckpt (default: the starter model)"
     )
     if runs:
-        group.add_argument("--dtype", help="run dtype: bfloat16 or float32 (default: the file's own)")
+        group.add_argument("--dtype", metavar="TYPE", help="run dtype: bfloat16 or float32 (default: the file's own)")
         group.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
-        group.add_argument("--executor", default="auto", help="what computes it: auto or torch (default: auto)")
+        group.add_argument(
+            "--executor", default="auto", metavar="NAME", help="what computes it: auto or torch (default: auto)"
+        )
         group.add_argument(
             "--dequantize", action="store_true", help="make quantized weights dense: faster in torch, larger in memory"
         )
@@ -43,13 +47,20 @@ def add_model(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = 256) -> None:
     """How the answer is made. What is left out is decided where the library decides it."""
     group = parser.add_argument_group("sampling (default: the most likely token, always; chat: as published)")
-    group.add_argument("-n", "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"default: {max_tokens}")
+    group.add_argument(
+        "-n",
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        metavar="N",
+        help=f"to generate at most (default: {max_tokens})",
+    )
     group.add_argument("-t", "--temperature", type=float, metavar="X", help="0 is greedy")
     group.add_argument("--top-k", type=int, metavar="K", help="keep the K best tokens")
     group.add_argument("--top-p", type=float, metavar="P", help="keep the best tokens that hold this probability")
     group.add_argument("--min-p", type=float, metavar="P", help="drop tokens below this share of the best one's")
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1: say less again")
-    group.add_argument("--seed", type=int, help="the same seed draws the same tokens")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed draws the same tokens")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text (repeatable)")
     group.add_argument(
         "--beyond-context", action="store_true", help="go on past the trained context; quality is undefined there"
@@ -57,19 +68,34 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = 256) -> N
 
 
 def options(args: argparse.Namespace) -> Options:
-    """The sampling options that were given."""
-    given: dict[str, Any] = {"max_tokens": args.max_tokens, "stop": args.stop, "beyond_context": args.beyond_context}
+    """The sampling options that were given.
+
+    Raises:
+        ConfigError: for a value out of its range, before anyone waits for a model to be loaded.
+    """
+    from gemkit.generate import Sampling
+    from gemkit.generate.stops import StopStrings
+
+    sampling: dict[str, Any] = {}
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
         if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
+            sampling[name] = getattr(args, name)
+    Sampling(**sampling)
+    StopStrings(args.stop)
+    if args.max_tokens < 1:
+        raise ConfigError(f"--max-tokens {args.max_tokens} must be at least 1; to rate a text as it is, use score")
     if args.beyond_context:
-        say("beyond the trained context quality is undefined: the model has never seen these positions")
-    return given  # type: ignore[return-value]  # its keys are those of Options
+        say(BEYOND_CONTEXT)
+    plain: Options = {"max_tokens": args.max_tokens, "stop": args.stop, "beyond_context": args.beyond_context}
+    return {**plain, **sampling}  # type: ignore[typeddict-item]  # its keys are those of Sampling
 
 
-def add_output(parser: argparse.ArgumentParser) -> None:
+BEYOND_CONTEXT = "note: beyond the trained context quality is undefined: the model has never seen these positions"
+
+
+def add_output(parser: argparse.ArgumentParser, *, each: str = "") -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument("--json", action="store_true", help=f"print one JSON object{each}")
     group.add_argument("--raw", action="store_true", help="on a terminal, do not escape control characters")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress and no figures on stderr")
 
@@ -122,7 +148,7 @@ class Progress:
 
 def say(line: str) -> None:
     """Talk: a line on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line, stream=sys.stderr), file=sys.stderr, flush=True)
 
 
 def read_text(path: str) -> str:
@@ -141,9 +167,10 @@ def read_text(path: str) -> str:
         raise TextError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
 
 
-def printable(text: str, raw: bool) -> str:
-    """Text for stdout: on a terminal control characters are shown, not obeyed, for a model may have learnt bad ones."""
-    if raw or not sys.stdout.isatty():
+def printable(text: str, raw: bool = False, stream: TextIO | None = None) -> str:
+    """Text for stdout or another stream. On a terminal control characters are shown, not obeyed: a model may have
+    learnt bad ones, and a file may hold them in its names."""
+    if raw or not (stream or sys.stdout).isatty():
         return text
     return "".join(c if c in "\n\t" or c.isprintable() or ord(c) > 0x9F else f"\\x{ord(c):02x}" for c in text)
 
@@ -165,44 +192,62 @@ def write_stream(stream: Stream, raw: bool) -> Result:
     return stream.result
 
 
-def figures(result: Result) -> str:
+def print_json(record: dict[str, Any]) -> None:
+    """One object on one line, out at once: the reader of a pipe may be waiting for it."""
+    print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def figures(result: Result, tokenizer: Tokenizer) -> str:
     """One line on how an answer went."""
     t = result.timings
+    stop = tokenizer.piece(result.stopped_by) if isinstance(result.stopped_by, int) else repr(result.stopped_by)
     why = {
-        "stop": "stopped" if result.stopped_by is None else f"stopped at {result.stopped_by!r}",
+        "stop": f"stopped at {stop}",
         "length": "reached --max-tokens",
         "context": "reached the end of the context",
         "interrupted": "interrupted",
     }[result.finish_reason]
-    parts = [f"prompt {t.prompt_tokens} tokens" + (f" ({t.cached_tokens} remembered)" if t.cached_tokens else "")]
+    parts = [
+        f"prompt {count(t.prompt_tokens, 'token')}" + (f" ({t.cached_tokens} remembered)" if t.cached_tokens else "")
+    ]
     if t.prompt_tokens_per_second is not None:
         parts[0] += f" at {t.prompt_tokens_per_second:.1f} tok/s"
     if t.first_token_seconds is not None:
         parts.append(f"first token after {t.first_token_seconds:.2f} s")
     rate = t.decode_tokens_per_second
-    parts.append(f"{t.generated_tokens} tokens" + (f" at {rate:.1f} tok/s" if rate is not None else ""))
+    parts.append(count(t.generated_tokens, "token") + (f" at {rate:.1f} tok/s" if rate is not None else ""))
     return "; ".join([*parts, why])
 
 
-def timings_json(t: Timings) -> dict[str, Any]:
-    return {
-        "prompt_tokens": t.prompt_tokens,
-        "cached_tokens": t.cached_tokens,
-        "generated_tokens": t.generated_tokens,
-        "first_token_seconds": t.first_token_seconds,
-        "prompt_tokens_per_second": t.prompt_tokens_per_second,
-        "decode_tokens_per_second": t.decode_tokens_per_second,
-    }
+def logprob_json(entry: TokenLogprob, tokenizer: Tokenizer) -> dict[str, Any]:
+    """A token, its log-probability in nats and its likeliest alternatives."""
+
+    def one(token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "piece": tokenizer.piece(token), "logprob": logprob}
+
+    return {**one(entry.id, entry.logprob), "top": [one(*other) for other in entry.top]}
 
 
-def result_json(result: Result) -> dict[str, Any]:
+def result_json(result: Result, tokenizer: Tokenizer) -> dict[str, Any]:
     """A result as a JSON object."""
+    t = result.timings
     return {
         "text": result.text,
         "ids": list(result.ids),
         "finish_reason": result.finish_reason,
         "stopped_by": result.stopped_by,
         "seed": result.seed,
-        "logprobs": None if result.logprobs is None else [entry._asdict() for entry in result.logprobs],
-        "timings": timings_json(result.timings),
+        "logprobs": None if result.logprobs is None else [logprob_json(e, tokenizer) for e in result.logprobs],
+        "timings": {
+            "prompt_tokens": t.prompt_tokens,
+            "cached_tokens": t.cached_tokens,
+            "generated_tokens": t.generated_tokens,
+            "first_token_seconds": t.first_token_seconds,
+            "prompt_tokens_per_second": t.prompt_tokens_per_second,
+            "decode_tokens_per_second": t.decode_tokens_per_second,
+        },
     }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gemkit import text
-from gemkit.cli.common import add_model, printable, read_text, say, verb
+from gemkit.cli.common import add_model, count, print_json, printable, read_text, say, verb
 from gemkit.errors import ConfigError
-from gemkit.text import Prompt
+
+if TYPE_CHECKING:
+    from gemkit.text import Prompt, Tokenizer
 
 _EXAMPLES = """\
   gemkit explain-prompt "Hello world!"
@@ -21,14 +21,14 @@ _EXAMPLES = """\
 def add(subparsers: Any) -> None:
     parser = verb(subparsers, "explain-prompt", "show the text and the ids that a model will really see", _EXAMPLES)
     parser.add_argument("text", nargs="*", help="the prompt; with --chat the turns, the user's first")
-    parser.add_argument("-f", "--file", help="read the prompt from a file, - for stdin")
+    parser.add_argument("-f", "--file", metavar="PATH", help="read the prompt from a file, - for stdin")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--chat", action="store_true", help="as a conversation")
     kind.add_argument("--infill", action="store_true", help="as infilling, with --prefix and --suffix")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: instructions")
-    parser.add_argument("--prefix", default="", help="with --infill: the text before the caret")
-    parser.add_argument("--suffix", default="", help="with --infill: the text after the caret")
-    parser.add_argument("--path", help="with --infill: the path of the file")
+    parser.add_argument("--prefix", metavar="TEXT", help="with --infill: the text before the caret")
+    parser.add_argument("--suffix", metavar="TEXT", help="with --infill: the text after the caret")
+    parser.add_argument("--path", metavar="PATH", help="with --infill: the path of the file")
     parser.add_argument("--control", action="store_true", help="text that spells a control token is that token")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--raw", action="store_true", help="on a terminal, do not escape control characters")
@@ -40,10 +40,11 @@ def run(args: argparse.Namespace) -> int:
     from gemkit.weights.checkpoint import find_vocabulary
 
     words = [*args.text, *([read_text(args.file)] if args.file else [])]
+    _refuse_without_effect(args)
     label, tokenizer, prompts = find_vocabulary(args.model)
     prompt = _prompt(args, words, tokenizer)
     if prompt.format not in prompts:
-        say(f"note: {label} was not trained on {prompt.format} prompts, but on {', '.join(prompts)}")
+        say(f"note: {label} was trained to {', '.join(prompts)}, not to {prompt.format}")
     if args.json:
         spans = [
             {
@@ -65,9 +66,9 @@ def run(args: argparse.Namespace) -> int:
             "stop_ids": sorted(prompt.stop_ids),
             "notes": list(prompt.notes),
         }
-        print(json.dumps(report, ensure_ascii=False))
+        print_json(report)
         return 0
-    print(f"{prompt.format} prompt for {label}: {len(prompt)} tokens")
+    print(f"{prompt.format} prompt for {label}: {count(len(prompt), 'token')}")
     for span in prompt.spans:
         print(printable(f"\n{span.kind}{f' ({span.role})' if span.role else ''}: {span.text!r}", args.raw))
         for token in span.ids:
@@ -80,11 +81,23 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt(args: argparse.Namespace, words: list[str], tokenizer: text.Tokenizer) -> Prompt:
+def _refuse_without_effect(args: argparse.Namespace) -> None:
+    """Raise ConfigError for an option of another kind of prompt: none is dropped in silence."""
+    belongs = {"system": args.chat, "prefix": args.infill, "suffix": args.infill, "path": args.infill}
+    for name, with_effect in belongs.items():
+        if getattr(args, name) is not None and not with_effect:
+            raise ConfigError(f"--{name} belongs to {'--chat' if name == 'system' else '--infill'}")
+    if args.control and (args.chat or args.infill):
+        raise ConfigError("--control is for plain prompts: in a conversation and an infilling, text is always text")
+
+
+def _prompt(args: argparse.Namespace, words: list[str], tokenizer: Tokenizer) -> Prompt:
+    from gemkit import text  # imports NumPy, which the help of other verbs need not wait for
+
     if args.infill:
         if words:
             raise ConfigError("--infill takes --prefix and --suffix instead of a prompt")
-        return text.infill(tokenizer, args.prefix, args.suffix, path=args.path)
+        return text.infill(tokenizer, args.prefix or "", args.suffix or "", path=args.path)
     if not words:
         raise ConfigError("there is no prompt: give a text, or --file PATH")
     if args.chat:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from gemkit.cli.common import (
@@ -13,6 +12,7 @@ from gemkit.cli.common import (
     figures,
     load_model,
     options,
+    print_json,
     read_text,
     result_json,
     say,
@@ -32,7 +32,9 @@ _EXAMPLES = """\
 def add(subparsers: Any) -> None:
     parser = verb(subparsers, "generate", "continue a text", _EXAMPLES)
     parser.add_argument("prompt", nargs="*", help="the text to continue; several run as one batch")
-    parser.add_argument("-f", "--file", action="append", default=[], help="read a prompt from a file, - for stdin")
+    parser.add_argument(
+        "-f", "--file", action="append", default=[], metavar="PATH", help="read a prompt from a file, - for stdin"
+    )
     parser.add_argument("--echo", action="store_true", help="print the prompt in front of its continuation")
     parser.add_argument(
         "--control", action="store_true", help="text that spells a control token, like <start_of_turn>, is that token"
@@ -57,17 +59,19 @@ def run(args: argparse.Namespace) -> int:
             chosen["logprobs"] = args.logprobs
         results = model.generate(prompts, control=args.control, **chosen)
         if args.json:
-            answers = [{"prompt": p, **result_json(r)} for p, r in zip(prompts, results, strict=True)]
-            print(json.dumps({"model": model.label, "answers": answers}, ensure_ascii=False))
+            pairs = zip(prompts, results, strict=True)
+            answers = [{"prompt": prompt, **result_json(result, model.tokenizer)} for prompt, result in pairs]
+            print_json({"model": model.label, "answers": answers})
         else:
             for prompt, result in zip(prompts, results, strict=True):
                 say(f"── {prompt.strip().splitlines()[0][:70] if prompt.strip() else '(empty)'}")
                 write((prompt if args.echo else "") + result.text + "\n", args.raw)
     else:
+        stream = model.stream(prompts[0], control=args.control, **chosen)
         if args.echo:
             write(prompts[0], args.raw)
-        results = [write_stream(model.stream(prompts[0], control=args.control, **chosen), args.raw)]
+        results = [write_stream(stream, args.raw)]
     if not args.quiet:
         for result in results:
-            say(figures(result))
+            say(figures(result, model.tokenizer))
     return 130 if any(result.finish_reason == "interrupted" for result in results) else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from gemkit.cli.common import (
@@ -13,6 +12,7 @@ from gemkit.cli.common import (
     figures,
     load_model,
     options,
+    print_json,
     read_text,
     result_json,
     say,
@@ -32,9 +32,9 @@ def add(subparsers: Any) -> None:
     parser = verb(subparsers, "infill", "fill in code between a prefix and a suffix", _EXAMPLES)
     parser.add_argument("source", nargs="?", help="the file to complete")
     parser.add_argument("--at", metavar="CARET", help="where in it: LINE:COLUMN from 1, or a count of characters")
-    parser.add_argument("--prefix", help="the text before the caret, instead of a file")
-    parser.add_argument("--suffix", help="the text after the caret")
-    parser.add_argument("--path", help="the path that the model is told (default: the source's)")
+    parser.add_argument("--prefix", metavar="TEXT", help="the text before the caret, instead of a file")
+    parser.add_argument("--suffix", metavar="TEXT", help="the text after the caret")
+    parser.add_argument("--path", metavar="PATH", help="the path that the model is told (default: the source's)")
     parser.add_argument(
         "-f", "--file", action="append", default=[], metavar="PATH", help="another file for context (repeatable)"
     )
@@ -56,14 +56,15 @@ def run(args: argparse.Namespace) -> int:
     stream = model.infill_stream(prefix, suffix, path=path, files=files, **chosen)
     if args.json:
         result = stream.finish()
-        print(json.dumps({"model": model.label, "prefix": prefix, "suffix": suffix, **result_json(result)}))
+        answer = result_json(result, model.tokenizer)
+        print_json({"model": model.label, "prefix": prefix, "suffix": suffix, **answer})
     elif args.whole:
         result = stream.finish()
         write(prefix + result.text + suffix, args.raw)
     else:
         result = write_stream(stream, args.raw)
     if not args.quiet:
-        say(figures(result))
+        say(figures(result, model.tokenizer))
     return 130 if result.finish_reason == "interrupted" else 0
 
 
