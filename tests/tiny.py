@@ -46,7 +46,8 @@ def reference(decoder: Decoder, seed: int = 0) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # Norms are offsets from 1. Queries and keys are larger, so that softmaxes choose and soft caps bend; all
-            # else is of unit gain. With more gain the models are chaotic: Transformers' own float32 is then 1e-4 off its float64.
+            # else is of unit gain. With more, the models are chaotic: Transformers' own float32 is then 1e-4 off its
+            # float64.
             gain = 1.5 if "q_proj" in name or "k_proj" in name else 1
             weight.normal_(0, 0.3 if "norm" in name else gain / weight.shape[-1] ** 0.5, generator=generator)
     return model.eval()

@@ -30,7 +30,7 @@ _PUBLIC = {
     "names": "gemkit.family",
     "GemkitError": "gemkit.errors",
 }
-__all__ = ["Gemma", "GemkitError", "__version__", "get", "load", "names"]
+__all__ = ["GemkitError", "Gemma", "__version__", "get", "load", "names"]
 
 
 def __getattr__(name: str):

@@ -80,8 +80,18 @@ def load(
     with find(name) as checkpoint:
         from gemkit.weights.load import load_decoder  # imports torch: a wrong name is told without waiting for it
 
+        _check_device(device)
         module, report = load_decoder(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
         return Gemma(checkpoint, module, report)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
+        raise ConfigError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 class Gemma:
@@ -110,8 +120,12 @@ class Gemma:
     @overload
     def generate(self, prompt: str, *, control: bool = False, **options: Unpack[Options]) -> Result: ...
     @overload
-    def generate(self, prompt: Sequence[str], *, control: bool = False, **options: Unpack[Options]) -> list[Result]: ...
-    def generate(self, prompt: str | Sequence[str], *, control: bool = False, **options: Unpack[Options]):
+    def generate(
+        self, prompt: list[str] | tuple[str, ...], *, control: bool = False, **options: Unpack[Options]
+    ) -> list[Result]: ...
+    def generate(
+        self, prompt: str | list[str] | tuple[str, ...], *, control: bool = False, **options: Unpack[Options]
+    ) -> Result | list[Result]:
         """Continue a text, or several in one batch.
 
         Args:
@@ -141,6 +155,7 @@ class Gemma:
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
         """A conversation that remembers: each turn continues from the state that the turns before left."""
+        self.warn_if_not_tuned_for_chat()
         return Conversation(self, system, options)
 
     def infill(
@@ -241,7 +256,7 @@ class Gemma:
         self, prompt: Prompt, options: Options, sampling: Sampling, history: Sequence[int] = (), slot: int | None = None
     ) -> Request:
         """A prompt, after the ids of a `history`, and options as a request to the loop."""
-        known = {field: options[field] for field in _SAMPLING_FIELDS if field in options}
+        known: dict[str, Any] = {field: value for field, value in options.items() if field in _SAMPLING_FIELDS}
         if unknown := sorted(set(options) - set(Options.__annotations__)):
             raise ConfigError(f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}")
         if known.get("temperature") == 0:  # greedy, whatever was published
@@ -258,7 +273,7 @@ class Gemma:
             sampling=chosen,
             max_tokens=options.get("max_tokens", MAX_TOKENS),
             stop_ids=prompt.stop_ids,
-            stop_strings=tuple(options.get("stop", ())),
+            stop_strings=options.get("stop", ()),
             logprobs=options.get("logprobs"),
             slot=slot,
         )
@@ -315,9 +330,12 @@ class Stream(Iterator[str]):
         return self.result
 
     def finish(self) -> Result:
-        """Read to the end without looking at the pieces."""
-        for _ in self:
-            pass
+        """Read to the end without looking at the pieces, or to a Ctrl-C."""
+        try:
+            for _ in self:
+                pass
+        except KeyboardInterrupt:
+            self.interrupt()
         assert self.result is not None
         return self.result
 
@@ -338,7 +356,6 @@ class Conversation:
     """
 
     def __init__(self, model: Gemma, system: str | None, options: Options):
-        model.warn_if_not_tuned_for_chat()
         self.model = model
         self.ids: list[int] = []  # the whole conversation as the model has seen and written it
         self._system = system
@@ -372,4 +389,6 @@ class Conversation:
 
     def _remember(self, request: Request, result: Result) -> None:
         self.ids = [*request.ids, *result.ids]
-        self._known = result.in_state is not None
+        if self.ids[-1] == self.model.tokenizer.eos:  # ends the answer, but not the conversation
+            self.ids.pop()  # it was drawn last, so the state has not seen it
+        self._known = True

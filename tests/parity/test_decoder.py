@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from tiny import WINDOW, assert_close, load, reference, save_reference, tiny, tokens
 
 from gemkit.family import Global, Sliding
 from gemkit.nn import Batch
+from tiny import WINDOW, assert_close, load, reference, save_reference, tiny, tokens
 
 NAMES = [
     "gemma-2b",  # MQA
@@ -130,7 +130,9 @@ def test_the_tolerance_would_notice(name, change, tmp_path):
     if "window" in change:
         layers = tuple(replace(x, **change) if isinstance(x, Sliding) else x for x in layers)
     elif "rope" in change:
-        layers = tuple(replace(x, rope=replace(x.rope, **change["rope"])) if isinstance(x, Global) else x for x in layers)
+        layers = tuple(
+            replace(x, rope=replace(x.rope, **change["rope"])) if isinstance(x, Global) else x for x in layers
+        )
     else:
         layers = None
     changed = nn.Decoder(replace(ours.config, **({"layers": layers} if layers else change)))

@@ -6,7 +6,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny import WINDOW, assert_close, load, reference, tiny, tokens
 
 from gemkit import family
 from gemkit.family import Sliding
@@ -14,6 +13,7 @@ from gemkit.nn import Batch
 from gemkit.ops import Quantized
 from gemkit.weights.checkpoint import find
 from gemkit.weights.load import load_decoder
+from tiny import WINDOW, assert_close, load, reference, tiny, tokens
 
 GGUF_NAMES = {
     "input_layernorm": "attn_norm",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -39,17 +39,20 @@ class State(Protocol):
         ...
 
 
-class Executor(Protocol):
+S = TypeVar("S", bound=State)
+
+
+class Executor(Protocol[S]):
     """Whatever computes a member: torch modules, native kernels, a stand-in in a test."""
 
     @property
     def decoder(self) -> Decoder: ...
 
-    def new_state(self, slots: int) -> State:
+    def new_state(self, slots: int) -> S:
         """An empty memory for so many sequences."""
         ...
 
-    def run(self, chunks: Sequence[Chunk], state: State) -> np.ndarray:
+    def run(self, chunks: Sequence[Chunk], state: S) -> np.ndarray:
         """Append each chunk to its slot; logits (sum of rows, vocab_size) float32, in the order of the chunks.
 
         All or nothing: if it raises, by Ctrl-C too, `lengths` are as before and every slot can go on from there.
@@ -89,11 +92,11 @@ class Request:
 
 
 def generate(
-    executor: Executor,
+    executor: Executor[S],
     requests: Sequence[Request],
     *,
     text_stream: Callable[[], TextStream] | None = None,
-    state: State | None = None,
+    state: S | None = None,
     chunk: int = 512,
     beyond_context: bool = False,
 ) -> Generator[Event, None, None]:
@@ -138,14 +141,14 @@ def generate(
     return _run(executor, state, answers, chunk)
 
 
-def complete(executor: Executor, requests: Sequence[Request], **options) -> list[Result]:
+def complete(executor: Executor[S], requests: Sequence[Request], **options) -> list[Result]:
     """`generate` to its end: the result of each request, in their order. Takes the same options."""
     results = {e.request: e.result for e in generate(executor, requests, **options) if e.result is not None}
     return [results[i] for i in range(len(requests))]
 
 
 def score(
-    executor: Executor, ids: Sequence[int], *, top: int = 0, chunk: int = 128, beyond_context: bool = False
+    executor: Executor[S], ids: Sequence[int], *, top: int = 0, chunk: int = 128, beyond_context: bool = False
 ) -> Score:
     """Log-probability of each of `ids` after those before it.
 
@@ -171,7 +174,7 @@ def score(
     return Score(tuple(entries))
 
 
-def _run(executor: Executor, state: State, answers: list[_Answer], chunk: int) -> Generator[Event, None, None]:
+def _run(executor: Executor[S], state: S, answers: list[_Answer], chunk: int) -> Generator[Event, None, None]:
     started = time.perf_counter()
     for answer in answers:
         answer.started = started

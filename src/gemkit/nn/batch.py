@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from gemkit.errors import ConfigError
 
@@ -76,4 +77,4 @@ class Batch:
 
 
 # A batch is a tree of four tensors to torch: a compiled function takes new boundaries as data, not as a new program.
-torch.utils._pytree.register_dataclass(Batch)
+_pytree.register_dataclass(Batch)

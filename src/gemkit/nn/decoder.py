@@ -52,7 +52,7 @@ class Embedding(Weighted):
         super().__init__()
         self.weight = Parameter(ops.new_weight(rows, width))
         self.scale, self.scale_dtype = scale, scale_dtype
-        self.run_dtype = None  # what a quantized table is read as
+        self.run_dtype: Any = None  # what a quantized table is read as; None is float32
 
     def forward(self, tokens_T):
         return ops.embed(tokens_T, self.weight, self.scale, self.scale_dtype, self.run_dtype)
@@ -161,7 +161,6 @@ class Block(Module):
         if not isinstance(layer, family.Global | family.Sliding):
             raise ModelError(f"layers of kind {type(layer).__name__} cannot be built yet")
         norm = (config.width, config.norm_eps)
-        self.rope = layer.rope
         self.input_layernorm = RMSNorm(*norm)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(*norm) if config.post_norms else None
@@ -212,13 +211,11 @@ class Decoder(Module):
         if state is not None:
             state.expect(self.config, spans)
         x_TD = self.embed_tokens(batch.tokens)
-        angles = {
-            rope: ops.rope_table(batch.positions, rope, self.config.head_dim)
-            for rope in {block.rope for block in self.layers}
-        }
+        ropes = [layer.rope for layer in self.config.layers if isinstance(layer, family.Global | family.Sliding)]
+        angles = {rope: ops.rope_table(batch.positions, rope, self.config.head_dim) for rope in dict.fromkeys(ropes)}
         memories = [None] * len(self.layers) if state is None else state.layers
-        for block, memory in zip(self.layers, memories, strict=True):
-            x_TD = block(x_TD, batch, angles[block.rope], memory)
+        for block, rope, memory in zip(self.layers, ropes, memories, strict=True):
+            x_TD = block(x_TD, batch, angles[rope], memory)
         if state is not None:
             state.advance(spans)
         if rows is not None:
@@ -231,7 +228,9 @@ class Decoder(Module):
     def hold(self, name: str, value) -> None:
         """Put a weight where it belongs by its name; the head follows the embedding."""
         path, _, leaf = name.rpartition(".")
-        self.get_submodule(path).hold(leaf, value)
+        owner = self.get_submodule(path)
+        assert isinstance(owner, Weighted)
+        owner.hold(leaf, value)
         if path == "embed_tokens":
             self.lm_head.hold(leaf, value)
 

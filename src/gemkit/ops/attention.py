@@ -7,8 +7,8 @@ queries, so that a key/value head is read once for all the query heads it serves
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,15 @@ def attention_kernel(softcap: float | None) -> tuple[str, str]:
     return "explicit", "the scores are soft-capped, which torch's fused kernel cannot express"
 
 
-@torch.compiler.disable  # opaque to compilation: its loop over boundaries would be a new program for every batch
+Op = TypeVar("Op", bound=Callable[..., object])
+
+
+def opaque(op: Op) -> Op:
+    """An op that compilation does not look into: its loop over boundaries would be a new program for every batch."""
+    return torch.compiler.disable(op)  # type: ignore[return-value]  # torch's annotation loses the signature
+
+
+@opaque
 def attention(
     q_TNH: Tensor,
     k_TKH: Tensor,
@@ -122,9 +130,10 @@ def _tile_explicit(
 
 
 def _tile_sdpa(
-    q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: None
+    q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """The same without a cap, by torch's fused kernel, which accumulates in float32."""
+    assert softcap is None
     kv_heads, queries = k_KSH.shape[0], q_TNH.shape[0]
     q_KEH = _fold(q_TNH, kv_heads)
     mask_ES = None if visible_TS is None else visible_TS.repeat(q_KEH.shape[1] // queries, 1)

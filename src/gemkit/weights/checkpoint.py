@@ -79,20 +79,9 @@ class Checkpoint:
         """What it was trained to answer: by the member's data, else by what the files say of themselves."""
         if self.member is not None:
             return self.member.prompts
-        found: list[Prompt] = ["complete"]
-        if self._has_chat_template():
-            found.append("chat")
-        if FIM_PREFIX in self.tokenizer:
-            found.append("infill")
-        return tuple(found)
-
-    def _has_chat_template(self) -> bool:
         if self.format == "gguf":
-            return "tokenizer.chat_template" in self.reader.metadata
-        if any((self._folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-            return True
-        settings = self._folder / "tokenizer_config.json"
-        return settings.is_file() and "chat_template" in read_json(settings)
+            return _prompts(self.tokenizer, "tokenizer.chat_template" in self.reader.metadata)
+        return _prompts(self.tokenizer, _has_chat_template(self._folder))
 
     @cached_property
     def parts(self) -> list[Part]:
@@ -131,21 +120,12 @@ def find(name: str | os.PathLike[str] | None) -> Checkpoint:
     """
     if name is None:
         return open_path(hub.starter(), "gemma-3-270m (starter, Q4_K_M)", family.get(hub.STARTER))
-    text = os.fspath(name)
-    path = Path(text).expanduser()
-    if path.exists():
-        return open_path(path, text)
-    try:
-        member = family.get(text)
-    except UnknownModelError as error:
-        if path.suffix in (".gguf", ".ckpt", ".safetensors") or path.is_absolute() or text.startswith((".", "~")):
-            raise UnknownModelError(f"there is no file or folder {text}") from None
-        if hub.is_repo_id(text):
-            return open_path(hub.download(text), text)
-        raise error from None
-    if not runnable(member.decoder) or member.vision is not None:
+    place, member = _locate(os.fspath(name))
+    if isinstance(place, Path):
+        return open_path(place, os.fspath(name))
+    if member is not None and (not runnable(member.decoder) or member.vision is not None):
         raise ModelError(f"{member.name} can be shown and compared, but this version does not run it yet")
-    return open_path(hub.download(member.hub_id), member.name, member)
+    return open_path(hub.download(place), member.name if member else place, member)
 
 
 def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer, tuple[Prompt, ...]]:
@@ -153,14 +133,31 @@ def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer
 
     Raises as `find` does.
     """
-    member = None
-    if name is not None and not Path(name).expanduser().exists():
-        member = family.get(os.fspath(name))
-    if member is None:
+    place, member = (None, None) if name is None else _locate(os.fspath(name))
+    if not isinstance(place, str):
         with find(name) as checkpoint:
             return checkpoint.label, checkpoint.tokenizer, checkpoint.prompts
-    folder = hub.download(member.hub_id, weights=False)
-    return member.name, _tokenizer_in(folder, member), member.prompts
+    folder = hub.download(place, weights=False)
+    tokenizer = _tokenizer_in(folder, member)
+    if member is None:
+        return place, tokenizer, _prompts(tokenizer, _has_chat_template(folder))
+    return member.name, tokenizer, member.prompts
+
+
+def _locate(name: str) -> tuple[Path | str, Member | None]:
+    """The path that a name stands for, or else the hub id, and the member whose it is."""
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):  # unlike Path's own it is False for what can be no path, such as a prompt in its place
+        return path, None
+    try:
+        member = family.get(name)
+        return member.hub_id, member
+    except UnknownModelError as error:
+        if hub.is_repo_id(name) and path.suffix not in (".gguf", ".ckpt", ".safetensors"):
+            return name, None
+        if path.suffix in (".gguf", ".ckpt", ".safetensors") or name.startswith(("~", ".")) or {"/", "\\"} & {*name}:
+            raise UnknownModelError(f"there is no file or folder {name}") from None
+        raise error from None
 
 
 def runnable(decoder: Decoder) -> bool:
@@ -208,6 +205,22 @@ def resolve_decoder(path: str | os.PathLike[str]) -> tuple[Decoder, Vision | Non
     """Architecture and name of a checkpoint on disk."""
     with open_path(Path(path).expanduser(), os.fspath(path)) as checkpoint:
         return checkpoint.decoder, None, checkpoint.label
+
+
+def _prompts(tokenizer: Tokenizer, has_chat_template: bool) -> tuple[Prompt, ...]:
+    found: list[Prompt] = ["complete"]
+    if has_chat_template:
+        found.append("chat")
+    if FIM_PREFIX in tokenizer:
+        found.append("infill")
+    return tuple(found)
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and "chat_template" in read_json(settings)
 
 
 def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:

@@ -172,7 +172,10 @@ def to_hf(decoder: Decoder) -> dict[str, Any]:
         "eos_token_id": 1,
         "bos_token_id": 2,
     }
-    ropes = {t: {layer.rope for layer in decoder.layers if isinstance(layer, c)} for t, c in by_type.items()}
+    ropes: dict[str, set[Rope]] = {t: set() for t in by_type}
+    for layer_type, layer in zip(types, decoder.layers, strict=True):
+        if isinstance(layer, Global | Sliding):
+            ropes[layer_type].add(layer.rope)
     windows = {layer.window for layer in decoder.layers if isinstance(layer, Sliding)}
     full = next(iter(ropes["full_attention"] or ropes["sliding_attention"] or {Rope()}))
     local = next(iter(ropes["sliding_attention"] or {full}))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Decoder
 from gemkit.ops import Quantized
 from gemkit.weights.checkpoint import FLOATS, TIED_HEADS, Checkpoint
+from gemkit.weights.maps import Part
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Progress = Callable[[int, int], Any]  # (bytes read, bytes in all)
@@ -62,35 +65,26 @@ def load_decoder(
     with torch.device("meta"):
         module = Decoder(checkpoint.decoder)
     total = sum(entries[name].nbytes for name in {part.theirs for part in parts})
-    done, rounded, dense = 0, {}, 0
-    fused: tuple[str, Any] = ("", None)  # the last matrix that several parameters share
-    for part in parts:
-        if fused[0] != part.theirs:
-            fused = (part.theirs, checkpoint.reader.read(part.theirs))
-            done += entries[part.theirs].nbytes
-            if progress is not None:
-                progress(done, total)
-        value = fused[1]
-        if part.rows is not None:
-            value = value[part.rows[0] : part.rows[1]].clone()
-        if part.plus_one:
-            value = value.float() - 1.0
-        if isinstance(value, Quantized) and not quantized:
-            dense += 1
-            stored, value = value.kind.name, value.dequantize(run_dtype)
-            if run_dtype != torch.float32:
-                rounded[stored] = rounded.get(stored, 0) + 1
-        if isinstance(value, Tensor):
-            if value.dtype != run_dtype:
-                if _loses(value.dtype, run_dtype):
-                    stored = str(value.dtype).removeprefix("torch.")
-                    rounded[stored] = rounded.get(stored, 0) + 1
-                value = value.to(run_dtype)
-            value = Parameter(value.to(device), requires_grad=False)
-        else:
-            value = value.to(device)
-        module.hold(part.ours, value)
-    fused = ("", None)
+    done, dense = 0, 0
+    rounded: Counter[str] = Counter()
+    # several parameters may be rows of one tensor, which is then read once: they follow each other
+    for name, sharing in groupby(parts, key=lambda part: part.theirs):
+        stored = checkpoint.reader.read(name)
+        for part in sharing:
+            value = _part_of(stored, part)
+            kind = value.kind.name if isinstance(value, Quantized) else str(value.dtype).removeprefix("torch.")
+            if isinstance(value, Quantized) and not quantized:
+                value = value.dequantize()
+                dense += 1
+            if isinstance(value, Quantized):
+                module.hold(part.ours, value.to(device))
+                continue
+            if run_dtype == torch.bfloat16 and value.dtype != run_dtype:
+                rounded[kind] += 1
+            module.hold(part.ours, Parameter(value.to(device, run_dtype), requires_grad=False))
+        done += entries[name].nbytes
+        if progress is not None:
+            progress(done, total)
     module.embed_tokens.run_dtype = run_dtype
     _check_tied_heads(checkpoint, module)
     if dense:
@@ -117,9 +111,17 @@ def _run_dtype(asked: str | torch.dtype | None, stored: set[str]) -> torch.dtype
     return _DTYPES[name]
 
 
-def _loses(stored: torch.dtype, run: torch.dtype) -> bool:
-    """Whether some numbers of `stored` are not in `run`."""
-    return run == torch.bfloat16 and stored in (torch.float32, torch.float16)
+def _part_of(stored: Tensor | Quantized, part: Part) -> Tensor | Quantized:
+    """A parameter from the tensor that holds it."""
+    if isinstance(stored, Quantized):
+        if part.rows is not None or part.plus_one:
+            raise WeightsError(
+                f"{part.theirs} is stored as {stored.kind.name}; norms and fused matrices are never quantized"
+            )
+        return stored
+    if part.rows is not None:
+        stored = stored[part.rows[0] : part.rows[1]].clone()
+    return stored.float() - 1.0 if part.plus_one else stored
 
 
 def _check_room(checkpoint: Checkpoint, run_dtype: torch.dtype, device: torch.device, quantized: bool) -> None:

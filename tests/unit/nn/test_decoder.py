@@ -14,7 +14,16 @@ def on_meta(name: str) -> nn.Decoder:
         return nn.Decoder(family.get(name).decoder)
 
 
-RUNNABLE = ["gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-9b", "gemma-2-27b", "gemma-3-270m", "gemma-3-1b", "gemma-3-27b"]
+RUNNABLE = [
+    "gemma-2b",
+    "gemma-7b",
+    "gemma-2-2b",
+    "gemma-2-9b",
+    "gemma-2-27b",
+    "gemma-3-270m",
+    "gemma-3-1b",
+    "gemma-3-27b",
+]
 
 
 @pytest.mark.parametrize("name", RUNNABLE)

@@ -146,7 +146,7 @@ def test_rolling_back_too_far_is_refused_and_changes_nothing():
     mark = state.mark(0)
     for token in ids[20:39]:
         feed(state, [token])
-    with pytest.raises(StateError, match="window of .* make the state with room="):
+    with pytest.raises(StateError, match=r"window of .* make the state with room="):
         state.rollback(mark)
     assert_same(feed(state, ids[39:]), whole(ids)[39:])
 
