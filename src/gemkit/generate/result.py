@@ -58,6 +58,9 @@ class Result:
     seed: int | None  # that the draws were made with, whether given or fresh; None if greedy
     timings: Timings
 
+    def __str__(self) -> str:
+        return self.text
+
 
 @dataclass(frozen=True)
 class Event:
