@@ -152,12 +152,13 @@ def _locate(name: str) -> tuple[Path | str, Member | None]:
     try:
         member = family.get(name)
         return member.hub_id, member
-    except UnknownModelError as error:
-        if hub.is_repo_id(name) and path.suffix not in (".gguf", ".ckpt", ".safetensors"):
+    except UnknownModelError:
+        names_file = path.suffix in (".gguf", ".ckpt", ".safetensors")
+        if hub.is_repo_id(name) and not names_file:
             return name, None
-        if path.suffix in (".gguf", ".ckpt", ".safetensors") or name.startswith(("~", ".")) or {"/", "\\"} & {*name}:
+        if names_file or name.startswith((".", "~")) or "/" in name or "\\" in name:
             raise UnknownModelError(f"there is no file or folder {name}") from None
-        raise error from None
+        raise
 
 
 def runnable(decoder: Decoder) -> bool:
