@@ -60,8 +60,9 @@ def download(repo: str, *, weights: bool = True) -> Path:
             f"{repo} is not in the local cache ({cache_folder()}) and {why}: go online once, or give a local folder or "
             "a .gguf file instead"
         ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise AccessError(f"could not download {repo}: {error}") from error
+    except Exception as error:  # a network lost on the way is whatever the client's HTTP library of the year raises
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise AccessError(f"could not download {repo}: {why}; what has arrived is kept, so try again") from error
 
 
 def is_offline() -> bool:
