@@ -243,7 +243,7 @@ class Gemma:
         """Write a folder that Transformers loads unchanged. Quantized weights are made dense, exactly."""
         from gemkit.weights.save import save_hf
 
-        return save_hf(self.module, folder, tokenizer=self.tokenizer, dtype=dtype)
+        return save_hf(self.module, folder, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype)
 
     def warn_if_not_tuned_for_chat(self) -> None:
         """Say once per call site that a pretrained model only continues text."""

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fetch_oracles import fetch
 from gemkit.text import chat
+from gemkit.text.prompts import CHAT_TEMPLATE
 from vocabularies import library_sources, published, tokenizer
 
 VOCABULARIES = ("gemma2", "gemma3")
@@ -131,11 +132,10 @@ def test_decoding_equals_the_published_one(name, ids):
 
 
 @cache
-def templated(name: str) -> PreTrainedTokenizerFast:
-    config = json.loads((fetch("tokenizer-gemma3") / "tokenizer_config.json").read_text())
-    return PreTrainedTokenizerFast(
-        tokenizer_object=published(name), bos_token="<bos>", chat_template=config["chat_template"]
-    )
+def templated(name: str, template: str | None = None) -> PreTrainedTokenizerFast:
+    if template is None:
+        template = json.loads((fetch("tokenizer-gemma3") / "tokenizer_config.json").read_text())["chat_template"]
+    return PreTrainedTokenizerFast(tokenizer_object=published(name), bos_token="<bos>", chat_template=template)
 
 
 # joined from parts, because `st.text` also tries constants of our source: control tokens, which theirs would read
@@ -156,6 +156,8 @@ def test_turns_equal_the_published_template(name, contents, system):
         messages.insert(0, {"role": "system", "content": system})
     answer = len(contents) % 2 == 1
     rendered = templated(name).apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
+    saved = templated(name, CHAT_TEMPLATE)  # the template that we write beside a model
+    assert saved.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False) == rendered
     prompt = chat(tokenizer(name), messages, answer=answer)
     assert prompt.ids == theirs(name, rendered)
     assert tokenizer(name).with_bos(tokenizer(name).encode(rendered, control=True)) == prompt.ids

@@ -75,12 +75,10 @@ class Prompt:
 def stop_ids(tokenizer: Tokenizer, format: Format) -> frozenset[int]:
     """The ids that end an answer to a prompt of this format.
 
-    A model tuned for chat ends its turn with `<end_of_turn>` and one for infilling its middle with
-    `<|file_separator|>`; neither is sure to say `<eos>`.
+    A model tuned for chat ends what it says with `<end_of_turn>`, whatever it was asked to continue, and one for
+    infilling ends its middle with `<|file_separator|>`; neither is sure to say `<eos>`.
     """
-    if format == "complete":
-        return frozenset({tokenizer.eos})
-    if format == "chat":
+    if format != "infill":
         return tokenizer.end_ids
     return tokenizer.end_ids | {i for piece in INFILL.values() for i in _control(tokenizer, piece).ids}
 
@@ -165,6 +163,29 @@ def chat(
             )
         spans += _open_turn(tokenizer, "model")
     return _prompt(tokenizer, "chat", spans)
+
+
+# The same format as `chat`, for tools that read templates: it is saved with a model that was tuned for it.
+CHAT_TEMPLATE = """\
+{{- bos_token -}}
+{%- set ns = namespace(preamble='', expected='user') -%}
+{%- for message in messages -%}
+{%- if loop.first and message.role == 'system' -%}
+{%- set ns.preamble = message.content + '\\n\\n' -%}
+{%- else -%}
+{%- set role = 'model' if message.role == 'assistant' else message.role -%}
+{%- if role != ns.expected -%}
+{{- raise_exception('user and assistant must alternate, the user first') -}}
+{%- endif -%}
+{{- '<start_of_turn>' + role + '\\n' + ns.preamble + message.content | trim + '<end_of_turn>\\n' -}}
+{%- set ns.preamble = '' -%}
+{%- set ns.expected = 'user' if role == 'model' else 'model' -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<start_of_turn>model\\n' -}}
+{%- endif -%}
+"""
 
 
 def next_turn(tokenizer: Tokenizer, history: Sequence[int], content: str) -> Prompt:

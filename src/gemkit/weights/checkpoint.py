@@ -228,9 +228,16 @@ def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:
     for name, read in (("tokenizer.model", Tokenizer.from_model), ("tokenizer.json", Tokenizer.from_json)):
         if (folder / name).is_file():
             tokenizer = read(folder / name)
-            is_code = member is not None and member.vocabulary == "codegemma"
-            return tokenizer.with_infill() if is_code else tokenizer
+            return tokenizer.with_infill() if _names_infilling(folder, member) else tokenizer
     raise WeightsError(f"there is no tokenizer.model or tokenizer.json in {folder}")
+
+
+def _names_infilling(folder: Path, member: Member | None) -> bool:
+    """Whether four unused pieces are CodeGemma's: its tokenizer.model may not say so, what lies beside it does."""
+    if member is not None:
+        return member.vocabulary == "codegemma"
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and FIM_PREFIX in str(read_json(settings))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,17 +6,21 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemkit import family
 from gemkit.errors import WeightsError
+from gemkit.family import Prompt
 from gemkit.nn import Decoder
 from gemkit.ops import Quantized
 from gemkit.text import Tokenizer
+from gemkit.text.prompts import CHAT_TEMPLATE
+from gemkit.text.vocabulary import UNK
 from gemkit.weights import configs
 from gemkit.weights.load import weight
 from gemkit.weights.maps import name_map
@@ -29,6 +33,7 @@ def save_hf(
     folder: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | None = None,
+    prompts: Collection[Prompt] = ("complete",),
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
@@ -38,6 +43,7 @@ def save_hf(
     touched. The tied head is written once, as the embedding.
 
     Args:
+        prompts: what the model was tuned for. With "chat" its template is written too, and its turns end answers.
         dtype: of the written weights. None: as they are; quantized ones are made dense in float32, exactly.
         shard_bytes: a file is closed before it grows beyond this.
 
@@ -57,15 +63,9 @@ def save_hf(
         raise WeightsError(f"cannot write to {target.parent}: {error}") from error
     try:
         saved_as = _write_weights(module, work, dtype, shard_bytes)
-        (work / "config.json").write_text(json.dumps({**config, "dtype": saved_as}, indent=2) + "\n")
+        _write_json(work / "config.json", {**config, "dtype": saved_as})
         if tokenizer is not None:
-            tokenizer.save(work / "tokenizer.model")
-            stops = {
-                "bos_token_id": tokenizer.bos,
-                "eos_token_id": sorted(tokenizer.end_ids),
-                "pad_token_id": tokenizer.pad,
-            }
-            (work / "generation_config.json").write_text(json.dumps(stops, indent=2) + "\n")
+            _write_vocabulary(tokenizer, prompts, work)
         if target.exists():
             target.rmdir()
         os.replace(work, target)
@@ -74,6 +74,23 @@ def save_hf(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _write_vocabulary(tokenizer: Tokenizer, prompts: Collection[Prompt], folder: Path) -> None:
+    tokenizer.save(folder / "tokenizer.model")
+    names = {f"{role}_token": tokenizer.piece(getattr(tokenizer, role)) for role in ("bos", "eos", "pad")}
+    settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "unk_token": UNK, **names}
+    ends = {tokenizer.eos}
+    if "chat" in prompts:
+        settings["chat_template"] = CHAT_TEMPLATE
+        ends = tokenizer.end_ids
+    stops = {"bos_token_id": tokenizer.bos, "eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad}
+    _write_json(folder / "tokenizer_config.json", settings)
+    _write_json(folder / "generation_config.json", stops)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _write_weights(module: Decoder, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> str:
@@ -98,7 +115,7 @@ def _write_weights(module: Decoder, folder: Path, dtype: torch.dtype | None, sha
             path.rename(folder / name)
             weight_map |= dict.fromkeys(names, name)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        _write_json(folder / "model.safetensors.index.json", index)
     widest = torch.float32 if torch.float32 in dtypes else dtypes.pop()
     return str(widest).removeprefix("torch.")
 
