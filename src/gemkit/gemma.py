@@ -91,7 +91,9 @@ def _check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
-        raise ConfigError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        other = torch.accelerator.current_accelerator(check_available=True)
+        usable = "cpu" if other is None else f"cpu, {other.type}"
+        raise ConfigError(f"device={device!r} cannot be used on this machine, only: {usable}") from error
 
 
 class Gemma:

@@ -164,7 +164,8 @@ def read_text(path: str) -> str:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise TextError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+        name = "stdin" if path == "-" else path
+        raise TextError(f"{name} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
 
 
 def printable(text: str, raw: bool = False, stream: TextIO | None = None) -> str:

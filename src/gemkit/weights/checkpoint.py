@@ -192,7 +192,9 @@ def _describe(format: Format, path: Path, label: str, reader: Reader, member: Me
     if format == "safetensors":
         folder = path if path.is_dir() else path.parent
         if not (folder / "config.json").is_file():
-            raise WeightsError(f"{label}: there is no config.json in {folder}")
+            raise WeightsError(
+                f"{label}: there is no config.json in {folder}: copy it from where the weights come from"
+            )
         config = read_json(folder / "config.json")
         checkpoint = Checkpoint(label, path, format, reader, configs.from_hf(config, label), member)
         if "vision_config" in config:
@@ -229,7 +231,9 @@ def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:
         if (folder / name).is_file():
             tokenizer = read(folder / name)
             return tokenizer.with_infill() if _names_infilling(folder, member) else tokenizer
-    raise WeightsError(f"there is no tokenizer.model or tokenizer.json in {folder}")
+    raise WeightsError(
+        f"there is no tokenizer.model or tokenizer.json in {folder}: copy one from where the weights come from"
+    )
 
 
 def _names_infilling(folder: Path, member: Member | None) -> bool:
