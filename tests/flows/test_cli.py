@@ -46,15 +46,15 @@ def test_several_prompts_are_one_batch(run, models, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("third ✓ f")
     argv = ["generate", "-m", models / "parrot", "-n", 3, "a", "b", "--file", file, "--file", "-"]
-    code, out, err = run(*argv, stdin="vierter g".encode())
+    code, out, err = run(*argv, stdin="vierter ✓ g".encode())
     assert (code, out) == (0, "aaa\nbbb\nfff\nggg\n")
-    assert err.index("── a") < err.index("── b") < err.index("── third ✓ f") < err.index("── vierter g")
+    assert err.index("── a") < err.index("── b") < err.index("── third ✓ f") < err.index("── vierter ✓ g")
     code, out, _ = run(*argv, "--json", stdin=b"g")
     assert [answer["text"] for answer in json.loads(out)["answers"]] == ["aaa", "bbb", "fff", "ggg"]
 
 
 def test_generate_json(run, models):
-    code, out, err = run("generate", "-m", models / "parrot", "-n", 3, "--json", "--logprobs", 2, "é ü")
+    code, out, _ = run("generate", "-m", models / "parrot", "-n", 3, "--json", "--logprobs", 2, "é ü")
     record = json.loads(out)
     assert (code, out.count("\n")) == (0, 1)
     assert "é ü" in out  # as it is, not as escapes
@@ -151,7 +151,7 @@ def test_chat_is_sampled_as_published_unless_told_otherwise(run, models):
 
 def test_infill_between_prefix_and_suffix(run, models):
     argv = ["infill", "-m", models / "code", "-n", 6, "--prefix", "import ", "--suffix", "\nsys.exit(0)"]
-    code, out, err = run(*argv, "--json")
+    code, out, _ = run(*argv, "--json")
     answer = json.loads(out)
     assert code == 0
     assert (answer["prefix"], answer["suffix"]) == ("import ", "\nsys.exit(0)")
@@ -178,7 +178,7 @@ def test_infill_says_what_it_left_out(run, models, tmp_path):
     other = tmp_path / "other.py"
     other.write_text("x" * 300)
     argv = ["infill", "-m", models / "code", "-n", 6, "--file", other]
-    code, out, err = run(*argv, "--prefix", "a" * 300, "--suffix", "b")
+    code, _, err = run(*argv, "--prefix", "a" * 300, "--suffix", "b")
     assert code == 0
     assert "note: left out: the first" in err
     assert "note: left out: 1 of 1 files" in err
