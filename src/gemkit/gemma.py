@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from gemkit import generate as loop
-from gemkit import text
+from gemkit import text as formats
 from gemkit.errors import ConfigError, ModelError
 from gemkit.generate import INSTRUCTION_TUNED, Event, Request, Result, Sampling, Score
 from gemkit.text import Prompt, Tokenizer
@@ -135,13 +135,13 @@ class Gemma:
                 text, which is safe with input from strangers.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        asked = [text.complete(self.tokenizer, p, control=control) for p in prompts]
+        asked = [formats.complete(self.tokenizer, p, control=control) for p in prompts]
         results = self._all(asked, options, Sampling())
         return results[0] if isinstance(prompt, str) else results
 
     def stream(self, prompt: str, *, control: bool = False, **options: Unpack[Options]) -> Stream:
         """Continue a text, piece by piece as it comes."""
-        return self._stream(text.complete(self.tokenizer, prompt, control=control), options, Sampling())
+        return self._stream(formats.complete(self.tokenizer, prompt, control=control), options, Sampling())
 
     def chat(self, messages: str | Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Result:
         """The model's next turn of a conversation.
@@ -153,7 +153,7 @@ class Gemma:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         self.warn_if_not_tuned_for_chat()
-        return self._all([text.chat(self.tokenizer, messages)], options, INSTRUCTION_TUNED)[0]
+        return self._all([formats.chat(self.tokenizer, messages)], options, INSTRUCTION_TUNED)[0]
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
         """A conversation that remembers: each turn continues from the state that the turns before left."""
@@ -175,8 +175,7 @@ class Gemma:
             path: of the file that is being completed.
             files: (path, text) of other files to take into account.
         """
-        prompt = self.infill_prompt(prefix, suffix, path=path, files=files, max_tokens=options.get("max_tokens"))
-        return self._all([prompt], options, Sampling())[0]
+        return self.infill_stream(prefix, suffix, path=path, files=files, **options).finish()
 
     def infill_stream(
         self,
@@ -187,36 +186,23 @@ class Gemma:
         files: Sequence[tuple[str, str]] = (),
         **options: Unpack[Options],
     ) -> Stream:
-        """`infill`, piece by piece as it comes."""
-        prompt = self.infill_prompt(prefix, suffix, path=path, files=files, max_tokens=options.get("max_tokens"))
-        return self._stream(prompt, options, Sampling())
-
-    def infill_prompt(
-        self,
-        prefix: str,
-        suffix: str,
-        *,
-        path: str | None = None,
-        files: Sequence[tuple[str, str]] = (),
-        max_tokens: int | None = None,
-    ) -> Prompt:
-        """The infilling prompt, cut to leave room in the context for `max_tokens` of answer."""
+        """`infill`, piece by piece as it comes. `stream.prompt.notes` say what was cut to leave room for the answer."""
         if "infill" not in self.prompts:
             raise ModelError(f"{self.label} was not trained to infill: use codegemma-2b or codegemma-7b")
-        room = self.config.max_context - (max_tokens or MAX_TOKENS)
+        answer = options.get("max_tokens") or MAX_TOKENS
+        room = self.config.max_context - answer
         if room < 1:
-            raise ConfigError(
-                f"max_tokens={max_tokens} leaves no room for a prompt in {self.config.max_context} tokens"
-            )
-        return text.infill(self.tokenizer, prefix, suffix, path=path, files=files, max_tokens=room)
+            raise ConfigError(f"max_tokens={answer} leaves no room for a prompt in {self.config.max_context} tokens")
+        prompt = formats.infill(self.tokenizer, prefix, suffix, path=path, files=files, max_tokens=room)
+        return self._stream(prompt, options, Sampling())
 
-    def score(self, text_: str, *, top: int = 0, control: bool = False, beyond_context: bool = False) -> Score:
+    def score(self, text: str, *, top: int = 0, control: bool = False, beyond_context: bool = False) -> Score:
         """Log-probability of every token of a text, and its perplexity. The text follows a `<bos>`.
 
         Args:
             top: list so many of the most likely tokens at each position.
         """
-        ids = text.complete(self.tokenizer, text_, control=control).ids
+        ids = formats.complete(self.tokenizer, text, control=control).ids
         return loop.score(self.executor, ids, top=top, beyond_context=beyond_context)
 
     # ── showing, keeping ────────────────────────────────────────────────────────────────────────────────────────────
@@ -285,9 +271,8 @@ class Gemma:
         return loop.complete(self.executor, requests, **self.loop_options(options))
 
     def _stream(self, prompt: Prompt, options: Options, sampling: Sampling) -> Stream:
-        return Stream(
-            loop.generate(self.executor, [self.request(prompt, options, sampling)], **self.loop_options(options))
-        )
+        request = self.request(prompt, options, sampling)
+        return Stream(prompt, loop.generate(self.executor, [request], **self.loop_options(options)))
 
     def loop_options(self, options: Options) -> dict[str, Any]:
         return {
@@ -316,7 +301,8 @@ class Stream(Iterator[str]):
     "interrupted". One that arrives between two pieces is yours to catch: `interrupt()` then does the same.
     """
 
-    def __init__(self, events: Generator[Event], on_result: Callable[[Result], None] | None = None):
+    def __init__(self, prompt: Prompt, events: Generator[Event], on_result: Callable[[Result], None] | None = None):
+        self.prompt = prompt  # what the model was shown, of this turn
         self._events = events
         self._on_result = on_result
         self.result: Result | None = None
@@ -379,15 +365,15 @@ class Conversation:
             self.model.executor, [request], state=self._state, **self.model.loop_options(self._options)
         )
         self._known = False
-        return Stream(events, lambda result: self._remember(request, result))
+        return Stream(prompt, events, lambda result: self._remember(request, result))
 
     def _prompt(self, words: str) -> Prompt:
         if self.ids:
-            return text.next_turn(self.model.tokenizer, self.ids, words)
+            return formats.next_turn(self.model.tokenizer, self.ids, words)
         messages = [{"role": "user", "content": words}]
         if self._system:
             messages.insert(0, {"role": "system", "content": self._system})
-        return text.chat(self.model.tokenizer, messages)
+        return formats.chat(self.model.tokenizer, messages)
 
     def _remember(self, request: Request, result: Result) -> None:
         self.ids = [*request.ids, *result.ids]

@@ -50,10 +50,9 @@ def run(args: argparse.Namespace) -> int:
     files = [(name, read_text(name)) for name in args.file]
     chosen = options(args)
     model = load_model(args)
-    prompt = model.infill_prompt(prefix, suffix, path=path, files=files, max_tokens=args.max_tokens)
-    for note in prompt.notes:
-        say(f"note: {note}")
     stream = model.infill_stream(prefix, suffix, path=path, files=files, **chosen)
+    for note in stream.prompt.notes:
+        say(f"note: {note}")
     if args.json:
         result = stream.finish()
         answer = result_json(result, model.tokenizer)
