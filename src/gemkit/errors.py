@@ -64,10 +64,10 @@ class MissingExtraError(GemkitError, ImportError):
         self.extra = extra
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """A clause for error messages that names the known names closest to `name`, or lists a few if none is close."""
+def nearest(name: str, known: Iterable[str], otherwise: str = "", count: int = 3) -> str:
+    """A clause for messages: the known names closest to `name`; if none is close, `otherwise` or a few of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(close) + "?"
-    return "known: " + ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")
+    return otherwise or "known: " + ", ".join(known[:8]) + (", ..." if len(known) > 8 else "")

@@ -40,8 +40,8 @@ def both(error, path, *parts):
     [
         ("gema-2b", "did you mean gemma-2b"),
         ("gemma-2-3b", "gemma-2-2b"),
-        ("llama", "known: "),
-        ("x" * 400, "known: "),  # longer than a file name can be: a prompt given in its place
+        ("llama", "`gemkit models` lists them"),
+        ("x" * 400, "`gemkit models` lists them"),  # longer than a file name can be: a prompt given in its place
         ("none.gguf", "there is no file or folder none.gguf"),
         ("none/weights.ckpt", "there is no file or folder none/weights.ckpt"),
         ("./none", "there is no file or folder ./none"),

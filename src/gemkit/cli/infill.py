@@ -56,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         result = stream.finish()
         answer = result_json(result, model.tokenizer)
-        print_json({"model": model.label, "prefix": prefix, "suffix": suffix, **answer})
+        whole = {"whole": prefix + result.text + suffix} if args.whole else {}
+        print_json({"model": model.label, "prefix": prefix, "suffix": suffix, **answer, **whole})
     elif args.whole:
         result = stream.finish()
         write(prefix + result.text + suffix, args.raw)

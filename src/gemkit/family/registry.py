@@ -39,7 +39,9 @@ def get(name: str) -> Member:
     """
     member = _index().get(_key(name))
     if member is None:
-        raise UnknownModelError(f"no member of the family is called {name!r}; {nearest(_key(name), names())}")
+        raise UnknownModelError(
+            f"no member of the family is called {name!r}; " + nearest(_key(name), names(), "`gemkit models` lists them")
+        )
     return member
 
 

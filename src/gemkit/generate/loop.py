@@ -129,7 +129,7 @@ def generate(
         try:
             _check(request, executor.decoder, text_stream is not None, beyond_context)
         except (ConfigError, ContextError) as error:
-            raise type(error)(f"request {index}: {error}") from None
+            raise type(error)(f"request {index}: {error}" if len(requests) > 1 else str(error)) from None
     slots = _slots(requests, state)
     state = executor.new_state(max(1, len(requests))) if state is None else state
     limit = None if beyond_context else executor.decoder.max_context
@@ -331,7 +331,7 @@ def _check(request: Request, decoder: Decoder, has_text: bool, beyond_context: b
     if len(request.ids) > most and not beyond_context:
         raise ContextError(
             f"the prompt has {len(request.ids)} tokens and the model was trained on {most}; "
-            "shorten it, or pass beyond_context=True to see what it does beyond"
+            "shorten it, or see with beyond_context=True (--beyond-context) what it does there"
         )
 
 

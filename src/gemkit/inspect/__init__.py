@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from gemkit import family
 from gemkit.errors import UnknownModelError
@@ -23,19 +22,20 @@ class Subject:
 
 
 def subject(name: str) -> Subject:
-    """The member of that name, else the checkpoint at that path (a folder or a `.gguf`); `./name` is always a path.
+    """The checkpoint at that path (a folder or a file), else the member of that name.
 
     Raises:
         UnknownModelError: if it is neither.
         WeightsError: if there is something at the path, but no checkpoint of this family.
     """
-    try:
-        member = family.get(name)
+    from gemkit.weights import hub
+
+    place, member = hub.locate(name)
+    if member is not None:
         return Subject(member.name, member.decoder, member.vision, member)
-    except UnknownModelError:
-        if not Path(name).exists():
-            raise
+    if isinstance(place, str):
+        raise UnknownModelError(f"{name} is no member of the family; download it, and give the folder")
     from gemkit.weights.checkpoint import resolve_decoder
 
-    decoder, vision, label = resolve_decoder(Path(name))
+    decoder, vision, label = resolve_decoder(place)
     return Subject(label, decoder, vision)

@@ -85,9 +85,9 @@ def summary(subjects: Sequence[Subject]) -> list[str]:
         if other.decoder == first.decoder and other.vision == first.vision:
             said.append(f"{other.label}: the same architecture, with other weights")
             continue
-        parameters = _total(other) / _total(first)
-        cache = _cache(other.decoder) / _cache(first.decoder)
-        said.append(f"{other.label}: {_size(other)}; {parameters:.3g} x the parameters, {cache:.3g} x the cache")
+        larger = units.factor(_total(other) / _total(first))
+        cache = units.factor(_cache(other.decoder) / _cache(first.decoder))
+        said.append(f"{other.label}: {_size(other)}; {larger} x the parameters, {cache} x the cache")
     return said
 
 
@@ -176,7 +176,7 @@ def _cost(quantity: _Quantity, first: Any, other: Any, steps: dict[str, Delta | 
         if not (first and other):
             return ""
         factor = other / first
-        return f"x {factor:.3g}" if abs(factor - 1) > 0.05 else f"{100 * (factor - 1):+.2g} %"
+        return f"x {units.factor(factor)}" if abs(factor - 1) > 0.05 else f"{100 * (factor - 1):+.2g} %"
     delta = steps.get(quantity.key)
     if delta is None:
         return "with the next row" if quantity.key in steps else ""

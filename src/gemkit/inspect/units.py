@@ -36,3 +36,8 @@ def _prefixed(n: float, prefixes: tuple[str, ...]) -> str:
         n, power = n / 1000, power + 1
     digits = 0 if n >= 99.95 or (n == int(n) and power == 0) else 1 if n >= 9.995 else 2
     return f"{sign}{n:.{digits}f}{prefixes[power]}"
+
+
+def factor(value: float) -> str:
+    """A ratio in three digits, or whole and with commas where it has more: 0.934, 24.9, 4,560."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -7,8 +7,10 @@ queries, so that a key/value head is read once for all the query heads it serves
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,12 +47,27 @@ def attention_kernel(softcap: float | None) -> tuple[str, str]:
     return "explicit", "the scores are soft-capped, which torch's fused kernel cannot express"
 
 
-Op = TypeVar("Op", bound=Callable[..., object])
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def opaque(op: Op) -> Op:
-    """An op that compilation does not look into: its loop over boundaries would be a new program for every batch."""
-    return torch.compiler.disable(op)  # type: ignore[return-value]  # torch's annotation loses the signature
+def opaque(op: Callable[P, R]) -> Callable[P, R]:
+    """An op that compilation does not look into: its loop over boundaries would be a new program for every batch.
+
+    torch's own way to say so imports its compiler, which takes 1.5 s: it is asked only once something has compiled.
+    """
+    disabled: Any = None
+
+    @wraps(op)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if "torch._dynamo" not in sys.modules:
+            return op(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(op)
+        return disabled(*args, **kwargs)
+
+    return call
 
 
 @opaque

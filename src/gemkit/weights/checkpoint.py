@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemkit import family
-from gemkit.errors import ModelError, UnknownModelError, WeightsError
+from gemkit.errors import ModelError, WeightsError
 from gemkit.family import Decoder, Member, Prompt, Vision
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import FIM_PREFIX
@@ -120,7 +120,7 @@ def find(name: str | os.PathLike[str] | None) -> Checkpoint:
     """
     if name is None:
         return open_path(hub.starter(), "gemma-3-270m (starter, Q4_K_M)", family.get(hub.STARTER))
-    place, member = _locate(os.fspath(name))
+    place, member = hub.locate(os.fspath(name))
     if isinstance(place, Path):
         return open_path(place, os.fspath(name))
     if member is not None and (not runnable(member.decoder) or member.vision is not None):
@@ -133,7 +133,7 @@ def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer
 
     Raises as `find` does.
     """
-    place, member = (None, None) if name is None else _locate(os.fspath(name))
+    place, member = (None, None) if name is None else hub.locate(os.fspath(name))
     if not isinstance(place, str):
         with find(name) as checkpoint:
             return checkpoint.label, checkpoint.tokenizer, checkpoint.prompts
@@ -142,23 +142,6 @@ def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer
     if member is None:
         return place, tokenizer, _prompts(tokenizer, _has_chat_template(folder))
     return member.name, tokenizer, member.prompts
-
-
-def _locate(name: str) -> tuple[Path | str, Member | None]:
-    """The path that a name stands for, or else the hub id, and the member whose it is."""
-    path = Path(os.path.expanduser(name))
-    if os.path.exists(path):  # unlike Path's own it is False for what can be no path, such as a prompt in its place
-        return path, None
-    try:
-        member = family.get(name)
-        return member.hub_id, member
-    except UnknownModelError:
-        names_file = path.suffix in (".gguf", ".ckpt", ".safetensors")
-        if hub.is_repo_id(name) and not names_file:
-            return name, None
-        if names_file or name.startswith((".", "~")) or "/" in name or "\\" in name:
-            raise UnknownModelError(f"there is no file or folder {name}") from None
-        raise
 
 
 def runnable(decoder: Decoder) -> bool:

