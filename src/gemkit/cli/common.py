@@ -126,7 +126,7 @@ class Progress:
 
     def __init__(self, enabled: bool):
         self._enabled = enabled and sys.stderr.isatty()
-        self._start = time.monotonic()
+        self._start = self._last = time.monotonic()
         self._shown = False
 
     def __enter__(self) -> Progress:
@@ -138,9 +138,10 @@ class Progress:
             sys.stderr.flush()
 
     def __call__(self, done: int, total: int) -> None:
-        elapsed = time.monotonic() - self._start
-        if self._enabled and elapsed > 1:
-            self._shown = True
+        now = time.monotonic()
+        elapsed = now - self._start
+        if self._enabled and elapsed > 1 and now - self._last > 0.1:
+            self._shown, self._last = True, now
             left = elapsed * (total - done) / max(done, 1)
             sys.stderr.write(f"\r\x1b[Kloading {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left:.0f} s left")
             sys.stderr.flush()
