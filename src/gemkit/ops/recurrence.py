@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from gemkit.ops.attention import Sequences, opaque
 
-# Rows a block of the scan. Of 4,096 rows, 131 steps depend on each other: 32 through all blocks at once, 67 for the scan
-# of their ends, 32 through all blocks again. At 2,560 channels on two CPU cores 16 and 64 took 10 % longer, 8 a third.
+# Rows a block of the scan. At 4,096 rows 131 steps depend on each other: 32 through all blocks at once, 67 to scan what
+# the blocks leave, 32 through all blocks again. On two CPU cores, 2,560 channels wide, 16 and 64 took 10 % longer.
 _BLOCK = 32
 
 # Elements computed at a time where no gradients are recorded: 2 MiB of float32. A large temporary is fresh memory from
@@ -45,7 +45,7 @@ class Recurrence(Protocol):
 
 
 def block_linear(x_TR: Tensor, weight_NIO: Tensor, bias_NO: Tensor) -> Tensor:
-    """N projections side by side, each of its own I = R / N channels to O: (T, R) to (T, N * O). A block is (in, out)."""
+    """N projections side by side, each of its own R / N channels: (T, R) to (T, N * O). Blocks are (in, out)."""
     x_NTI = x_TR.unflatten(1, weight_NIO.shape[:2]).transpose(0, 1)
     return torch.baddbmm(bias_NO[:, None], x_NTI, weight_NIO).transpose(0, 1).flatten(1)
 
@@ -153,7 +153,7 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dh_TR: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, dh_TR: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         a_TR, h_TR = ctx.saved_tensors
         g_TR, da_TR = torch.empty_like(dh_TR), torch.empty_like(a_TR)
         da_TR[:-1] = a_TR[1:]  # for now what carries g backwards
@@ -204,7 +204,7 @@ class _BoundedSqrt(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> Tensor:
+    def backward(ctx, dy: Tensor) -> Tensor:  # type: ignore[override]
         (z,) = ctx.saved_tensors
         return dy / torch.sqrt(torch.clamp(4.0 * z, min=_MAX_SQRT_GRADIENT**-2))
 
