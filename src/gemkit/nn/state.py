@@ -126,9 +126,7 @@ class KeysValues:
         count = k_SKH.shape[0] if k_SKH.ndim else 0
         least = length - self._needed(length)
         if not least <= count <= length:
-            raise StateError(
-                f"{where}: {count} positions are kept where {least} to {length} of {length} tokens must be"
-            )
+            raise StateError(f"{where}: holds {count} of {length} positions, must hold {least} at least")
         for name, tensor in (("keys", k_SKH), ("values", v_SKH)):
             _expect(tensor, (count, *self._heads), k_SKH.dtype, f"{where}.{name}")
         self._spans[slot] = _Span(k_SKH, v_SKH, length - count, count)
@@ -334,7 +332,7 @@ class State:
 
         target = Path(path).expanduser()
         tensors = {
-            f"{slot}.{i}.{name}": tensor.detach().cpu().contiguous()
+            f"{slot}.{i}.{name}": tensor.cpu().clone()  # forks share memory, which the format cannot
             for slot, length in enumerate(self.lengths)
             if length
             for i, entry in enumerate(self.layers)
@@ -452,5 +450,6 @@ def _take(tensors: Tensors, names: tuple[str, str], where: str) -> tuple[Tensor,
 
 
 def _expect(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype or dtype not in (torch.float32, torch.bfloat16):
-        raise StateError(f"{where} is {tuple(tensor.shape)} {tensor.dtype}, must be {shape} in the run dtype")
+    expected = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
+    if tuple(tensor.shape) != shape or tensor.dtype != expected:
+        raise StateError(f"{where} is {tuple(tensor.shape)} {tensor.dtype}, must be {shape} {expected}")

@@ -44,5 +44,7 @@ def test_published_names_stand_beside_ours():
         return {line.published for line in lines(tree(member.decoder, member.vision))} - {""}
 
     assert renamed("gemma-7b") == renamed("paligemma-3b-pt-224") == {"post_attention_layernorm"}
-    assert {"temporal_block.linear_x", "temporal_block.rg_lru.input_gate_*", "final_norm"} < renamed("recurrentgemma-2b")
+    assert {"temporal_block.linear_x", "temporal_block.rg_lru.input_gate_*", "final_norm"} < renamed(
+        "recurrentgemma-2b"
+    )
     assert renamed("gemma-2-2b") == renamed("gemma-3-1b") == set()
