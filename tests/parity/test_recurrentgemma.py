@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from deepmind import Reference, layers
 from gemkit import family, ops
+from gemkit.errors import GemkitError
 from gemkit.family import Decoder, Recurrent, Sliding
 from gemkit.inspect import cost
 from gemkit.nn import Batch
 from gemkit.nn import Decoder as Module
+from gemkit.weights import configs
 from tiny import WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
 
 NAMES = ["recurrentgemma-2b", "recurrentgemma-9b"]
@@ -138,6 +141,87 @@ def test_transformers_lets_pads_into_the_convolution(tmp_path):
     alone = theirs(ids[None]).logits[0]
     assert_close(ours(Batch.of([[5] * 3, ids]))[3:], alone)
     assert (logits - alone).abs().max() > 1e-3 * alone.abs().max()
+
+
+# The released files, by their own keys: versions 4.40 (2B), 4.42 (9B) and 5 of Transformers wrote these.
+PUBLISHED = {
+    "model_type": "recurrent_gemma",
+    "hidden_size": 2560,
+    "intermediate_size": 15_360,
+    "num_attention_heads": 10,
+    "num_key_value_heads": 1,
+    "num_hidden_layers": 26,
+    "vocab_size": 256_000,
+    "lru_width": 2560,
+    "attention_window_size": 2048,
+    "logits_soft_cap": 30.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "embeddings_scale_by_sqrt_dim": True,
+}
+PUBLISHED_9B = {
+    **PUBLISHED,
+    "hidden_size": 4096,
+    "intermediate_size": 24_576,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 38,
+    "lru_width": None,
+}
+PATTERN = ["recurrent", "recurrent", "attention"]
+LINEAR = ["linear_attention", "linear_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({**PUBLISHED, "block_types": PATTERN, "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}, NAMES[0]),
+        ({**PUBLISHED, "_block_types": PATTERN, "head_dim": 256, "conv1d_width": 4}, NAMES[0]),
+        ({**PUBLISHED_9B, "_block_types": PATTERN}, NAMES[1]),
+        ({**PUBLISHED_9B, "layers_block_type": (LINEAR * 13)[:38], "block_types": PATTERN}, NAMES[1]),
+        ({**PUBLISHED, "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}, NAMES[0]),
+        (transformers.RecurrentGemmaConfig(intermediate_size=15_360, num_key_value_heads=1).to_dict(), NAMES[0]),
+    ],
+)
+def test_configurations_of_all_versions_are_read(config, name):
+    decoder = family.get(name).decoder
+    assert configs.from_hf(config, "config.json") == decoder
+    assert configs.from_hf(configs.to_hf(decoder), "config.json") == decoder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embeddings_scale_by_sqrt_dim": False}, "embeddings_scale_by_sqrt_dim=False"),
+        ({"block_types": ["recurrent", "mamba"]}, "block_types has 'mamba'"),
+        ({"block_types": []}, "must list kinds of layers"),
+        ({"_block_types": "recurrent"}, "_block_types must list kinds of layers"),
+        ({"intermediate_size": 15_361}, "2 intermediate_size=15361"),
+        ({"num_attention_heads": 7}, "num_attention_heads=7 must divide hidden_size=2560"),
+        ({"lru_width": 2561}, "num_blocks must divide width"),
+        ({"attention_bias": True}, "attention_bias=True is not implemented"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+        ({"logits_soft_cap": 0.0}, "final_softcap=0.0 must be positive"),
+    ],
+)
+def test_configurations_that_are_not_implemented_are_refused(change, message):
+    with pytest.raises(GemkitError, match=message):
+        configs.from_hf({**PUBLISHED, **change}, "config.json")
+
+
+def test_what_no_configuration_says_is_refused():
+    decoder = tiny(NAMES[0])
+    for change in ({"biases": False}, {"embed_scale_dtype": "run"}, {"post_norms": True}, {"final_softcap": None}):
+        with pytest.raises(GemkitError, match=r"recurrent_gemma|logits_soft_cap"):
+            configs.to_hf(replace(decoder, **change))
+    mixed = replace(decoder, layers=(decoder.layers[0], replace(decoder.layers[1], conv_width=3)))
+    with pytest.raises(GemkitError, match="no published configuration"):
+        configs.to_hf(mixed)
+
+
+def test_another_members_file_is_refused_by_name(tmp_path):
+    theirs = Reference(replace(tiny(NAMES[0]), layers=tiny(NAMES[0]).layers[:4]))
+    torch.save(theirs.model.state_dict(), tmp_path / "2b.pt")
+    with pytest.raises(GemkitError, match="tensors are those of no member"):
+        load(tmp_path / "2b.pt")
 
 
 @torch.inference_mode()
