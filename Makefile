@@ -45,6 +45,7 @@ bench: .venv/dev .venv-bench/ready
 
 .venv/dev: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps recurrentgemma  # its PyTorch files alone: it would hold NumPy back for JAX's sake
 	touch $@ .venv/demo
 
 .venv-bench/ready:

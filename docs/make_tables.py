@@ -15,7 +15,6 @@ from gemkit import cli
 from gemkit.family import Decoder, Member, Sliding, members
 from gemkit.inspect import cost, units
 from gemkit.inspect.compare import pattern, ropes, scale
-from gemkit.weights.checkpoint import runnable
 
 PAGES = Path(__file__).parent
 _MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -54,7 +53,7 @@ def shapes() -> str:
                 ", ".join(map(units.exact, windows)),
                 units.exact(d.vocab_size),
                 units.exact(d.max_context),
-                "yes" if runnable(d) and member.vision is None else "shown only",
+                "yes" if member.vision is None else "shown only",
             ]
         )
     return table(headings, rows)

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from gemkit import family
-from gemkit.family import Decoder, Sliding
+from gemkit.family import Decoder, Layer, Recurrent, Sliding
 from gemkit.nn import Decoder as Module
 from gemkit.weights import configs
 from gemkit.weights.checkpoint import find
@@ -21,11 +21,23 @@ VOCAB = 320
 
 def tiny(name: str) -> Decoder:
     """The member with small widths and windows of 8. Heads, pattern, caps, norms and ropes stay as they are, and
-    heads times head size still differs from the width."""
+    heads times head size still differs from the width, unless the published code of the member ties them."""
     real = family.get(name).decoder
-    layers = tuple(replace(layer, window=WINDOW) if isinstance(layer, Sliding) else layer for layer in real.layers)
     by_width = abs(real.query_scale - real.head_dim**-0.5) > 1e-6  # the 27B models scale by width / heads
     width, head_dim = (12 if by_width else 4) * real.num_heads, 16
+    if any(isinstance(layer, Recurrent) for layer in real.layers):
+        width = head_dim * real.num_heads
+
+    def small(layer: Layer) -> Layer:
+        match layer:
+            case Sliding():
+                return replace(layer, window=WINDOW)
+            case Recurrent():
+                return replace(layer, width=width)
+            case _:
+                return layer
+
+    layers = tuple(map(small, real.layers))
     return replace(
         real,
         vocab_size=VOCAB,
@@ -49,8 +61,18 @@ def reference(decoder: Decoder, seed: int = 0) -> transformers.PreTrainedModel:
             # else is of unit gain. With more, the models are chaotic: Transformers' own float32 is then 1e-4 off its
             # float64.
             gain = 1.5 if "q_proj" in name or "k_proj" in name else 1
-            weight.normal_(0, 0.3 if "norm" in name else gain / weight.shape[-1] ** 0.5, generator=generator)
+            small = "norm" in name or "bias" in name
+            weight.normal_(0, 0.3 if small else gain / weight.shape[-1] ** 0.5, generator=generator)
+            if "recurrent_param" in name:  # decays from near 0 to near 1: trained ones start between 0.5 and 0.999
+                weight.uniform_(-8, 2, generator=generator)
     return model.eval()
+
+
+def as_trained(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The model with the window that RecurrentGemma was trained with: Transformers shows one token fewer."""
+    if model.config.model_type == "recurrent_gemma":
+        model.config.attention_window_size += 1
+    return model
 
 
 def save_reference(model: transformers.PreTrainedModel, folder: Path, **options) -> Path:

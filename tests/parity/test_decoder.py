@@ -7,7 +7,8 @@ import torch
 
 from gemkit.family import Global, Sliding
 from gemkit.nn import Batch
-from tiny import WINDOW, assert_close, load, reference, save_reference, tiny, tokens
+from gemkit.weights.maps import name_map
+from tiny import WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
 
 NAMES = [
     "gemma-2b",  # MQA
@@ -18,6 +19,7 @@ NAMES = [
     "gemma-3-270m",  # QK-norm, five of six layers slide
     "gemma-3-1b",  # ends in the middle of the pattern
     "gemma-3-4b",  # stretched positions in global layers
+    "recurrentgemma-2b",  # two layers of three are recurrent
 ]
 
 
@@ -28,7 +30,7 @@ def pair(request, tmp_path_factory):
     folder = save_reference(theirs, tmp_path_factory.mktemp(request.param))
     ours = load(folder)
     assert ours.config == tiny(request.param)  # their config.json says the same architecture
-    return ours, theirs
+    return ours, as_trained(theirs)
 
 
 @torch.inference_mode()
@@ -76,21 +78,22 @@ def test_only_wanted_rows(pair):
     torch.testing.assert_close(ours(batch, rows=rows), ours(batch)[rows], rtol=1e-5, atol=1e-4)  # sums in another order
 
 
-@pytest.mark.parametrize("name", ["gemma-2b", "gemma-2-2b", "gemma-3-1b"])
+@pytest.mark.parametrize("name", ["gemma-2b", "gemma-2-2b", "gemma-3-1b", "recurrentgemma-2b"])
 def test_gradients_match(name, tmp_path):
     """Every weight's gradient of a training loss, through the embedding and the tied head at once."""
     theirs = reference(tiny(name))
     ours = load(save_reference(theirs, tmp_path))
+    as_trained(theirs)
     ours.requires_grad_(True)
     ids = tokens(2 * WINDOW + 3)[0]
     for model, logits in ((ours, ours(Batch.of([ids]))), (theirs, theirs(ids[None]).logits[0])):
         torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).backward()
         assert all(p.grad is not None for p in model.parameters())
-    grads = {n.removeprefix("model."): p.grad for n, p in theirs.named_parameters()}
-    if not ours.config.post_norms:
-        grads = {n.replace("post_attention_layernorm", "pre_feedforward_layernorm"): g for n, g in grads.items()}
+    grads = {n: p.grad for n, p in theirs.named_parameters()}
+    names = name_map("safetensors", ours.config)
     for n, p in ours.named_parameters():
-        assert_close(p.grad, grads[n], 1e-4)  # a gradient is a longer chain of float32 sums than a logit
+        # a gradient is a longer chain of float32 sums than a logit
+        assert_close(p.grad, grads[names.theirs(n)].view(p.shape), 1e-4)
 
 
 def test_bfloat16_agrees_within_its_rounding(tmp_path):

@@ -8,14 +8,15 @@ import torch
 from gemkit.generate import Request, Sampling, complete, score
 from gemkit.program.eager import Eager
 from gemkit.text import Tokenizer
-from tiny import VOCAB, load, reference, save_reference, tiny, tokens
+from tiny import VOCAB, as_trained, load, reference, save_reference, tiny, tokens
 from vocabularies import small_model
 
 
-@pytest.fixture(scope="module", params=["gemma-2-2b", "gemma-3-1b"])
+@pytest.fixture(scope="module", params=["gemma-2-2b", "gemma-3-1b", "recurrentgemma-2b"])
 def pair(request, tmp_path_factory):
     theirs = reference(tiny(request.param))
-    return Eager(load(save_reference(theirs, tmp_path_factory.mktemp(request.param)))), theirs
+    ours = Eager(load(save_reference(theirs, tmp_path_factory.mktemp(request.param))))
+    return ours, as_trained(theirs)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])

@@ -149,7 +149,7 @@ def _does(node: ast.AST) -> str | None:
                 root = root.value
             if not (isinstance(root, ast.Name) and root.id in NOT_TENSORS):
                 return f"method .{method}()"
-        case ast.Attribute(value=owner, attr="weight" | "bias"):
+        case ast.Attribute(value=owner, attr="weight" | "bias" | "recurrent_param"):
             if not (isinstance(owner, ast.Name) and owner.id == "self"):
                 return f"weight of another module: {ast.unparse(node)}"
         case ast.Attribute(ctx=ast.Store()):
@@ -193,6 +193,7 @@ def test_torch_in_a_module_is_found(source):
         "return x_TD[:, 0]",
         "return x_TD[0]",
         "return ops.linear(x_TD, self.q_proj.weight)",
+        "return ops.rg_lru(x_TD, self.rg_lru.recurrent_param)",
         "self.cache = x_TD",
         "if True:\n            x_TD = [f.exp() for f in x_TD]",
     ],

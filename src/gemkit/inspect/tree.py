@@ -180,5 +180,8 @@ def _published(decoder: Decoder) -> dict[str, str]:
             return {}  # no table for decoders of this layout: its published names are not known
         path, _, leaf = ours.rpartition(".")
         if theirs != ours:
-            renamed.setdefault(path, theirs.removesuffix("." + leaf).split(".", 2)[-1])
+            name = theirs.removesuffix("." + leaf)
+            if name == theirs and theirs.endswith("_" + leaf):  # gates are no modules there
+                name = theirs.removesuffix(leaf) + "*"
+            renamed.setdefault(path, name.split(".", 2)[-1] if name.startswith("layers.") else name)
     return renamed

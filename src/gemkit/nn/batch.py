@@ -28,6 +28,17 @@ class Batch:
     starts: Tensor  # (B + 1,) int64, CPU: sequence b is rows starts[b] to starts[b + 1]
     slots: Tensor  # (B,) int64, CPU: where each sequence is remembered in a State
 
+    def __post_init__(self):
+        """Raises: ConfigError, if the boundaries do not cut the tokens into sequences of at least one."""
+        starts, rows = self.starts, len(self.tokens)
+        if len(starts) < 2 or starts[0] != 0 or starts[-1] != rows or not (starts[1:] > starts[:-1]).all():
+            raise ConfigError(f"starts={starts.tolist()} must rise from 0 to the number of tokens, {rows}")
+        if len(self.positions) != rows or len(self.slots) != len(starts) - 1:
+            raise ConfigError(
+                f"{rows} tokens in {len(starts) - 1} sequences, but {len(self.positions)} positions and "
+                f"{len(self.slots)} slots: must agree"
+            )
+
     @classmethod
     def of(
         cls,

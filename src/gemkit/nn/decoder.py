@@ -7,105 +7,26 @@ It reads a `family.Decoder` and never asks for a name: what differs between memb
     D  residual width                                      H  size of one head
     N  query heads                                         F  feed-forward width (of one branch)
     B  sequences in the batch                              V  vocabulary rows
+    R  channels of a recurrence
 
 One block, twice the same figure (a norm, a branch, a sum):
 
-    x ─ input_layernorm ─ self_attn ─ [post_attention_layernorm] ─(+)─ pre_feedforward_layernorm ─ mlp ─ [post_feedforward_layernorm] ─(+)─
-    └──────────────────────────────────────────────────────────────┘ └──────────────────────────────────────────────────────────────────┘
-    [ ] = Gemma 2 and 3 only
+    x ─ input_layernorm ─ mixer ─ [post_attention_layernorm] ─(+)─ pre_feedforward_layernorm ─ mlp ─ [post_feedforward_layernorm] ─(+)─
+    └──────────────────────────────────────────────────────────┘ └──────────────────────────────────────────────────────────────────┘
+    mixer = self_attn, or recurrent in two layers of three of RecurrentGemma (griffin.py)    [ ] = Gemma 2 and 3 only
 """  # noqa: E501
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch.nn import Module, ModuleList, Parameter
+from torch.nn import Module, ModuleList
 
 from gemkit import family, ops
-from gemkit.errors import ModelError
 from gemkit.nn.batch import Batch
-from gemkit.nn.state import KeysValues, State
-
-
-class Weighted(Module):
-    """A module that owns a weight, dense (a `Parameter`) or quantized (`ops.Quantized`)."""
-
-    weight: Any
-
-    def hold(self, name: str, value) -> None:
-        """Replace a weight: by a `Parameter`, or by something quantized, which no optimizer must ever find."""
-        self._parameters.pop(name, None)
-        self.__dict__.pop(name, None)
-        setattr(self, name, value)
-
-    def _apply(self, fn, recurse: bool = True):
-        super()._apply(fn, recurse)
-        if isinstance(self.weight, ops.Quantized):  # moves with the module, but is never cast
-            self.weight = self.weight.to(fn(self.weight.planes["codes"][:0]).device)
-        return self
-
-
-class Embedding(Weighted):
-    """Rows of a table by token id, scaled."""
-
-    def __init__(self, rows: int, width: int, scale: float, scale_dtype: str):
-        super().__init__()
-        self.weight = Parameter(ops.new_weight(rows, width))
-        self.scale, self.scale_dtype = scale, scale_dtype
-        self.run_dtype: Any = None  # what a quantized table is read as; None is float32
-
-    def forward(self, tokens_T):
-        return ops.embed(tokens_T, self.weight, self.scale, self.scale_dtype, self.run_dtype)
-
-    def extra_repr(self):
-        return "{}, {}".format(*self.weight.shape)
-
-
-class Linear(Weighted):
-    """A projection; the weight is (out, in)."""
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = False):
-        super().__init__()
-        self.weight = Parameter(ops.new_weight(out_features, in_features))
-        self.bias = Parameter(ops.new_weight(out_features)) if bias else None
-
-    def forward(self, x_TI):
-        return ops.linear(x_TI, self.weight, self.bias)
-
-    def extra_repr(self):
-        out_features, in_features = self.weight.shape
-        kind = f", {self.weight.kind.name}" if isinstance(self.weight, ops.Quantized) else ""
-        return f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}{kind}"
-
-
-class Head(Weighted):
-    """The projection to the vocabulary, by the embedding's own weight (tied in every member)."""
-
-    def __init__(self, embedding: Embedding):
-        super().__init__()
-        self.weight = embedding.weight
-
-    def forward(self, x_TD):
-        return ops.linear(x_TD, self.weight)
-
-    def extra_repr(self):
-        out_features, in_features = self.weight.shape
-        return f"in_features={in_features}, out_features={out_features}, tied to embed_tokens"
-
-
-class RMSNorm(Weighted):
-    """Division by the root mean square, then by channel times `1 + weight`."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = Parameter(ops.new_weight(width))
-        self.eps = eps
-
-    def forward(self, x):
-        return ops.rms_norm(x, self.weight, self.eps)
-
-    def extra_repr(self):
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+from gemkit.nn.griffin import Recurrent
+from gemkit.nn.state import State
+from gemkit.nn.weighted import Embedding, Head, Linear, RMSNorm, Weighted
 
 
 class Attention(Module):
@@ -124,7 +45,7 @@ class Attention(Module):
         self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
         self.o_proj = Linear(config.num_heads * h, d, bias=config.biases)
 
-    def forward(self, x_TD, batch: Batch, angles, memory: KeysValues | None):
+    def forward(self, x_TD, batch: Batch, angles, memory: ops.Memory | None):
         q_TNH = ops.split_heads(self.q_proj(x_TD), self.num_heads)
         k_TKH = ops.split_heads(self.k_proj(x_TD), self.num_kv_heads)
         v_TKH = ops.split_heads(self.v_proj(x_TD), self.num_kv_heads)
@@ -158,18 +79,23 @@ class Block(Module):
 
     def __init__(self, config: family.Decoder, layer: family.Layer):
         super().__init__()
-        if not isinstance(layer, family.Global | family.Sliding):
-            raise ModelError(f"layers of kind {type(layer).__name__} cannot be built yet")
         norm = (config.width, config.norm_eps)
         self.input_layernorm = RMSNorm(*norm)
-        self.self_attn = Attention(config, layer)
+        if isinstance(layer, family.Recurrent):
+            self.self_attn, self.recurrent = None, Recurrent(config, layer)
+        else:
+            self.self_attn, self.recurrent = Attention(config, layer), None
         self.post_attention_layernorm = RMSNorm(*norm) if config.post_norms else None
         self.pre_feedforward_layernorm = RMSNorm(*norm)
         self.mlp = MLP(config)
         self.post_feedforward_layernorm = RMSNorm(*norm) if config.post_norms else None
 
-    def forward(self, x_TD, batch: Batch, angles, memory: KeysValues | None):
-        branch_TD = self.self_attn(self.input_layernorm(x_TD), batch, angles, memory)
+    def forward(self, x_TD, batch: Batch, angles, memory: Any):
+        branch_TD = self.input_layernorm(x_TD)
+        if self.self_attn is not None:
+            branch_TD = self.self_attn(branch_TD, batch, angles, memory)
+        if self.recurrent is not None:
+            branch_TD = self.recurrent(branch_TD, batch, memory)
         if self.post_attention_layernorm is not None:
             branch_TD = self.post_attention_layernorm(branch_TD)
         x_TD = ops.add(x_TD, branch_TD)
@@ -211,8 +137,10 @@ class Decoder(Module):
         if state is not None:
             state.expect(self.config, spans)
         x_TD = self.embed_tokens(batch.tokens)
-        ropes = [layer.rope for layer in self.config.layers if isinstance(layer, family.Global | family.Sliding)]
-        angles = {rope: ops.rope_table(batch.positions, rope, self.config.head_dim) for rope in dict.fromkeys(ropes)}
+        ropes = [None if isinstance(layer, family.Recurrent) else layer.rope for layer in self.config.layers]
+        angles = {
+            rope: rope and ops.rope_table(batch.positions, rope, self.config.head_dim) for rope in dict.fromkeys(ropes)
+        }
         memories = [None] * len(self.layers) if state is None else state.layers
         for block, rope, memory in zip(self.layers, ropes, memories, strict=True):
             x_TD = block(x_TD, batch, angles[rope], memory)

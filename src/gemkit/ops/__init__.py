@@ -2,10 +2,11 @@
 
 The definitions are *the* definitions: differentiable, on any torch device, tested against published implementations.
 Faster executors are tested against them. What may be here: functions of tensors and numbers. What may not: weights,
-configurations of members by name, anything that remembers between calls (`attention` is handed what a layer remembers
-and only appends to it and reads it).
+configurations of members by name, anything that remembers between calls (`attention`, `causal_conv1d` and `rg_lru` are
+handed what a layer remembers, and only read it and hand it on).
 
-Numerics, for every op: activations in the run dtype; norms, rotary embedding, soft caps and softmax in float32.
+Numerics, for every op: activations in the run dtype; norms, rotary embedding, soft caps, softmax and the recurrence in
+float32.
 """
 
 from gemkit.ops.attention import Memory, attention, attention_kernel
@@ -13,6 +14,7 @@ from gemkit.ops.basic import (
     add,
     embed,
     geglu,
+    gelu,
     linear,
     merge_heads,
     mul,
@@ -23,20 +25,27 @@ from gemkit.ops.basic import (
     take_rows,
 )
 from gemkit.ops.quantized import Quantized
+from gemkit.ops.recurrence import Recurrence, block_linear, causal_conv1d, linear_scan, rg_lru
 from gemkit.ops.rope import rope, rope_table
 
 __all__ = [
     "Memory",
     "Quantized",
+    "Recurrence",
     "add",
     "attention",
     "attention_kernel",
+    "block_linear",
+    "causal_conv1d",
     "embed",
     "geglu",
+    "gelu",
     "linear",
+    "linear_scan",
     "merge_heads",
     "mul",
     "new_weight",
+    "rg_lru",
     "rms_norm",
     "rope",
     "rope_table",

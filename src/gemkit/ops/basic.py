@@ -67,9 +67,14 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (normed * (1.0 + weight_D.float())).to(x.dtype)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation, the one these models were trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
 def geglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """`gelu(gate) * up` with the tanh approximation of GELU, the one these models were trained with."""
-    return F.gelu(gate_TF, approximate="tanh") * up_TF
+    """`gelu(gate) * up`."""
+    return gelu(gate_TF) * up_TF
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:

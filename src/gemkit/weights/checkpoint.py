@@ -110,8 +110,8 @@ def find(name: str | os.PathLike[str] | None) -> Checkpoint:
     """The checkpoint that a user means.
 
     Args:
-        name: a path (a folder in the Hugging Face layout, a .gguf, a google/gemma_pytorch .ckpt), a member's name or
-            alias, a hub id, or None for the starter model.
+        name: a path (a folder in the Hugging Face layout, a .gguf, a .ckpt or .pt of Google's PyTorch code), a
+            member's name or alias, a hub id, or None for the starter model.
 
     Raises:
         UnknownModelError: if it is none of these; the message names the nearest members.
@@ -123,7 +123,7 @@ def find(name: str | os.PathLike[str] | None) -> Checkpoint:
     place, member = hub.locate(os.fspath(name))
     if isinstance(place, Path):
         return open_path(place, os.fspath(name))
-    if member is not None and (not runnable(member.decoder) or member.vision is not None):
+    if member is not None and member.vision is not None:
         raise ModelError(f"{member.name} can be shown and compared, but this version does not run it yet")
     return open_path(hub.download(place), member.name if member else place, member)
 
@@ -142,11 +142,6 @@ def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer
     if member is None:
         return place, tokenizer, _prompts(tokenizer, _has_chat_template(folder))
     return member.name, tokenizer, member.prompts
-
-
-def runnable(decoder: Decoder) -> bool:
-    """Whether every layer is of a kind that the modules implement."""
-    return all(isinstance(layer, family.Global | family.Sliding) for layer in decoder.layers)
 
 
 def open_path(path: Path, label: str, member: Member | None = None) -> Checkpoint:
@@ -244,7 +239,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _member_of(format: Format, reader: Reader, label: str) -> Member:
     """The member whose parameters these are: for formats that carry no configuration."""
     for member in family.members():
-        if runnable(member.decoder) and not _fit(format, member.decoder, reader)[1]:
+        if not _fit(format, member.decoder, reader)[1]:
             return member
     raise WeightsError(f"{label}: its tensors are those of no member that is known here")
 
@@ -262,17 +257,12 @@ def _fit(format: Format, decoder: Decoder, reader: Reader) -> tuple[list[Part], 
     for part in parts:
         used.add(part.theirs)
         entry = reader.entries.get(part.theirs)
-        shape = shapes[part.ours]
         if entry is None:
             problems.append(f"{part.theirs} is missing")
         elif entry.dtype in DENSE and entry.dtype not in FLOATS:
             problems.append(f"{part.theirs} is stored as {entry.dtype}, which is no weight")
-        elif part.rows is None and tuple(entry.shape) != shape:
-            problems.append(f"{part.theirs} is {tuple(entry.shape)} in the file, {shape} in the model")
-        elif part.rows is not None and (len(entry.shape) != 2 or entry.shape[1] != shape[1]):
-            problems.append(f"{part.theirs} is {tuple(entry.shape)} in the file, its rows are {shape[1]} in the model")
-        elif part.rows is not None and part.ours.endswith("v_proj.weight") and entry.shape[0] != part.rows[1]:
-            problems.append(f"{part.theirs} has {entry.shape[0]} rows in the file, {part.rows[1]} in the model")
+        elif tuple(entry.shape) != part.layout.shape:
+            problems.append(f"{part.theirs} is {tuple(entry.shape)} in the file, {part.layout.shape} in the model")
     left = [name for name in reader.entries if name not in used and not table.ignores(name) and name not in TIED_HEADS]
     problems += [f"{name} belongs nowhere" for name in left]
     return parts, problems

@@ -1,11 +1,13 @@
-"""Checkpoints of google/gemma_pytorch: what `torch.save` wrote, read without running what a pickle asks for.
+"""Checkpoints of Google's PyTorch code: what `torch.save` wrote, read without running what a pickle asks for.
 
 A `.ckpt` holds {"model_state_dict": {name: tensor}}; large members are a folder of shards that hold {name: tensor},
-under `pytorch_model.bin.index.json`. Such a file is a zip archive: a pickle that describes the tensors, and a record
-for each one's numbers. The pickle is read by torch's restricted loader onto the meta device, which allocates nothing;
-the numbers are then read from their records like those of any other format.
+under `pytorch_model.bin.index.json`; a `.pt` of RecurrentGemma holds {name: tensor} too. Such a file is a zip archive:
+a pickle that describes the tensors, and a record for each one's numbers. The pickle is read by torch's restricted
+loader onto the meta device, which allocates nothing; the numbers are then read from their records like those of any
+other format.
 
-Source: https://github.com/google/gemma_pytorch (gemma/model.py, `load_weights`).
+Source: https://github.com/google/gemma_pytorch (gemma/model.py, `load_weights`) and
+https://github.com/google-deepmind/recurrentgemma (colabs).
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class CkptReader(Reader):
         records = _stored_records(file)
         content = _unpickle(file)
         tensors = content.pop("model_state_dict", None)
-        if tensors is None:  # a shard
+        if tensors is None:  # a shard, or a .pt
             tensors, content = content, {}
         if not isinstance(tensors, dict) or not tensors:
             raise WeightsError(f"{file.path} holds no tensors by name")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemkit.errors import ConfigError, WeightsError
-from gemkit.family import Decoder, Global, Layer, Rope, Sliding, repeat
+from gemkit.family import Decoder, Global, Layer, Recurrent, Rope, Sliding, repeat
 
 # Published defaults of the configuration classes, for keys that released files omit (the text configuration of
 # gemma-3-4b-pt names five keys only). Transformers 5.23, models/gemma*/configuration_gemma*.py
@@ -38,6 +38,15 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "sliding_window": 4096,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
+    },
+    "recurrent_gemma": {
+        "max_position_embeddings": 8192,
+        "attention_window_size": 2048,
+        "conv1d_width": 4,
+        "logits_soft_cap": 30.0,
+        "block_types": ["recurrent", "recurrent", "attention"],
+        "rope_theta": 10_000.0,
+        "partial_rotary_factor": 0.5,
     },
 }
 _PATTERN = {"gemma2": 2, "gemma3_text": 6}  # every n-th layer is global
@@ -68,6 +77,8 @@ def from_hf(config: Mapping[str, Any], where: str) -> Decoder:
         )
     keys = _Keys({**_HF_DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None}}, where)
     _refuse_other_numerics(keys)
+    if kind == "recurrent_gemma":
+        return _hf_griffin(keys)
     heads, depth = keys.whole("num_attention_heads"), keys.whole("num_hidden_layers")
     softcaps = {}
     if kind != "gemma":  # a null in the file means no cap, an absent key the default
@@ -97,6 +108,8 @@ def _refuse_other_numerics(keys: _Keys) -> None:
     for name in ("hidden_activation", "hidden_act"):
         if keys.get(name) not in (None, *_TANH_GELU):
             raise ConfigError(f"{keys.where}: {name}={keys.get(name)!r}; the family uses gelu_pytorch_tanh")
+    if keys.get("embeddings_scale_by_sqrt_dim") is False:
+        raise ConfigError(f"{keys.where}: embeddings_scale_by_sqrt_dim=False; every member scales its embeddings")
     for name in ("attention_bias", "use_bidirectional_attention"):
         if keys.get(name):
             raise ConfigError(f"{keys.where}: {name}={keys.get(name)!r} is not implemented")
@@ -142,35 +155,73 @@ def _hf_ropes(kind: str, keys: _Keys) -> dict[str, Rope]:
     return ropes
 
 
+# The 2B's file says `block_types`, the 9B's `_block_types`, and later versions of Transformers list every layer.
+_BLOCK_TYPES = ("layers_block_type", "layer_types", "_block_types", "block_types")
+
+
+def _hf_griffin(keys: _Keys) -> Decoder:
+    heads, width = keys.whole("num_attention_heads"), keys.whole("hidden_size")
+    both_branches = keys.whole("intermediate_size")
+    if width % heads or both_branches % 2:
+        raise ConfigError(
+            f"{keys.where}: num_attention_heads={heads} must divide hidden_size={width}, "
+            f"and 2 intermediate_size={both_branches}"
+        )
+    head_dim = keys.whole("head_dim", width // heads)
+    given = keys.get("rope_parameters")
+    rope = _Keys({"partial_rotary_factor": 0.5, **given}, keys.where) if isinstance(given, Mapping) else keys
+    if rope.get("rope_type") not in (None, "default"):
+        raise ConfigError(f"{keys.where}: rope_type={rope.get('rope_type')!r} is not implemented; known: default")
+    recurrent = Recurrent(keys.whole("lru_width", width), heads, keys.whole("conv1d_width"))
+    # the models were trained with a mask that lets a token see so many others besides itself
+    window = keys.whole("attention_window_size") + 1
+    sliding = Sliding(window, Rope(rope.number("rope_theta"), fraction=rope.number("partial_rotary_factor")))
+    kinds = {
+        "recurrent": recurrent,
+        "linear_attention": recurrent,
+        "attention": sliding,
+        "sliding_attention": sliding,
+    }
+    name = next(name for name in _BLOCK_TYPES if keys.get(name) is not None)
+    types = keys.get(name)
+    if not isinstance(types, list) or not types:
+        raise WeightsError(f"{keys.where}: {name} must list kinds of layers")
+    if unknown := sorted({str(t) for t in types} - kinds.keys()):
+        raise ConfigError(f"{keys.where}: {name} has {unknown[0]!r}; known: {', '.join(kinds)}")
+    return Decoder(
+        vocab_size=keys.whole("vocab_size"),
+        width=width,
+        ffw_width=both_branches // 2,
+        num_heads=heads,
+        num_kv_heads=keys.whole("num_key_value_heads", heads),
+        head_dim=head_dim,
+        layers=repeat(*(kinds[t] for t in types), total=keys.whole("num_hidden_layers")),
+        max_context=keys.whole("max_position_embeddings"),
+        query_scale=head_dim**-0.5,
+        final_softcap=keys.number("logits_soft_cap"),
+        biases=True,
+        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        embed_scale_dtype="bfloat16",
+    )
+
+
 def to_hf(decoder: Decoder) -> dict[str, Any]:
     """The `config.json` that Transformers loads this decoder from (both its current and its older keys).
 
     Raises:
         ConfigError: if no published configuration class can express it.
     """
+    if any(isinstance(layer, Recurrent) for layer in decoder.layers):
+        return _expressed(_to_hf_griffin(decoder), decoder)
     kind = "gemma3_text" if decoder.qk_norm else "gemma2" if decoder.post_norms else "gemma"
     by_type = {"full_attention": Global, "sliding_attention": Sliding}
     types = [next((t for t, c in by_type.items() if isinstance(layer, c)), "other") for layer in decoder.layers]
     config: dict[str, Any] = {
         "architectures": [{"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}[kind] + "ForCausalLM"],
         "model_type": kind,
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.width,
+        **_to_hf_common(decoder),
         "intermediate_size": decoder.ffw_width,
-        "num_hidden_layers": len(decoder.layers),
-        "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": decoder.num_kv_heads,
-        "head_dim": decoder.head_dim,
-        "hidden_activation": "gelu_pytorch_tanh",
         "hidden_act": "gelu_pytorch_tanh",
-        "max_position_embeddings": decoder.max_context,
-        "rms_norm_eps": decoder.norm_eps,
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": 2,
     }
     ropes: dict[str, set[Rope]] = {t: set() for t in by_type}
     for layer_type, layer in zip(types, decoder.layers, strict=True):
@@ -194,10 +245,63 @@ def to_hf(decoder: Decoder) -> dict[str, Any]:
             "attn_logit_softcapping": decoder.attention_softcap,
             "final_logit_softcapping": decoder.final_softcap,
         }
-    again = from_hf(config, "config.json") if "other" not in types and len(windows) < 2 else None
-    if again is None or _rounded(again) != _rounded(decoder):
-        raise ConfigError(f"no published configuration of model_type {kind!r} can express this decoder: {decoder}")
+    if "other" in types or len(windows) > 1:
+        raise _inexpressible(kind, decoder)
+    return _expressed(config, decoder)
+
+
+def _to_hf_common(decoder: Decoder) -> dict[str, Any]:
+    return {
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.width,
+        "num_hidden_layers": len(decoder.layers),
+        "num_attention_heads": decoder.num_heads,
+        "num_key_value_heads": decoder.num_kv_heads,
+        "head_dim": decoder.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": decoder.max_context,
+        "rms_norm_eps": decoder.norm_eps,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+
+
+def _to_hf_griffin(decoder: Decoder) -> dict[str, Any]:
+    recurrent = next(layer for layer in decoder.layers if isinstance(layer, Recurrent))
+    sliding = next((layer for layer in decoder.layers if isinstance(layer, Sliding)), Sliding(2049, Rope(fraction=0.5)))
+    types = ["recurrent" if isinstance(layer, Recurrent) else "attention" for layer in decoder.layers]
+    period = next(n for n in range(1, len(types) + 1) if all(t == types[i % n] for i, t in enumerate(types)))
+    partial = {"rope_theta": sliding.rope.base, "partial_rotary_factor": sliding.rope.fraction}
+    return {
+        "architectures": ["RecurrentGemmaForCausalLM"],
+        "model_type": "recurrent_gemma",
+        **_to_hf_common(decoder),
+        "intermediate_size": 2 * decoder.ffw_width,
+        "lru_width": recurrent.width,
+        "conv1d_width": recurrent.conv_width,
+        "attention_window_size": sliding.window - 1,
+        "logits_soft_cap": decoder.final_softcap,
+        "embeddings_scale_by_sqrt_dim": True,
+        "block_types": types[:period],
+        "_block_types": types[:period],
+        **partial,
+        "rope_parameters": {"rope_type": "default", **partial},
+    }
+
+
+def _expressed(config: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+    """A configuration, if the decoder is what it says."""
+    if _rounded(from_hf(config, "config.json")) != _rounded(decoder):
+        raise _inexpressible(config["model_type"], decoder)
     return config
+
+
+def _inexpressible(kind: str, decoder: Decoder) -> ConfigError:
+    return ConfigError(f"no published configuration of model_type {kind!r} can express this decoder: {decoder}")
 
 
 def _hf_rope(rope: Rope) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def locate(name: str) -> tuple[Path | str, Member | None]:
         member = family.get(name)
         return member.hub_id, member
     except UnknownModelError:
-        names_file = path.suffix in (".gguf", ".ckpt", ".safetensors")
+        names_file = path.suffix in (".gguf", ".ckpt", ".pt", ".safetensors")
         if is_repo_id(name) and not names_file:
             return name, None
         if names_file or name.startswith((".", "~")) or "/" in name or "\\" in name:

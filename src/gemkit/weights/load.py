@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -67,8 +66,10 @@ def load_decoder(
     total = sum(entries[name].nbytes for name in {part.theirs for part in parts})
     done, dense = 0, 0
     rounded: Counter[str] = Counter()
-    # several parameters may be rows of one tensor, which is then read once: they follow each other
-    for name, sharing in groupby(parts, key=lambda part: part.theirs):
+    by_tensor: dict[str, list[Part]] = {}  # several parameters may be rows of one tensor, which is then read once
+    for part in parts:
+        by_tensor.setdefault(part.theirs, []).append(part)
+    for name, sharing in by_tensor.items():
         stored = checkpoint.reader.read(name)
         for part in sharing:
             value = _part_of(stored, part)
@@ -114,14 +115,12 @@ def _run_dtype(asked: str | torch.dtype | None, stored: set[str]) -> torch.dtype
 def _part_of(stored: Tensor | Quantized, part: Part) -> Tensor | Quantized:
     """A parameter from the tensor that holds it."""
     if isinstance(stored, Quantized):
-        if part.rows is not None or part.plus_one:
+        if not part.plain:
             raise WeightsError(
                 f"{part.theirs} is stored as {stored.kind.name}; norms and fused matrices are never quantized"
             )
         return stored
-    if part.rows is not None:
-        stored = stored[part.rows[0] : part.rows[1]].clone()
-    return stored.float() - 1.0 if part.plus_one else stored
+    return part.take(stored)
 
 
 def _check_room(checkpoint: Checkpoint, run_dtype: torch.dtype, device: torch.device, quantized: bool) -> None:

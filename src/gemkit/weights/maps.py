@@ -1,30 +1,72 @@
 """The names that published checkpoints give to our parameters: one table a format, read in both directions.
 
 Ours are the names of the published Hugging Face checkpoints of Gemma 2 and 3 without their leading `model.`. What a
-format stores differently stands beside the name: GGUF norms are `1 + w`, and google/gemma_pytorch keeps q, k and v as
-the rows of one matrix.
+format stores differently stands beside the name as a `Layout`: GGUF norms are `1 + w`, google/gemma_pytorch keeps q, k
+and v as the rows of one matrix, google-deepmind/recurrentgemma turns some matrices and pairs others.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from gemkit.family import Decoder
+from gemkit.family import Decoder, Recurrent
 from gemkit.weights.entries import Format
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a file stores one of our parameters."""
+
+    shape: Shape  # of the tensor in the file
+    rows: tuple[int, int] | None = None  # only these of its first axis are the parameter
+    turned: bool = False  # the last two axes are in the other order
+    plus_one: bool = False  # it is 1 + w
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where one of our parameters is in a file."""
+    """Where one of our parameters is in a file, and how."""
 
     theirs: str
     ours: str
-    plus_one: bool = False  # the file stores 1 + w
-    rows: tuple[int, int] | None = None  # only these rows of the file's matrix
+    shape: Shape  # of the parameter
+    layout: Layout
+
+    @property
+    def plain(self) -> bool:
+        """Whether the file stores the parameter as it is."""
+        return self.layout == Layout(self.shape)
+
+    def take(self, stored: Tensor) -> Tensor:
+        """The parameter, from the file's tensor."""
+        if self.layout.rows is not None:
+            stored = stored[self.layout.rows[0] : self.layout.rows[1]].clone()
+        if self.layout.turned:
+            stored = stored.transpose(-1, -2).contiguous()
+        stored = stored.reshape(self.shape)
+        return stored.float() - 1.0 if self.layout.plus_one else stored
+
+    def give(self, value: Tensor) -> Tensor:
+        """The file's tensor, from the parameter: for layouts that we write."""
+        assert self.layout == Layout(self.layout.shape), "a reshape is all that a layout of ours asks"
+        return value.reshape(self.layout.shape)
+
+
+# The layout of a parameter, from its name, its shape and the architecture.
+Stored = Callable[[str, Shape, Decoder], Layout]
+
+
+def _as_it_is(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+    return Layout(shape)
 
 
 @dataclass(frozen=True)
@@ -33,7 +75,7 @@ class NameMap:
 
     format: Format
     table: tuple[tuple[str, str], ...]
-    plus_one: bool = False  # norms are stored as 1 + w
+    stored: Mapping[str, Stored] = field(default_factory=dict)  # our names, or their ends, that are not stored as is
     prefixes: tuple[str, ...] = ("",)  # where the table may hang in a larger model; the first is what we write
     ignored: tuple[str, ...] = ()  # regular expressions of published tensors that carry nothing for us
 
@@ -46,18 +88,25 @@ class NameMap:
         pattern, number = _split(ours)
         return self.prefixes[0] + self._by_ours()[pattern].replace("{i}", number)
 
-    def parts(self, decoder: Decoder, names: Iterable[str], published: Iterable[str]) -> list[Part]:
-        """Where to find each of our parameters `names` in a file that holds `published`."""
+    def parts(self, decoder: Decoder, shapes: Mapping[str, Shape], published: Iterable[str] = ()) -> list[Part]:
+        """Where to find each of our parameters in a file that holds `published`; without them, where we write it.
+
+        Args:
+            shapes: the parameters, by name.
+
+        Raises:
+            KeyError: if the format has no such parameter.
+        """
         published = set(published)
-        anchor = next(theirs for theirs, ours in self.table if ours == "embed_tokens.weight")
-        prefix = next((p for p in self.prefixes if p + anchor in published), self.prefixes[0])
         by_ours = self._by_ours()
+        anchor = by_ours["embed_tokens.weight"]
+        prefix = next((p for p in self.prefixes if p + anchor in published), self.prefixes[0])
         parts = []
-        for ours in names:
+        for ours, shape in shapes.items():
             pattern, number = _split(ours)
             theirs = prefix + by_ours[pattern].replace("{i}", number)
-            rows = _fused_rows(decoder, ours) if "qkv_proj" in theirs else None
-            parts.append(Part(theirs, ours, self.plus_one and "norm" in ours, rows))
+            stored = next((how for end, how in self.stored.items() if ours.endswith(end)), _as_it_is)
+            parts.append(Part(theirs, ours, shape, stored(ours, shape, decoder)))
         return parts
 
     def ignores(self, theirs: str) -> bool:
@@ -71,12 +120,6 @@ class NameMap:
 def _split(ours: str) -> tuple[str, str]:
     found = _NUMBER.search(ours)
     return (_NUMBER.sub("{i}", ours, count=1), found.group()) if found else (ours, "")
-
-
-def _fused_rows(decoder: Decoder, ours: str) -> tuple[int, int]:
-    q, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
-    starts = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
-    return starts[ours.split(".")[-2]]
 
 
 _LAYER = "layers.{i}."
@@ -149,17 +192,31 @@ _GGUF_QK_NORMS = tuple(
 )
 _GGUF_IGNORED = (r"rope_freqs\.weight",)
 
-GGUF_GEMMA1 = NameMap("gguf", _GGUF_ENDS + _GGUF_MATRICES, plus_one=True, ignored=_GGUF_IGNORED)
-GGUF_GEMMA2 = NameMap("gguf", _GGUF_ENDS + _GGUF_MATRICES + _GGUF_POST_NORMS, plus_one=True, ignored=_GGUF_IGNORED)
+
+def _plus_one(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+    return Layout(shape, plus_one=True)
+
+
+_GGUF_STORED = {"norm.weight": _plus_one}
+GGUF_GEMMA1 = NameMap("gguf", _GGUF_ENDS + _GGUF_MATRICES, stored=_GGUF_STORED, ignored=_GGUF_IGNORED)
+GGUF_GEMMA2 = NameMap(
+    "gguf", _GGUF_ENDS + _GGUF_MATRICES + _GGUF_POST_NORMS, stored=_GGUF_STORED, ignored=_GGUF_IGNORED
+)
 GGUF_GEMMA3 = NameMap(
     "gguf",
     _GGUF_ENDS + _GGUF_MATRICES + _GGUF_POST_NORMS + _GGUF_QK_NORMS,
-    plus_one=True,
+    stored=_GGUF_STORED,
     ignored=_GGUF_IGNORED,
 )
 
 _GP_ENDS = (("embedder.weight", "embed_tokens.weight"), ("model.norm.weight", "norm.weight"))
 _GP_IGNORED = (r"(local_|global_)?freqs_cis", r"siglip_vision_model\..*", r"mm_.*")
+
+
+def _fused_rows(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+    q, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
+    return Layout((q + 2 * kv, decoder.width), rows[ours.split(".")[-2]])
 
 
 def _gemma_pytorch(norms: tuple[tuple[str, str], ...]) -> NameMap:
@@ -168,20 +225,121 @@ def _gemma_pytorch(norms: tuple[tuple[str, str], ...]) -> NameMap:
         (re.sub("[qkv]_proj", "qkv_proj", theirs).replace("q_norm", "query_norm").replace("k_norm", "key_norm"), ours)
         for theirs, ours in table
     ]
-    return NameMap("ckpt", _GP_ENDS + tuple(renamed), ignored=_GP_IGNORED)
+    stored = {f"{name}_proj.weight": _fused_rows for name in "qkv"}
+    return NameMap("ckpt", _GP_ENDS + tuple(renamed), stored=stored, ignored=_GP_IGNORED)
 
 
 GEMMA_PYTORCH_GEMMA1 = _gemma_pytorch(_GEMMA1_NORMS)
 GEMMA_PYTORCH_GEMMA2 = _gemma_pytorch(_FOUR_NORMS)
 GEMMA_PYTORCH_GEMMA3 = _gemma_pytorch(_FOUR_NORMS + _QK_NORMS)
 
-_MAPS = {
-    "safetensors": (HF_GEMMA1, HF_GEMMA2, HF_GEMMA3),
-    "gguf": (GGUF_GEMMA1, GGUF_GEMMA2, GGUF_GEMMA3),
-    "ckpt": (GEMMA_PYTORCH_GEMMA1, GEMMA_PYTORCH_GEMMA2, GEMMA_PYTORCH_GEMMA3),
+# RecurrentGemma has names of its own in Hugging Face's layout, and others in google-deepmind/recurrentgemma's .pt file.
+_GRIFFIN_NORMS = (
+    ("temporal_pre_norm", "input_layernorm"),
+    ("channel_pre_norm", "pre_feedforward_layernorm"),
+)
+_WEIGHT, _BIAS = ("weight",), ("weight", "bias")
+
+
+def _hf_taps(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+    width, taps = shape
+    return Layout((width, 1, taps))  # as torch.nn.Conv1d has it
+
+
+def _griffin(path: str, modules: tuple[tuple[str, str, tuple[str, ...]], ...]) -> tuple[tuple[str, str], ...]:
+    """Rows of a table from (their module, our module, parameters of both)."""
+    return tuple(
+        (f"{path}{theirs}.{leaf}", f"{_LAYER}{ours}.{leaf}") for theirs, ours, leaves in modules for leaf in leaves
+    )
+
+
+_HF_GATES = tuple(
+    (f"{_LAYER}temporal_block.rg_lru.{gate}_{leaf}", f"{_LAYER}recurrent.rg_lru.{gate}.{leaf}")
+    for gate in ("input_gate", "recurrent_gate")
+    for leaf in _BIAS
+)
+HF_GRIFFIN = NameMap(
+    "safetensors",
+    (
+        ("embed_tokens.weight", "embed_tokens.weight"),
+        ("final_norm.weight", "norm.weight"),
+        *_griffin(_LAYER, tuple((theirs, ours, _WEIGHT) for theirs, ours in _GRIFFIN_NORMS)),
+        *_griffin(_LAYER, tuple((f"mlp_block.{m}", f"mlp.{m}", _BIAS) for m in ("gate_proj", "up_proj", "down_proj"))),
+        *_griffin(
+            _LAYER + "temporal_block.",
+            (
+                *((f"{m}_proj", f"self_attn.{m}_proj", _WEIGHT) for m in "qkv"),
+                ("o_proj", "self_attn.o_proj", _BIAS),
+                *((m, f"recurrent.{m}", _BIAS) for m in ("linear_x", "linear_y", "conv_1d", "linear_out")),
+                ("rg_lru", "recurrent.rg_lru", ("recurrent_param",)),
+            ),
+        ),
+        *_HF_GATES,
+    ),
+    stored={"conv_1d.weight": _hf_taps},
+    prefixes=("model.", ""),
+)
+
+
+def _turned(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+    return Layout(shape[::-1], turned=True)
+
+
+def _of_pair(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+    """The gated branch is first of two; a matrix is (in, out), a bias has axes for a batch and a sequence."""
+    first = int("up_proj" in ours)
+    whole = (2, *shape[::-1]) if len(shape) == 2 else (2, 1, 1, *shape)
+    return Layout(whole, (first, first + 1), turned=len(shape) == 2)
+
+
+_BLOCK = "blocks.{i}."
+_DM_RECURRENT = _BLOCK + "recurrent_block."
+DEEPMIND_GRIFFIN = NameMap(
+    "ckpt",
+    (
+        ("embedder.input_embedding", "embed_tokens.weight"),
+        ("final_norm.scale", "norm.weight"),
+        *((f"{_BLOCK}{theirs}.scale", f"{_LAYER}{ours}.weight") for theirs, ours in _GRIFFIN_NORMS),
+        *(
+            (f"{_BLOCK}mlp_block.ffw_up.{leaf[0]}", f"{_LAYER}mlp.{branch}.{leaf}")
+            for leaf in _BIAS
+            for branch in ("gate_proj", "up_proj")
+        ),
+        *_griffin(_BLOCK + "mlp_block.", (("ffw_down", "mlp.down_proj", _BIAS),)),
+        *_griffin(
+            _BLOCK + "attention_block.",
+            (
+                *((f"proj_{m}", f"self_attn.{m}_proj", _WEIGHT) for m in "qkv"),
+                ("proj_final", "self_attn.o_proj", _BIAS),
+            ),
+        ),
+        *_griffin(_DM_RECURRENT, tuple((m, f"recurrent.{m}", _BIAS) for m in ("linear_x", "linear_y", "linear_out"))),
+        (_DM_RECURRENT + "rg_lru.a_param", _LAYER + "recurrent.rg_lru.recurrent_param"),
+        *(
+            (f"{_DM_RECURRENT}{theirs}.{leaf[0]}", f"{_LAYER}recurrent.{ours}.{leaf}")
+            for theirs, ours in (
+                ("conv_1d", "conv_1d"),
+                ("rg_lru.input_gate", "rg_lru.input_gate"),
+                ("rg_lru.a_gate", "rg_lru.recurrent_gate"),
+            )
+            for leaf in _BIAS
+        ),
+    ),
+    stored={
+        "conv_1d.weight": _turned,
+        **{f"{branch}_proj.{leaf}": _of_pair for branch in ("gate", "up") for leaf in _BIAS},
+    },
+)
+
+_MAPS: dict[Format, tuple[NameMap, ...]] = {
+    "safetensors": (HF_GEMMA1, HF_GEMMA2, HF_GEMMA3, HF_GRIFFIN),
+    "gguf": (GGUF_GEMMA1, GGUF_GEMMA2, GGUF_GEMMA3, GGUF_GEMMA1),  # no GGUF names a recurrence: those have no name
+    "ckpt": (GEMMA_PYTORCH_GEMMA1, GEMMA_PYTORCH_GEMMA2, GEMMA_PYTORCH_GEMMA3, DEEPMIND_GRIFFIN),
 }
 
 
 def name_map(format: Format, decoder: Decoder) -> NameMap:
     """The table for a decoder in a format, chosen by what the decoder has."""
+    if any(isinstance(layer, Recurrent) for layer in decoder.layers):
+        return _MAPS[format][3]
     return _MAPS[format][2 if decoder.qk_norm else 1 if decoder.post_norms else 0]

@@ -122,11 +122,11 @@ def _write_weights(module: Decoder, folder: Path, dtype: torch.dtype | None, sha
 
 def _published(module: Decoder, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its published name, dense, on the CPU."""
-    table = name_map("safetensors", module.config)
-    for name, _ in family.parameters(module.config):
-        value = weight(module, name)
+    shapes = dict(family.parameters(module.config))
+    for part in name_map("safetensors", module.config).parts(module.config, shapes):
+        value = weight(module, part.ours)
         dense = value.dequantize() if isinstance(value, Quantized) else value.detach()
-        yield table.theirs(name), dense.to(device="cpu", dtype=dtype or dense.dtype).contiguous()
+        yield part.theirs, part.give(dense.to(device="cpu", dtype=dtype or dense.dtype).contiguous())
 
 
 def _shards(weights: Iterator[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:

@@ -7,10 +7,10 @@ from gemkit import nn
 from gemkit.family import get, parameters
 from gemkit.inspect.tree import lines, tree
 
-ATTENTION_ONLY = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-27b", "gemma-3-270m", "gemma-3-4b")
+TEXT = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-27b", "gemma-3-270m", "gemma-3-4b", "recurrentgemma-9b")
 
 
-@pytest.mark.parametrize("name", ATTENTION_ONLY)
+@pytest.mark.parametrize("name", TEXT)
 def test_prints_as_pytorch_prints_the_module(name):
     decoder = get(name).decoder
     with torch.device("meta"):
@@ -19,7 +19,7 @@ def test_prints_as_pytorch_prints_the_module(name):
     assert [(n, tuple(p.shape)) for n, p in module.named_parameters()] == list(parameters(decoder))
 
 
-@pytest.mark.parametrize("name", [*ATTENTION_ONLY, "recurrentgemma-9b", "paligemma2-3b-mix-448"])
+@pytest.mark.parametrize("name", [*TEXT, "paligemma2-3b-mix-448"])
 @pytest.mark.parametrize("by_kind", [False, True])
 def test_counts_add_up(name, by_kind):
     member = get(name)
@@ -44,4 +44,7 @@ def test_published_names_stand_beside_ours():
         return {line.published for line in lines(tree(member.decoder, member.vision))} - {""}
 
     assert renamed("gemma-7b") == renamed("paligemma-3b-pt-224") == {"post_attention_layernorm"}
+    assert {"temporal_block.linear_x", "temporal_block.rg_lru.input_gate_*", "final_norm"} < renamed(
+        "recurrentgemma-2b"
+    )
     assert renamed("gemma-2-2b") == renamed("gemma-3-1b") == set()

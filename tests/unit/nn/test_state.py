@@ -1,15 +1,18 @@
 """What a state promises: whatever way tokens come in, the logits are those of the whole sequence at once."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from gemkit import family, nn
 from gemkit.errors import ConfigError, StateError
-from gemkit.family import Global, Rope, Sliding
+from gemkit.family import Global, Recurrent, Rope, Sliding
 from gemkit.nn import Batch
 
 WINDOW = 5
@@ -20,7 +23,14 @@ CONFIG = family.Decoder(
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
-    layers=(Sliding(WINDOW), Global(Rope(1e6)), Sliding(1), Sliding(WINDOW)),
+    layers=(
+        Sliding(WINDOW),
+        Recurrent(32, num_blocks=4),
+        Global(Rope(1e6)),
+        Sliding(1),
+        Recurrent(16, num_blocks=2, conv_width=2),
+        Sliding(WINDOW),
+    ),
     max_context=256,
     query_scale=8**-0.5,
     post_norms=True,
@@ -32,8 +42,10 @@ CONFIG = family.Decoder(
 def random_module(config: family.Decoder = CONFIG, seed: int = 0) -> nn.Decoder:
     module = nn.Decoder(config)
     generator = torch.Generator().manual_seed(seed)
-    for p in module.parameters():
+    for name, p in module.named_parameters():
         torch.nn.init.normal_(p, 0, 0.3, generator=generator)
+        if "recurrent_param" in name:  # decays of 0.06 to 0.999 a token: some channels remember the whole sequence
+            torch.nn.init.uniform_(p, -8, 0, generator=generator)
     return module.requires_grad_(False)
 
 
@@ -105,6 +117,107 @@ def test_forks_go_their_own_ways(ids, left, right):
     assert_same(got_right, whole(ids + right)[len(ids) :])
 
 
+@given(batch=st.lists(sequences, min_size=1, max_size=3), after=sequences, free=st.integers(0, 2))
+def test_a_saved_state_goes_on_as_if_nothing_had_been(tmp_path_factory, batch, after, free):
+    """Saved in the middle, with one slot or none empty, and rolled back to a mark of before in the restored one."""
+    state = MODULE.new_state(3, room=4)
+    for slot, ids in enumerate(batch):
+        feed(state, ids, slot)
+    state.free(free)
+    path = tmp_path_factory.mktemp("state") / "state.safetensors"
+    assert state.save(path) == path
+    again = nn.State.load(path, CONFIG)
+    assert again.lengths == state.lengths
+    for slot, ids in enumerate(batch):
+        before = [] if slot == free else ids
+        expected = whole(before + after)[len(before) :]
+        mark = again.mark(slot)
+        feed(again, after[:4], slot)
+        again.rollback(mark)
+        for each in (state, again):
+            assert_same(feed(each, after, slot), expected)
+
+
+def test_a_restored_state_holds_the_rows_in_use_only(tmp_path):
+    state = MODULE.new_state()
+    feed(state, [1] * 500)
+    feed(state, [2])
+    state.save(tmp_path / "state")
+    again = nn.State.load(tmp_path / "state", CONFIG)
+    assert again.nbytes < state.nbytes
+    assert abs((tmp_path / "state").stat().st_size - again.nbytes) < 5_000  # the header
+    assert list(tmp_path.iterdir()) == [tmp_path / "state"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    state = MODULE.new_state(2)
+    feed(state, list(range(20)), slot=1)
+    return state.save(tmp_path / "state")
+
+
+def rewrite(path, change):
+    """The same file with other tensors or another manifest."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        manifest = json.loads(file.metadata()["gemkit.state"])
+    change(tensors, manifest)
+    save_file(tensors, path, {"gemkit.state": json.dumps(manifest)})
+
+
+def test_a_state_of_another_model_is_refused(saved):
+    with pytest.raises(StateError, match="state of another model"):
+        nn.State.load(saved, replace(CONFIG, ffw_width=16))
+
+
+def test_a_truncated_state_is_refused(saved):
+    """At every length, and never with another error."""
+    data = saved.read_bytes()
+    for length in (*range(0, len(data), 997), len(data) - 1):
+        saved.write_bytes(data[:length])
+        with pytest.raises(StateError, match="cannot be read as a state"):
+            nn.State.load(saved, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, m: t.pop("1.0.keys"), r"slot 1, layer 0: holds \['values'\], must hold"),
+        (lambda t, m: t.pop("1.4.hidden"), "slot 1, layer 4: holds"),
+        (lambda t, m: t.update({"1.1.hidden": torch.zeros(31)}), r"layer 1.hidden is \(31,\)"),
+        (lambda t, m: t.update({"1.1.hidden": torch.zeros(32, dtype=torch.bfloat16)}), "layer 1.hidden is .*bfloat16"),
+        (lambda t, m: t.update({"1.1.tail": torch.zeros(3, 32, dtype=torch.int64)}), "layer 1.tail is .*int64"),
+        (lambda t, m: t.update({"1.2.keys": torch.zeros(20, 2, 4)}), "layer 2.keys is"),
+        (lambda t, m: t.update({"1.2.values": torch.zeros(19, 2, 8)}), "layer 2.values is"),
+        (lambda t, m: t.update({"1.2.keys": torch.zeros(19, 2, 8)}), "layer 2: holds 19 of 20 positions"),
+        (lambda t, m: t.update({"1.0.keys": torch.zeros(3, 2, 8)}), "layer 0: holds 3 of 20 positions"),
+        (lambda t, m: t.update({"1.0.keys": torch.tensor(1.0)}), "layer 0: holds 0 of 20 positions"),
+        (lambda t, m: t.update({"0.0.keys": torch.zeros(1)}), "0.0.keys belongs nowhere"),
+        (lambda t, m: m.update(version=2), "version 2 of the format"),
+        (lambda t, m: m.update(lengths=[0, -1]), "manifest is damaged"),
+        (lambda t, m: m.update(lengths=[]), "manifest is damaged"),
+        (lambda t, m: m.update(room="much"), "manifest is damaged"),
+        (lambda t, m: m.pop("lengths"), "manifest is damaged"),
+        (lambda t, m: m.update(lengths=[0, 10**18]), "positions, must hold"),
+        (lambda t, m: m.update(lengths=3), "manifest is damaged"),
+    ],
+)
+def test_a_damaged_state_is_refused(saved, change, message):
+    rewrite(saved, change)
+    with pytest.raises(StateError, match=message):
+        nn.State.load(saved, CONFIG)
+
+
+def test_files_that_are_no_state_are_refused(tmp_path):
+    with pytest.raises(StateError, match="cannot be read as a state"):
+        nn.State.load(tmp_path / "missing", CONFIG)
+    save_file({"x": torch.zeros(1)}, tmp_path / "weights")
+    with pytest.raises(StateError, match="but no state"):
+        nn.State.load(tmp_path / "weights", CONFIG)
+    with pytest.raises(StateError, match="cannot write"):
+        MODULE.new_state().save(tmp_path / "no folder" / "state")
+
+
 def test_sliding_layers_stay_small_and_global_ones_grow():
     module = random_module(replace(CONFIG, layers=(Sliding(WINDOW),)))
     state = module.new_state()
@@ -126,17 +239,34 @@ def test_after_a_long_chunk_a_sliding_layer_shrinks_again():
     assert state.nbytes <= 2 * WINDOW * 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 4
 
 
-def test_an_interrupted_step_can_be_repeated(monkeypatch):
-    """A forward pass that dies between two layers leaves the state as good as it was."""
+@pytest.mark.parametrize("length", [0, 1, 20])
+def test_an_interrupted_step_never_was(monkeypatch, tmp_path, length):
+    """A forward pass that dies between two layers leaves the state as good as it was: to go on, to copy, to save."""
     ids = list(range(30))
-    state = MODULE.new_state()
-    feed(state, ids[:20])
+    state = MODULE.new_state(2)
+    if length:
+        feed(state, ids[:length])
     with monkeypatch.context() as patch:
         patch.setattr(MODULE.layers[2].mlp, "forward", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            feed(state, ids[20:25])
-    assert state.lengths == [20]
-    assert_same(feed(state, ids[20:]), whole(ids)[20:])
+            feed(state, ids[20:] if length == 20 else ids[length : length + 5])
+    assert state.lengths == [length, 0]
+    state.fork(0, 1)
+    again = nn.State.load(state.save(tmp_path / "state"), CONFIG)
+    for each, slot in ((state, 0), (state, 1), (again, 0)):
+        assert_same(feed(each, ids[length:], slot), whole(ids)[length:])
+
+
+def test_recurrent_layers_never_grow():
+    module = random_module(replace(CONFIG, layers=(Recurrent(32, num_blocks=4),)))
+    state = module.new_state()
+    sizes = set()
+    for chunk in (1, 2, 300, 5):
+        module(Batch.of([[1] * chunk], offsets=state.lengths), state)
+        sizes.add(state.nbytes)
+    assert sizes == {(32 + 3 * 32) * 4}
+    state.free(0)
+    assert (state.nbytes, state.lengths) == (0, [0])
 
 
 def test_rolling_back_too_far_is_refused_and_changes_nothing():
@@ -168,8 +298,9 @@ def test_misuse_is_refused():
         state.rollback(mark)
 
 
-def test_training_with_a_state_is_refused():
-    module = random_module().requires_grad_(True)
+@pytest.mark.parametrize("layer", CONFIG.layers[:3], ids=str)
+def test_training_with_a_state_is_refused(layer):
+    module = random_module(replace(CONFIG, layers=(layer,))).requires_grad_(True)
     with pytest.raises(StateError, match="records gradients"):
         module(Batch.of([[1, 2]]), module.new_state())
     with torch.inference_mode():
@@ -190,6 +321,24 @@ def test_batches_that_cannot_be(arguments, message):
     sequences, options = (*arguments, {})[:2]
     with pytest.raises(ConfigError, match=message):
         Batch.of(sequences, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"starts": [0, 2, 1, 3]}, r"starts=\[0, 2, 1, 3\] must rise from 0 to the number of tokens, 3"),
+        ({"starts": [0, 1, 1, 3]}, "must rise"),
+        ({"starts": [1, 2, 3]}, "must rise from 0"),
+        ({"starts": [0, 1, 2]}, "number of tokens, 3"),
+        ({"starts": [0]}, "must rise"),
+        ({"starts": [0, 3]}, "1 sequences, but 3 positions and 2 slots"),
+        ({"positions": [0, 1]}, "2 positions"),
+    ],
+)
+def test_boundaries_that_cannot_be(change, message):
+    fields = {"tokens": [7, 8, 9], "positions": [0, 1, 0], "starts": [0, 2, 3], "slots": [0, 1], **change}
+    with pytest.raises(ConfigError, match=message):
+        Batch(**{name: torch.tensor(values) for name, values in fields.items()})
 
 
 def test_a_batch_lays_sequences_end_to_end():
