@@ -7,7 +7,7 @@ pad token that could leak into a softmax, a convolution or a recurrence.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ class Batch:
     tokens: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64: 0 for the first token of a sequence, counting on from what a State remembers
     starts: Tensor  # (B + 1,) int64, CPU: sequence b is rows starts[b] to starts[b + 1]
+    offsets: Tensor  # (B,) int64, CPU: the position of each sequence's first row
     slots: Tensor  # (B,) int64, CPU: where each sequence is remembered in a State
 
     def __post_init__(self):
@@ -33,10 +34,10 @@ class Batch:
         starts, rows = self.starts, len(self.tokens)
         if len(starts) < 2 or starts[0] != 0 or starts[-1] != rows or not (starts[1:] > starts[:-1]).all():
             raise ConfigError(f"starts={starts.tolist()} must rise from 0 to the number of tokens, {rows}")
-        if len(self.positions) != rows or len(self.slots) != len(starts) - 1:
+        if len(self.positions) != rows or not len(self.slots) == len(self.offsets) == len(starts) - 1:
             raise ConfigError(
-                f"{rows} tokens in {len(starts) - 1} sequences, but {len(self.positions)} positions and "
-                f"{len(self.slots)} slots: must agree"
+                f"{rows} tokens in {len(starts) - 1} sequences, but {len(self.positions)} positions, "
+                f"{len(self.offsets)} offsets and {len(self.slots)} slots: must agree"
             )
 
     @classmethod
@@ -66,26 +67,26 @@ class Batch:
         lengths = torch.tensor([len(ids) for ids in sequences])
         starts = torch.zeros(len(sequences) + 1, dtype=torch.int64)
         starts[1:] = lengths.cumsum(0)
-        first = torch.tensor(offsets) - starts[:-1]
-        positions = torch.arange(int(starts[-1])) + first.repeat_interleave(lengths)
+        firsts = torch.tensor(offsets)
+        positions = torch.arange(int(starts[-1])) + (firsts - starts[:-1]).repeat_interleave(lengths)
         tokens = torch.cat([torch.as_tensor(ids, dtype=torch.int64, device="cpu") for ids in sequences])
-        return cls(tokens.to(device), positions.to(device), starts, torch.tensor(list(slots)))
+        return cls(tokens.to(device), positions.to(device), starts, firsts, torch.tensor(list(slots)))
 
     @classmethod
     def rows(cls, tokens_BT: Tensor) -> Batch:
         """The rows of a rectangle of tokens as B sequences of T."""
-        batch = cls.of(list(tokens_BT))
-        return cls(tokens_BT.flatten(), batch.positions.to(tokens_BT.device), batch.starts, batch.slots)
+        rows, length = tokens_BT.shape
+        batch = cls.of([range(length)] * rows)
+        return replace(batch, tokens=tokens_BT.flatten(), positions=batch.positions.to(tokens_BT.device))
 
     def spans(self) -> Iterator[tuple[int, int, int, int]]:
-        """(first row, end row, state slot, position of the first row) of each sequence."""
+        """(first row, end row, state slot, position of the first row) of each sequence. Waits for no device."""
         starts = self.starts.tolist()
-        offsets = self.positions[self.starts[:-1].to(self.positions.device)].tolist()
-        yield from zip(starts[:-1], starts[1:], self.slots.tolist(), offsets, strict=True)
+        yield from zip(starts[:-1], starts[1:], self.slots.tolist(), self.offsets.tolist(), strict=True)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
 
-# A batch is a tree of four tensors to torch: a compiled function takes new boundaries as data, not as a new program.
+# A batch is a tree of five tensors to torch: a compiled function takes new boundaries as data, not as a new program.
 _pytree.register_dataclass(Batch)

@@ -4,7 +4,7 @@
     logits = model(Batch.of([prompt_a, prompt_b]), state)
     mark = state.mark(0)
     logits = model(Batch.of([draft], offsets=state.lengths[:1], slots=[0]), state)
-    state.rollback(0, mark)                      # as if the draft had never been
+    state.rollback(mark)                         # as if the draft had never been
 
 A state has `slots`, one a sequence, and one entry a layer by the layer's kind. Callers know nothing of how the entries
 store what they store. Keys are remembered after rotation, with absolute positions, so nothing is ever rotated again.

@@ -80,9 +80,10 @@ def load_decoder(
             if isinstance(value, Quantized):
                 module.hold(part.ours, value.to(device))
                 continue
-            if run_dtype == torch.bfloat16 and value.dtype != run_dtype:
+            cast = value.to(run_dtype)
+            if cast.dtype != value.dtype and not torch.equal(cast.to(value.dtype), value):
                 rounded[kind] += 1
-            module.hold(part.ours, Parameter(value.to(device, run_dtype), requires_grad=False))
+            module.hold(part.ours, Parameter(cast.to(device), requires_grad=False))
         done += entries[name].nbytes
         if progress is not None:
             progress(done, total)

@@ -331,12 +331,13 @@ def test_batches_that_cannot_be(arguments, message):
         ({"starts": [1, 2, 3]}, "must rise from 0"),
         ({"starts": [0, 1, 2]}, "number of tokens, 3"),
         ({"starts": [0]}, "must rise"),
-        ({"starts": [0, 3]}, "1 sequences, but 3 positions and 2 slots"),
+        ({"starts": [0, 3]}, "1 sequences, but 3 positions, 2 offsets and 2 slots"),
         ({"positions": [0, 1]}, "2 positions"),
     ],
 )
 def test_boundaries_that_cannot_be(change, message):
-    fields = {"tokens": [7, 8, 9], "positions": [0, 1, 0], "starts": [0, 2, 3], "slots": [0, 1], **change}
+    fields = {"tokens": [7, 8, 9], "positions": [0, 1, 0], "starts": [0, 2, 3]}
+    fields |= {"offsets": [0, 0], "slots": [0, 1], **change}
     with pytest.raises(ConfigError, match=message):
         Batch(**{name: torch.tensor(values) for name, values in fields.items()})
 
