@@ -165,9 +165,9 @@ def test_attention_says_which_kernel_and_why():
 
 
 def test_compiled_modules_give_the_same_numbers():
-    """Attention is opaque to compilation, and new boundaries are data to it."""
+    """Attention and recurrence are opaque to compilation, and new boundaries are data to it."""
     torch.manual_seed(0)
-    module = nn.Decoder(tiny_config())
+    module = nn.Decoder(tiny_config(layers=(family.Global(), family.Recurrent(32, num_blocks=2))))
     for p in module.parameters():
         torch.nn.init.normal_(p, 0, 0.2)
     compiled = torch.compile(module, backend="aot_eager")
