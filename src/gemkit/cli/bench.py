@@ -12,7 +12,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,6 @@ _EXAMPLES = """\
   gemkit bench long --decode-all --depths 4096,16384 --json"""
 
 ROUNDS = 5
-WARM_UP = 2  # tokens before the first round: buffers grow and pages come in
 NOISE = 0.2  # a spread of rounds from which a figure is doubtful
 SMALL = 4  # at --scale small every width is divided by this
 DTYPE = "bfloat16"  # what all of the family is published in
@@ -186,7 +185,7 @@ class Depths:
             module.hold(name, torch.nn.Parameter(weight, requires_grad=False))
         self.threads = torch.get_num_threads()
         self.executor = Eager(module)
-        self.state = self.executor.new_state(1, room=max(tokens, WARM_UP))
+        self.state = self.executor.new_state(1, room=tokens)
         self._tokens = tokens
         self._next = 0
 
@@ -195,7 +194,7 @@ class Depths:
         import torch
 
         numbers = torch.ones(2**26)  # 268 MB: more than any cache
-        seconds = min(self._seconds(numbers.sum) for _ in range(4))
+        seconds = min(_seconds(numbers.sum) for _ in range(4))
         return self.threads, numbers.nbytes / seconds
 
     def fill(self, depth: int) -> None:
@@ -231,24 +230,22 @@ class Depths:
         elif depth > self.state.lengths[0]:
             self.fill(depth)
         held = self.state.nbytes
-        self._seconds_of(WARM_UP)
+        self.round()  # the first after a filling is slow: buffers grow, pages come in
         return held
 
     def round(self) -> tuple[float, int | None]:
         """Seconds of decoding some tokens from here, which are then forgotten; resident bytes meanwhile."""
-        return self._seconds_of(self._tokens), resident()
-
-    def _seconds_of(self, count: int) -> float:
         mark = self.state.mark(0)
-        seconds = self._seconds(lambda: self.decode(count))
+        seconds = _seconds(lambda: self.decode(self._tokens))
+        memory = resident()
         self.state.rollback(mark)
-        return seconds
+        return seconds, memory
 
-    @staticmethod
-    def _seconds(work) -> float:
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def resident() -> int | None:

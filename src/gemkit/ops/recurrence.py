@@ -54,7 +54,7 @@ def block_linear(x_TR: Tensor, weight_NIO: Tensor, bias_NO: Tensor) -> Tensor:
 def causal_conv1d(
     x_TR: Tensor, weight_RC: Tensor, bias_R: Tensor, batch: Sequences, memory: Recurrence | None = None
 ) -> Tensor:
-    """Convolution of each channel with its last C inputs, the current one included, as (T, R).
+    """Convolution of each channel with its last C inputs, the current one included, summed in float32, as (T, R).
 
     `weight_RC[:, -1]` multiplies the current row. Rows before a sequence's first are what the layer remembers of it,
     or zeros.
@@ -67,11 +67,13 @@ def causal_conv1d(
         parts += [x_TR.new_zeros(back, x_TR.shape[1]) if before_CR is None else before_CR, x_TR[first:end]]
     seen = torch.cat(parts)
 
+    taps = _wide(weight_RC).unbind(1)
+
     def convolve(first: int, end: int) -> tuple[Tensor]:
-        y = bias_R + seen[first:end] * weight_RC[:, 0]
+        y = _wide(bias_R) + _wide(seen[first:end]) * taps[0]
         for tap in range(1, back + 1):
-            y.addcmul_(seen[first + tap : end + tap], weight_RC[:, tap])
-        return (y,)
+            y.addcmul_(_wide(seen[first + tap : end + tap]), taps[tap])
+        return (y.to(x_TR.dtype),)
 
     (y,) = _in_pieces(convolve, seen.shape[0] - back, seen.shape[1])
     # the k-th sequence is k * back rows further down in `seen`; the rows between two mix them, and are dropped
