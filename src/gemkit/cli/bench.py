@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,11 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemkit import family
 from gemkit.cli.common import count, print_json, say, verb
 from gemkit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from gemkit import family
     from gemkit.inspect import Subject
 
 _EXAMPLES = """\
@@ -134,6 +133,7 @@ def _plan(args: argparse.Namespace) -> Plan:
 
 def _same_size(decoder: family.Decoder) -> str:
     """The Gemma 1 with the nearest number of parameters."""
+    from gemkit import family
     from gemkit.inspect import cost
 
     size = cost.count(decoder).total
@@ -148,6 +148,7 @@ def small(decoder: family.Decoder) -> family.Decoder:
     Raises:
         ConfigError: if the widths cannot be divided.
     """
+    from gemkit import family
 
     def narrow(layer: family.Layer) -> family.Layer:
         return replace(layer, width=layer.width // SMALL) if isinstance(layer, family.Recurrent) else layer
@@ -172,6 +173,7 @@ class Depths:
     def __init__(self, decoder: family.Decoder, tokens: int, threads: int | None = None):
         import torch
 
+        from gemkit import family
         from gemkit.nn import Decoder
         from gemkit.program.eager import Eager
 
@@ -200,6 +202,8 @@ class Depths:
     def fill(self, depth: int) -> None:
         """Remember random numbers up to `depth` tokens, row by row as decoding would, so that buffers grow alike."""
         import torch
+
+        from gemkit import family
 
         config, start = self.state.decoder, self.state.lengths[0]
         with torch.inference_mode():
@@ -362,7 +366,7 @@ def _figures(
     from gemkit.inspect import cost
 
     each = [seconds / tokens for seconds, _ in rounds]
-    middle = statistics.median(each)
+    middle = sorted(each)[len(each) // 2]
     read = cost.decode_bytes(decoder, depth, DTYPE)
     return {
         "depth": depth,
