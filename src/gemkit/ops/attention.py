@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Queries a tile. Measured on two CPU cores at 8 heads of 256 and 4,096 tokens: 128 and 256 within noise, 512 slower.
-_TILE = 256
+# Queries a tile. 64, 128, 256, 512 and 1,024 took 399, 345, 370, 453 and 502 ms without a soft cap and 442, 431, 511,
+# 581 and 847 ms with one: medians of five, 2,048 tokens, 8 heads of 256 on one key/value head, two busy CPU cores.
+_TILE = 128
 
 
 class Sequences(Protocol):
