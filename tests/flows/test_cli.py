@@ -406,9 +406,14 @@ assert "torch" not in sys.modules
 # ── streams, signals, terminals ─────────────────────────────────────────────────────────────────────────────────────
 
 
+def heed_ctrl_c() -> None:
+    """In a child: a shell that starts the tests in the background lets it inherit that Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_keeps_the_text_and_the_figures(models):
     argv = ["generate", "-m", models / "parrot", "-n", "100000", "--beyond-context", "ab"]
-    process = subprocess.Popen([*GEMKIT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*GEMKIT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
     begun = process.stdout.read(3)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
@@ -456,7 +461,9 @@ class Terminal:
         attributes[3] &= ~termios.ECHO  # what comes back is then what the command wrote
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
         environment = {**os.environ, "TERM": "dumb"}
-        self._process = subprocess.Popen([*GEMKIT, *argv], stdin=slave, stdout=slave, stderr=slave, env=environment)
+        self._process = subprocess.Popen(
+            [*GEMKIT, *argv], stdin=slave, stdout=slave, stderr=slave, env=environment, preexec_fn=heed_ctrl_c
+        )
         os.close(slave)
         self._seen = b""
 
