@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import machine
 import numpy as np
@@ -19,18 +19,10 @@ import torch
 
 from gemkit import family, nn
 from gemkit.family import Recurrent, Sliding
+from gemkit.generate import Chunk
 from gemkit.program.eager import Eager
 
 STEP = 1024
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One token of one sequence."""
-
-    slot: int
-    ids: list[int]
-    rows: int = 1
 
 
 def geometry() -> family.Decoder:
@@ -52,6 +44,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     tokens = parser.parse_args().tokens
     config = geometry()
+    if tokens < 4 * STEP:
+        parser.error(f"--tokens {tokens}: the window is full after {2 * STEP}, so measure {4 * STEP} at least")
     module = nn.Decoder(config).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for weight in module.parameters():

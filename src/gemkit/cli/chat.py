@@ -11,7 +11,7 @@ from gemkit.cli.common import (
     add_model,
     add_output,
     add_sampling,
-    figures,
+    conclude,
     load_model,
     options,
     print_json,
@@ -99,6 +99,4 @@ def _turn(talk: Conversation, words: str, args: argparse.Namespace) -> int:
         print_json({"model": talk.model.label, "message": words, **answer})
     else:
         result = write_stream(stream, args.raw)
-    if not args.quiet:
-        say(figures(result, talk.model.tokenizer))
-    return 130 if result.finish_reason == "interrupted" else 0
+    return conclude(args, talk.model.tokenizer, result)

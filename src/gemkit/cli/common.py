@@ -203,6 +203,14 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
+def conclude(args: argparse.Namespace, tokenizer: Tokenizer, *results: Result) -> int:
+    """Say how the answers went, unless --quiet; the exit code, 130 if Ctrl-C ended one."""
+    if not args.quiet:
+        for result in results:
+            say(figures(result, tokenizer))
+    return 130 if any(result.finish_reason == "interrupted" for result in results) else 0
+
+
 def figures(result: Result, tokenizer: Tokenizer) -> str:
     """One line on how an answer went."""
     t = result.timings

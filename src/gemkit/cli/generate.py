@@ -9,7 +9,7 @@ from gemkit.cli.common import (
     add_model,
     add_output,
     add_sampling,
-    figures,
+    conclude,
     load_model,
     options,
     print_json,
@@ -71,7 +71,4 @@ def run(args: argparse.Namespace) -> int:
         if args.echo:
             write(prompts[0], args.raw)
         results = [write_stream(stream, args.raw)]
-    if not args.quiet:
-        for result in results:
-            say(figures(result, model.tokenizer))
-    return 130 if any(result.finish_reason == "interrupted" for result in results) else 0
+    return conclude(args, model.tokenizer, *results)

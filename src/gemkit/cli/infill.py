@@ -9,7 +9,7 @@ from gemkit.cli.common import (
     add_model,
     add_output,
     add_sampling,
-    figures,
+    conclude,
     load_model,
     options,
     print_json,
@@ -63,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
         write(prefix + result.text + suffix, args.raw)
     else:
         result = write_stream(stream, args.raw)
-    if not args.quiet:
-        say(figures(result, model.tokenizer))
-    return 130 if result.finish_reason == "interrupted" else 0
+    return conclude(args, model.tokenizer, result)
 
 
 def _around_caret(args: argparse.Namespace) -> tuple[str, str, str | None]:
