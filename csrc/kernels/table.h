@@ -1,0 +1,113 @@
+// The kernels of one instruction set: arithmetic on raw pointers, one thread, no allocation, no torch, no Python.
+//
+// The executor divides the work and calls these from its threads. Every sum has an order that depends on a weight's
+// shape and on absolute positions alone: never on how many tokens come at once, how they are cut, or which thread.
+// All pointers may be unaligned except where said; no two outputs overlap an input unless said.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace gk {
+
+// ---- weights of linears (weights.h makes them) ----------------------------------------------------------------------
+
+enum Kind : int32_t {  // numbers are part of packed files: append only
+    F32 = 0, BF16 = 1,
+    Q4_0 = 2, Q4_1 = 3, Q5_0 = 4, Q5_1 = 5, Q8_0 = 6, Q2_K = 7, Q3_K = 8, Q4_K = 9, Q5_K = 10, Q6_K = 11,
+    KINDS = 12
+};
+
+constexpr int TILE = 16;  // rows of a weight that are stored, and multiplied, side by side
+
+struct Weight {  // (rows, cols), in tiles of 16 rows; rows beyond the last are zeros
+    Kind kind;
+    int64_t rows, cols;
+    const uint8_t *data;  // 64-byte aligned; packed_bytes(kind, rows, cols) of it
+};
+
+// Activations of T tokens, as a kind of weight wants them: int8 with a scale for each 32 columns and the sums of codes for
+// each 16 (for zero points and minima), or float32 as they are. `activation_bytes` of room, 64-byte aligned.
+struct Activations {
+    int64_t tokens, cols;
+    const float *x;  // (tokens, cols), contiguous
+    uint8_t *quantized;  // null where the kind multiplies floats
+};
+
+// ---- attention ------------------------------------------------------------------------------------------------------
+
+constexpr int PAGE = 64;  // positions of a page of keys and values; page i holds positions i * PAGE to (i + 1) * PAGE
+
+// One key/value head's view of one sequence. Keys are float16 (H, PAGE) in a page: a lane is a position; values float16
+// (PAGE, H). Pages outside of what is visible may be null.
+struct Pages {
+    const uint16_t *const *keys;  // by page number
+    const uint16_t *const *values;
+};
+
+struct Attend {
+    const float *q;  // rotated queries of `tokens` tokens: token t, head g of the group at q + t * q_stride + g * head_dim
+    int64_t q_stride;
+    int32_t tokens, group, head_dim;  // group: query heads of this key/value head
+    int64_t position;  // absolute, of the first token
+    int64_t window;  // visible positions, the own included; 0: all before
+    int64_t prefix;  // positions 0 .. prefix see one another both ways; 0: none
+    float scale, softcap;  // softcap 0: none
+};
+
+// Running softmax of rows (token, head of the group), merged over pages in ascending order.
+struct Partial {
+    float *most;  // (tokens * group): largest score so far, -inf at first
+    float *total;  // (tokens * group): sum of exp(score - most)
+    float *sum;  // (tokens * group, head_dim): sum of exp(score - most) * value
+};
+
+struct Kernels {
+    const char *name;  // "avx512", "avx2", "portable"
+
+    // linear.h
+    void (*quantize)(const Activations &a, int64_t token0, int64_t token1);  // fill a.quantized for these tokens
+    // y[t * stride + r] = sum_c w[r, c] * x[t, c] for the rows of tiles tile0 .. tile1 (rows beyond w.rows are not written)
+    void (*linear)(const Weight &w, int64_t tile0, int64_t tile1, const Activations &a, float *y, int64_t stride);
+    void (*row)(const Weight &w, int64_t row, float *out);  // one row, exactly the numbers that its kind defines
+
+    // elementwise.h: rows of n floats
+    void (*rms_norm)(const float *x, const float *weight, float eps, int64_t n, float *y);  // weight as stored; 1 + weight
+    void (*rope)(float *x, int64_t heads, int64_t head_dim, const float *cos, const float *sin, int64_t half);
+    void (*gelu)(const float *x, int64_t n, float *y);
+    void (*geglu)(const float *gate, const float *up, int64_t n, float *y);
+    void (*softcap)(float *x, float cap, int64_t n);
+    void (*add)(const float *a, const float *b, int64_t n, float *y);  // y may be a or b
+    void (*mul)(const float *a, const float *b, int64_t n, float *y);
+    // largest absolute value, for range checks: infinite or not a number comes back as infinite
+    float (*magnitude)(const float *x, int64_t n);
+
+    // attention.h
+    void (*put_key)(const float *k, int64_t head_dim, int64_t slot, uint16_t *page);  // slot: position in the page
+    void (*put_value)(const float *v, int64_t head_dim, int64_t slot, uint16_t *page);
+    // pages page0 .. page1 of what these tokens may see, into a partial (initialised by its first call: fresh = true)
+    void (*attend)(const Attend &a, const Pages &pages, int64_t page0, int64_t page1, bool fresh, Partial p, void *scratch);
+    // fold later into earlier (pages after those of `earlier`)
+    void (*merge)(Partial earlier, Partial later, int64_t rows, int64_t head_dim);
+    void (*finish)(Partial p, int64_t rows, int64_t head_dim, float *out, int64_t out_stride, int64_t group);
+
+    // recurrence.h
+    // causal convolution of T rows; tail: (taps - 1, R) inputs before them (zeros before a sequence), updated in place
+    void (*conv1d)(const float *x, int64_t tokens, int64_t width, int64_t stride, const float *weight, const float *bias,
+                   int64_t taps, float *tail, float *y, int64_t channel0, int64_t channel1);
+    // (T, blocks, in) by (blocks, in, out) + bias, blocks block0 .. block1
+    void (*block_linear)(const float *x, int64_t tokens, int64_t blocks, int64_t width, const float *weight,
+                         const float *bias, float *y, int64_t block0, int64_t block1);
+    // RG-LRU over T rows; hidden (R) is read and left at the last row. first: the row 0 is the first of its sequence
+    void (*rg_lru)(const float *x, const float *input_gate, const float *recurrent_gate, const float *param, int64_t tokens,
+                   int64_t width, bool first, float *hidden, float *y, int64_t channel0, int64_t channel1);
+};
+
+const Kernels *portable_kernels();
+const Kernels *avx2_kernels();    // null where the build has none
+const Kernels *avx512_kernels();  // needs F, BW, VL, DQ and VNNI
+
+size_t activation_bytes(Kind kind, int64_t tokens, int64_t cols);
+size_t attend_scratch_bytes(int32_t tokens, int32_t group, int32_t head_dim);
+
+}  // namespace gk
