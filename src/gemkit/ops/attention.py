@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemkit.ops.symbolic import op
+
 # Queries a tile. 64, 128, 256, 512 and 1,024 took 399, 345, 370, 453 and 502 ms without a soft cap and 442, 431, 511,
 # 581 and 847 ms with one: medians of five, 2,048 tokens, 8 heads of 256 on one key/value head, two busy CPU cores.
 _TILE = 128
@@ -71,6 +73,7 @@ def opaque(op: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+@op(lambda q_TNH, **_: q_TNH.shape)
 @opaque
 def attention(
     q_TNH: Tensor,

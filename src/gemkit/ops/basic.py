@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemkit.ops.quantized import Quantized
+from gemkit.ops.symbolic import op, same
 
 # Rows of a quantized weight are made dense this many elements at a time: 4 MiB of float32, which stays in a cache
 # between being written and being multiplied. With a quarter and with four times of it a product of one token took 1.1
@@ -19,6 +20,7 @@ def new_weight(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
 
+@op(lambda tokens_T, table_VD, **_: (*tokens_T.shape, table_VD.shape[1]))
 def embed(
     tokens_T: Tensor,
     table_VD: Tensor | Quantized,
@@ -40,6 +42,7 @@ def embed(
     return rows_TD * torch.tensor(scale, dtype=dtype).item()
 
 
+@op(lambda x_TI, weight_OI, **_: (*x_TI.shape[:-1], weight_OI.shape[0]))
 def linear(x_TI: Tensor, weight_OI: Tensor | Quantized, bias_O: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`: (T, in) to (T, out). A quantized weight is multiplied in float32, a few rows at a time."""
     if not isinstance(weight_OI, Quantized):
@@ -57,6 +60,7 @@ def linear(x_TI: Tensor, weight_OI: Tensor | Quantized, bias_O: Tensor | None = 
     return y_TO if bias_O is None else y_TO + bias_O
 
 
+@op(same)
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`x / rms(x) * (1 + weight)` over the last axis, in float32, cast back at the end (arXiv:1910.07467).
 
@@ -68,41 +72,49 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return (normed * (1.0 + weight_D.float())).to(x.dtype)
 
 
+@op(same)
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh approximation, the one these models were trained with."""
     return F.gelu(x, approximate="tanh")
 
 
+@op(lambda gate_TF, **_: gate_TF.shape)
 def geglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
     """`gelu(gate) * up`."""
     return gelu(gate_TF) * up_TF
 
 
+@op(same)
 def softcap(x: Tensor, cap: float) -> Tensor:
     """`cap * tanh(x / cap)` in float32: bounds logits smoothly (Gemma 2 report, arXiv:2408.00118, section 2)."""
     return cap * torch.tanh(x.float() / cap)
 
 
+@op(lambda a, **_: a.shape)
 def add(a: Tensor, b: Tensor) -> Tensor:
     """The residual sum."""
     return a + b
 
 
+@op(lambda a, **_: a.shape)
 def mul(a: Tensor, b: Tensor) -> Tensor:
     """The elementwise product of two branches."""
     return a * b
 
 
+@op(lambda x_TE, heads: (*x_TE.shape[:-1], heads, x_TE.shape[-1] // heads))
 def split_heads(x_TE: Tensor, heads: int) -> Tensor:
     """(T, heads * H) to (T, heads, H)."""
     return x_TE.unflatten(-1, (heads, -1))
 
 
+@op(lambda x_TNH: (*x_TNH.shape[:-2], x_TNH.shape[-2] * x_TNH.shape[-1]))
 def merge_heads(x_TNH: Tensor) -> Tensor:
     """(T, N, H) to (T, N * H)."""
     return x_TNH.flatten(-2)
 
 
+@op(lambda x_TD, rows: (*rows.shape, *x_TD.shape[1:]))
 def take_rows(x_TD: Tensor, rows: Tensor) -> Tensor:
     """The rows whose logits are wanted: a prompt of 1000 tokens needs one row of a 256,000-wide head, not 1000."""
     return x_TD.index_select(0, rows)

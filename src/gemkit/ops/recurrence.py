@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemkit.ops.attention import Sequences, opaque
+from gemkit.ops.symbolic import op
 
 # Rows a block of the scan. At 4,096 rows 131 steps depend on each other: 32 through all blocks at once, 67 to scan what
 # the blocks leave, 32 through all blocks again. On two CPU cores, 2,560 channels wide, 16 and 64 took 10 % longer.
@@ -44,12 +45,14 @@ class Recurrence(Protocol):
     def keep_hidden(self, slot: int, hidden_R: Tensor) -> None: ...
 
 
+@op(lambda x_TR, weight_NIO, **_: (x_TR.shape[0], weight_NIO.shape[0] * weight_NIO.shape[2]))
 def block_linear(x_TR: Tensor, weight_NIO: Tensor, bias_NO: Tensor) -> Tensor:
     """N projections side by side, each of its own R / N channels: (T, R) to (T, N * O). Blocks are (in, out)."""
     x_NTI = x_TR.unflatten(1, weight_NIO.shape[:2]).transpose(0, 1)
     return torch.baddbmm(bias_NO[:, None], x_NTI, weight_NIO).transpose(0, 1).flatten(1)
 
 
+@op(lambda x_TR, **_: x_TR.shape)
 @opaque
 def causal_conv1d(
     x_TR: Tensor, weight_RC: Tensor, bias_R: Tensor, batch: Sequences, memory: Recurrence | None = None
@@ -84,6 +87,7 @@ def causal_conv1d(
     return kept[0] if len(kept) == 1 else torch.cat(kept)
 
 
+@op(lambda x_TR, **_: x_TR.shape)
 @opaque
 def rg_lru(
     x_TR: Tensor,

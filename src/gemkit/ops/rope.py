@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from gemkit.family import Rope
+from gemkit.ops.symbolic import op
 
 
+@op(lambda positions_T, rope, head_dim: [(*positions_T.shape, int(rope.fraction * head_dim) // 2)] * 2)
 def rope_table(positions_T: Tensor, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every angle, float32 (T, R/2) each, where R = fraction * head_dim.
 
@@ -20,6 +22,7 @@ def rope_table(positions_T: Tensor, rope: Rope, head_dim: int) -> tuple[Tensor, 
     return angles_TR.cos(), angles_TR.sin()
 
 
+@op(lambda x_TNH, table: x_TNH.shape)
 def rope(x_TNH: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the first R dimensions of every head by its token's angles, in float32; the rest passes unchanged."""
     cos_TR, sin_TR = (part[:, None, :] for part in table)
