@@ -1,0 +1,88 @@
+// What Python calls, by ctypes: plain functions of plain types. Called with the GIL held, as `ctypes.PyDLL` does; a run
+// gives the GIL up while it computes, and takes it now and then to let Python see a signal. The three functions of Python's
+// stable ABI that this takes are found in the process, so that nothing of Python is needed to build.
+#include <chrono>
+#include <cstring>
+#include <string>
+
+#include "executor.h"
+#include "kernels/dispatch.h"
+
+extern "C" {
+__attribute__((weak)) void *PyEval_SaveThread(void);
+__attribute__((weak)) void PyEval_RestoreThread(void *);
+__attribute__((weak)) int PyErr_CheckSignals(void);
+}
+
+#define GK_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+thread_local std::string message;
+thread_local void *python = nullptr;  // this thread's, while the GIL is given up
+thread_local bool signalled = false;
+thread_local std::chrono::steady_clock::time_point looked;
+
+// Asked between regions. Python is let in every 20 ms: then a handler of a signal runs, and if it raised we stop.
+bool keep_on() {
+    const auto now = std::chrono::steady_clock::now();
+    if (!python || now - looked < std::chrono::milliseconds(20)) return true;
+    looked = now;
+    PyEval_RestoreThread(python);
+    signalled = PyErr_CheckSignals() != 0;
+    python = PyEval_SaveThread();
+    return !signalled;
+}
+
+}  // namespace
+
+GK_API int32_t gk_version() { return 1; }
+
+// Why the last call of this thread failed.
+GK_API const char *gk_error() { return message.c_str(); }
+
+GK_API gk::Executor *gk_executor_new(const gk::Step *steps, int64_t n_steps, const gk::Buffer *buffers, int64_t n_buffers,
+                                     const gk::Table *table, int64_t n_table, const gk::Layer *layers, int64_t n_layers) {
+    const gk::Kernels *kernels = gk::kernels(message);
+    if (!kernels) return nullptr;
+    return gk::Executor::make(kernels, steps, n_steps, buffers, n_buffers, table, n_table, layers, n_layers, message);
+}
+
+GK_API void gk_executor_free(gk::Executor *executor) { delete executor; }
+
+GK_API int64_t gk_executor_bytes(const gk::Executor *executor) { return (int64_t)executor->bytes(); }
+
+GK_API gk::State *gk_state_new(const gk::Executor *executor, int64_t slots, int64_t room) {
+    return new gk::State(executor->layers().data(), (int32_t)executor->layers().size(), slots, room);
+}
+GK_API void gk_state_free(gk::State *state) { delete state; }
+GK_API int64_t gk_state_length(const gk::State *state, int64_t slot) { return state->length(slot); }
+GK_API int32_t gk_state_rollback(gk::State *state, int64_t slot, int64_t length) { return state->rollback(slot, length); }
+GK_API int32_t gk_state_fork(gk::State *state, int64_t source, int64_t target) { return state->fork(source, target); }
+GK_API void gk_state_clear(gk::State *state, int64_t slot) { state->free(slot); }
+GK_API int64_t gk_state_bytes(const gk::State *state) { return state->bytes(); }
+GK_API const float *gk_state_kept(gk::State *state, int32_t layer, int64_t slot) { return state->kept(layer, slot); }
+GK_API int64_t gk_state_cell(const gk::State *state, int32_t layer) { return state->cell_floats(layer); }
+GK_API void gk_state_keep(gk::State *state, int32_t layer, int64_t slot, const float *values) {
+    state->keep(layer, slot, values);
+}
+
+// 0 done, 1 stopped by a signal (Python's exception is set), 2 out of memory, 3 keys or values beyond float16.
+GK_API int32_t gk_run(gk::Executor *executor, gk::State *state, int32_t threads, const int64_t *tokens, int64_t n_tokens,
+                      const gk::Span *spans, int64_t n_spans, const int64_t *rows, int64_t n_rows, const float *features,
+                      const int64_t *feature_rows, int64_t n_features, float *logits, double *seconds) {
+    const gk::Executor::Call call{tokens, n_tokens, spans, n_spans, rows, n_rows, features, feature_rows, n_features, logits,
+                                  seconds};
+    looked = std::chrono::steady_clock::now();
+    signalled = false;
+    if (PyEval_SaveThread) python = PyEval_SaveThread();
+    int32_t result;
+    {
+        gk::Pool &pool = gk::pool(threads);
+        const std::lock_guard<std::mutex> turn(pool.turn);
+        result = executor->run(call, *state, pool, keep_on);
+    }
+    if (python) PyEval_RestoreThread(python);
+    python = nullptr;
+    return result;
+}
