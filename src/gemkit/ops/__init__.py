@@ -26,7 +26,7 @@ from gemkit.ops.basic import (
 )
 from gemkit.ops.quantized import Quantized
 from gemkit.ops.recurrence import Recurrence, block_linear, causal_conv1d, linear_scan, rg_lru
-from gemkit.ops.rope import rope, rope_table
+from gemkit.ops.rope import rope, rope_frequencies, rope_table
 
 __all__ = [
     "Memory",
@@ -48,6 +48,7 @@ __all__ = [
     "rg_lru",
     "rms_norm",
     "rope",
+    "rope_frequencies",
     "rope_table",
     "softcap",
     "split_heads",

@@ -15,11 +15,15 @@ def rope_table(positions_T: Tensor, rope: Rope, head_dim: int) -> tuple[Tensor, 
 
     Positions are integers and angles are float32: in bf16 the positions 8190 and 8191 are the same number.
     """
-    rotated = int(rope.fraction * head_dim)
-    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=positions_T.device) / rotated
-    frequencies = rope.base**-exponents / rope.factor
-    angles_TR = positions_T[:, None].float() * frequencies
+    angles_TR = positions_T[:, None].float() * rope_frequencies(rope, head_dim, positions_T.device)
     return angles_TR.cos(), angles_TR.sin()
+
+
+def rope_frequencies(rope: Rope, head_dim: int, device: torch.device | None = None) -> Tensor:
+    """Radians that each pair turns by a position, float32 (R/2,)."""
+    rotated = int(rope.fraction * head_dim)
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated
+    return rope.base**-exponents / rope.factor
 
 
 @op(lambda x_TNH, table: x_TNH.shape)

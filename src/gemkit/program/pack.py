@@ -160,8 +160,7 @@ class Writer:
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, self.base + self.total)  # a full disk says so here, not by a signal
-                with mmap.mmap(file.fileno(), self.base + self.total) as mapped:
-                    yield self._begun(mapped)
+                yield self._begun(mmap.mmap(file.fileno(), self.base + self.total))  # unmapped with its last array
                 os.replace(file.name, target)
             except BaseException:
                 with contextlib.suppress(OSError):

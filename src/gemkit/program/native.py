@@ -1,0 +1,296 @@
+"""The native executor: a lowered program on the CPU, in C++, without returning to Python between steps. No torch.
+
+`library()` finds and checks the shared library that the installation built; where there was no compiler there is none,
+and the torch executor runs everything. `Native` runs a packed model; `NativeState` is what it remembers.
+
+Which instruction set the kernels use is decided when the library is loaded: the best that the processor has, or what
+the environment variable GEMKIT_ISA names (avx512, avx2, portable).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gemkit import family
+from gemkit.errors import ConfigError, ModelError, StateError, TextError
+from gemkit.program.pack import Pack
+
+if TYPE_CHECKING:
+    from gemkit.program.eager import Chunk
+
+LIBRARY = "libgemkit_native.so"
+_ABI = 1
+_DONE, _STOPPED, _NO_MEMORY, _TOO_LARGE = range(4)
+
+
+@cache
+def library() -> ctypes.PyDLL:
+    """The native library.
+
+    Raises:
+        ModelError: if the installation has none, or one of another version.
+    """
+    path = os.environ.get("GEMKIT_NATIVE") or _installed()
+    if path is None:
+        raise ModelError(
+            "this installation has no native executor: it was built without a C++ compiler. "
+            "Install one (g++ 11 or newer) and reinstall gemkit, or use the executor torch"
+        )
+    try:
+        loaded = ctypes.PyDLL(str(path))  # a run gives up the GIL itself, and takes it to let signals be seen
+        version = loaded.gk_version()
+    except (OSError, AttributeError) as error:
+        raise ModelError(f"{path} cannot be used as the native executor: {error}") from error
+    if version != _ABI:
+        raise ModelError(f"{path} is of version {version}, this gemkit needs {_ABI}: reinstall gemkit")
+    _declare(loaded)
+    return loaded
+
+
+def _installed() -> Path | None:
+    """Beside this package, or, of an editable installation, where its built files are."""
+    places = [Path(__file__).parents[1] / LIBRARY]
+    try:
+        places.append(Path(str(distribution("gemkit").locate_file(f"gemkit/{LIBRARY}"))))
+    except PackageNotFoundError:
+        pass
+    return next((place for place in places if place.is_file()), None)
+
+
+def _declare(loaded: ctypes.PyDLL) -> None:
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    for name, result, arguments in (
+        ("gk_error", ctypes.c_char_p, []),
+        ("gk_isa", ctypes.c_char_p, []),
+        ("gk_packed_bytes", ctypes.c_size_t, [i32, i64, i64]),
+        ("gk_pack", i32, [i32, i64, i64, pointer, pointer, i64, i64]),
+        ("gk_executor_new", pointer, [pointer, i64] * 4),
+        ("gk_executor_free", None, [pointer]),
+        ("gk_executor_bytes", i64, [pointer]),
+        ("gk_state_new", pointer, [pointer, i64, i64]),
+        ("gk_state_free", None, [pointer]),
+        ("gk_state_rollback", i32, [pointer, i64, i64]),
+        ("gk_state_fork", i32, [pointer, i64, i64]),
+        ("gk_state_clear", None, [pointer, i64]),
+        ("gk_state_bytes", i64, [pointer]),
+        ("gk_state_kept", pointer, [pointer, i32, i64]),
+        ("gk_state_cell", i64, [pointer, i32]),
+        ("gk_state_keep", None, [pointer, i32, i64, pointer]),
+        ("gk_run", i32, [pointer, pointer, i32, *[pointer, i64] * 3, pointer, pointer, i64, pointer, pointer]),
+    ):
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+
+
+def available() -> tuple[bool, str]:
+    """Whether the native executor can run here, and which kernels it uses or why not."""
+    try:
+        isa = library().gk_isa()
+    except ModelError as error:
+        return False, str(error)
+    return (True, isa.decode()) if isa else (False, library().gk_error().decode())
+
+
+def threads() -> int:
+    """Threads to compute with: GEMKIT_THREADS, else the processors that this process may use, by affinity and quota."""
+    if asked := os.environ.get("GEMKIT_THREADS"):
+        if not asked.isdigit() or not 1 <= int(asked) <= 256:
+            raise ConfigError(f"GEMKIT_THREADS={asked!r} must be a whole number from 1 to 256")
+        return int(asked)
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return min(count, 64)
+
+
+class NativeState:
+    """What the native executor remembers of sequences: the interface of `nn.State`."""
+
+    def __init__(self, executor: Native, slots: int, room: int):
+        if slots < 1 or room < 0:
+            raise StateError(f"slots={slots} must be at least 1, and room={room} at least 0")
+        self._executor = executor  # it must outlive the state
+        self._library = library()
+        self._handle = self._library.gk_state_new(executor.handle, slots, room)
+        self.decoder = executor.decoder
+        self.lengths = [0] * slots
+
+    @property
+    def handle(self) -> int:
+        return self._handle
+
+    def mark(self, slot: int) -> NativeMark:
+        """A place in `slot` that `rollback` returns to."""
+        self._checked(slot)
+        return NativeMark(slot, self.lengths[slot], self._recurrent(slot))
+
+    def rollback(self, mark: NativeMark) -> None:
+        """Forget everything since `mark`.
+
+        Raises:
+            StateError: if the slot has been shorter since, or a sliding layer had no `room` to keep what is needed.
+        """
+        if mark.length > self.lengths[self._checked(mark.slot)]:
+            raise StateError(f"slot {mark.slot} holds {self.lengths[mark.slot]} tokens, the mark is at {mark.length}")
+        if not self._library.gk_state_rollback(self._handle, mark.slot, mark.length):
+            room = self.lengths[mark.slot] - mark.length
+            raise StateError(
+                f"cannot go back to position {mark.length}: a layer with a window has dropped what its next token must "
+                f"see; make the state with room={room} or more"
+            )
+        for layer, values in mark.recurrent.items():
+            self._library.gk_state_keep(self._handle, layer, mark.slot, values.ctypes.data)
+        self.lengths[mark.slot] = mark.length
+
+    def fork(self, source: int, target: int) -> None:
+        """Make `target` remember what `source` does; the two go their own ways from here."""
+        self._library.gk_state_fork(self._handle, self._checked(source), self._checked(target))
+        self.lengths[target] = self.lengths[source]
+
+    def free(self, slot: int) -> None:
+        """Forget a sequence; the slot is as new."""
+        self._library.gk_state_clear(self._handle, self._checked(slot))
+        self.lengths[slot] = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self._library.gk_state_bytes(self._handle)
+
+    def _recurrent(self, slot: int) -> dict[int, np.ndarray]:
+        kept = {}
+        for i, layer in enumerate(self.decoder.layers):
+            if isinstance(layer, family.Recurrent):
+                count = self._library.gk_state_cell(self._handle, i)
+                address = self._library.gk_state_kept(self._handle, i, slot)
+                kept[i] = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (count,)).copy()
+        return kept
+
+    def _checked(self, slot: int) -> int:
+        if not 0 <= slot < len(self.lengths):
+            raise StateError(f"slot {slot} of a state with slots 0 to {len(self.lengths) - 1}")
+        return slot
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            self._library.gk_state_free(self._handle)
+
+
+class NativeMark:
+    """A place to come back to: a length, and what recurrent layers held there."""
+
+    def __init__(self, slot: int, length: int, recurrent: dict[int, np.ndarray]):
+        self.slot, self.length, self.recurrent = slot, length, recurrent
+
+
+class Native:
+    """Runs a packed model, chunk by chunk."""
+
+    name = "native"
+    device = "cpu"
+
+    def __init__(self, decoder: family.Decoder, pack: Pack):
+        """
+        Raises:
+            ModelError: if there is no native library, or the packed model cannot run.
+        """
+        self.decoder = decoder
+        self.pack = pack
+        self.threads = threads()
+        self._library = library()
+        base = pack.address
+        table = np.zeros((len(pack.table), 4), np.int64)
+        for row, entry in zip(table, pack.table, strict=True):
+            row[0] = entry.kind & 0xFFFFFFFF | entry.rows << 32
+            row[1] = entry.cols
+            row[2] = base + entry.offset
+            row[3] = entry.nbytes
+        layers = np.array([_layer(layer, decoder) for layer in decoder.layers], np.int32)
+        arrays = [(np.ascontiguousarray(a).ctypes.data, len(a)) for a in (pack.steps, pack.buffers, table, layers)]
+        self._handle = self._library.gk_executor_new(*[part for pair in arrays for part in pair])
+        if not self._handle:
+            raise ModelError(f"{pack.path} cannot run: {self._library.gk_error().decode()}")
+        self._logits_width = decoder.vocab_size
+
+    @property
+    def handle(self) -> int:
+        return self._handle
+
+    def new_state(self, slots: int, room: int = 0) -> NativeState:
+        return NativeState(self, slots, room)
+
+    def run(self, chunks: Sequence[Chunk], state: NativeState, seconds: np.ndarray | None = None) -> np.ndarray:
+        """Compute the chunks, which continue what `state` remembers of their slots.
+
+        Args:
+            seconds: (steps,) float64 to which the time of each step is added; the steps then run one by one.
+
+        Returns:
+            float32 logits (R, V): for each chunk in order, those of its last `rows` tokens.
+
+        Raises:
+            TextError: if a token id is outside the vocabulary.
+            ModelError: if memory runs out, or keys or values are too large for float16.
+        """
+        ids: list[int] = []
+        rows: list[int] = []
+        spans: list[tuple[int, int, int, int, int]] = []
+        for chunk in chunks:
+            first = len(ids)
+            ids += chunk.ids
+            spans.append((first, len(ids), chunk.slot, state.lengths[chunk.slot], getattr(chunk, "prefix", 0)))
+            rows += range(len(ids) - chunk.rows, len(ids))
+        if not 0 <= min(ids) <= max(ids) < self.decoder.vocab_size:
+            raise TextError(
+                f"token ids run from 0 to {self.decoder.vocab_size - 1}; the prompt has {min(ids)} to {max(ids)}"
+            )
+        logits = np.empty((len(rows), self._logits_width), np.float32)
+        given: list[Any] = [np.array(ids, np.int64), np.array(spans, np.int64), np.array(rows, np.int64)]
+        result = self._library.gk_run(
+            self._handle,
+            state.handle,
+            self.threads,
+            *[part for array in given for part in (array.ctypes.data, len(array))],
+            None,
+            None,
+            0,
+            logits.ctypes.data,
+            None if seconds is None else seconds.ctypes.data,
+        )
+        if result == _NO_MEMORY:
+            raise ModelError(f"memory ran out for {len(ids)} tokens of {len(chunks)} sequences: use smaller chunks")
+        if result == _TOO_LARGE:
+            raise ModelError(
+                "keys or values are beyond the range of float16, in which the native executor keeps them; "
+                "use the executor torch"
+            )
+        assert result == _DONE, f"an exception of a signal handler is raised by the call itself, not told by {result}"
+        for first, end, slot, position, _ in spans:
+            state.lengths[slot] = position + end - first
+        return logits
+
+    def __del__(self):
+        if getattr(self, "_handle", None):
+            self._library.gk_executor_free(self._handle)
+
+
+def _layer(layer: family.Layer, decoder: family.Decoder) -> tuple[int, int, int, int, int, int]:
+    match layer:
+        case family.Global():
+            return 0, decoder.num_kv_heads, decoder.head_dim, 0, 0, 0
+        case family.Sliding(window=window):
+            return 0, decoder.num_kv_heads, decoder.head_dim, window, 0, 0
+        case family.Recurrent(width=width, conv_width=taps):
+            return 1, 0, 0, 0, width, taps
