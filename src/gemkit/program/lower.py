@@ -127,6 +127,8 @@ class _Lowering:
             for value in node.values():
                 self.last[self._root(value.number)] = i
         self.last[self._root(program.output.number)] = len(program.nodes)
+        self.final = {program.output.number}  # values that are in the caller's own array of logits: also what is capped
+        self.final |= {n.operands["x"].number for n in program.nodes if n.op == "softcap" and n.result == program.output}
         self.sharing: dict[int, list[Node]] = {}  # the linears that read a value
         for node in program.nodes:
             if node.op == "linear":
@@ -162,7 +164,7 @@ class _Lowering:
     def _place(self, value: Value) -> Slice:
         """Somewhere for a new value."""
         width = math.prod(size for size in value.shape if isinstance(size, int))
-        logits = value.number == self.program.output.number
+        logits = value.number in self.final
         buffer = self._new(width, str(value.shape[0]), "logits" if logits else "floats")
         self.places[value.number] = Slice(buffer, 0, width)
         return self.places[value.number]
@@ -170,8 +172,8 @@ class _Lowering:
     def _over(self, i: int, source: Value, result: Value) -> Slice:
         """Where a result that could take its source's place goes: there, if nobody reads that again."""
         at = self._at(source)
-        final = result.number == self.program.output.number
-        if self.last.get(self._root(source.number)) == i and (self.out.buffers[at.buffer].kind == "logits") == final:
+        logits = self.out.buffers[at.buffer].kind == "logits"
+        if self.last.get(self._root(source.number)) == i and logits == (result.number in self.final):
             del self.places[self._root(source.number)]
             self.places[result.number] = at
             return at
@@ -229,7 +231,7 @@ class _Lowering:
         if is_quantized := weights[0].kind not in DENSE:
             source = self._quantize(x, node)
         width = sum(weight.shape[0] for weight in weights)
-        logits = any(n.result.number == self.program.output.number for n in together)
+        logits = any(n.result.number in self.final for n in together)
         buffer = self._new(width, str(node.result.shape[0]), "logits" if logits else "floats")
         offset = 0
         for other in together:
