@@ -70,9 +70,10 @@ GK_API void gk_state_keep(gk::State *state, int32_t layer, int64_t slot, const f
 // 0 done, 1 stopped by a signal (Python's exception is set), 2 out of memory, 3 keys or values beyond float16.
 GK_API int32_t gk_run(gk::Executor *executor, gk::State *state, int32_t threads, const int64_t *tokens, int64_t n_tokens,
                       const gk::Span *spans, int64_t n_spans, const int64_t *rows, int64_t n_rows, const float *features,
-                      const int64_t *feature_rows, int64_t n_features, float *logits, double *seconds) {
-    const gk::Executor::Call call{tokens, n_tokens, spans, n_spans, rows, n_rows, features, feature_rows, n_features, logits,
-                                  seconds};
+                      const int64_t *feature_rows, int64_t n_features, float *logits, const gk::Executor::Wanted *wanted,
+                      const int64_t *kept, int64_t *computed, double *seconds) {
+    const gk::Executor::Call call{tokens,       n_tokens,   spans,  n_spans, rows, n_rows,   features,
+                                  feature_rows, n_features, logits, wanted,  kept, computed, seconds};
     looked = std::chrono::steady_clock::now();
     signalled = false;
     if (PyEval_SaveThread) python = PyEval_SaveThread();

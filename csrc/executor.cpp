@@ -1,5 +1,8 @@
 #include "executor.h"
 
+#include "kernels/sketch.h"
+#include "weights.h"
+
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -11,6 +14,10 @@ namespace {
 
 constexpr int64_t SEGMENT = 8;  // pages whose softmax is computed apart and merged in order, whoever computes it
 constexpr int64_t QUERY_ROWS = 64;  // rows of queries (tokens times heads of a group) of a tile of attention
+
+// Standard deviations that a bound allows the error of a sketch. A wanted row is missed if its own error is larger, and
+// larger on one side only: for normal errors with probability 9.9e-10.
+constexpr float SLACK = 6.0f;
 
 bool over_rows(int32_t op) {
     switch (op) {
@@ -118,6 +125,15 @@ Executor *Executor::make(const Kernels *kernels, const Step *steps, int64_t n_st
                 rows += table[w].rows;
             }
             right = right && rows == width;
+            if (s.n[1]) {  // with a sketch of the only weight, and the floats that it is read with
+                const int32_t w = s.n[1] - 1;
+                right = right && w >= 0 && w < n_table && table[w].kind < 0 && s.weights[1] < 0 &&
+                        (int64_t)table[w].bytes >= (table[s.weights[0]].rows + TILE - 1) / TILE * sketch_tile_bytes(from) &&
+                        s.n[2] > 0 && s.n[2] <= n_table && plain(s.n[2] - 1, from) && s.in[1].buffer >= 0 &&
+                        s.in[1].buffer < n_buffers && buffers[s.in[1].buffer].kind == 0 && s.in[1].offset >= 0 &&
+                        s.in[1].width == from && (int64_t)s.in[1].offset + from <= buffers[s.in[1].buffer].width &&
+                        buffers[s.in[1].buffer].domain == domain && s.out.offset == 0;
+            }
             break;
         }
         case ROPE: right = same && s.n[0] > 0 && width % s.n[0] == 0 && s.in[1].width == s.in[2].width &&
@@ -183,6 +199,7 @@ Executor::Result Executor::run(const Call &call, State &state, Pool &pool, bool 
     }
     if ((int)scratch_.size() < pool.threads()) scratch_.resize(pool.threads());
     overflow_ = 0;
+    picked_.clear();
     for (size_t i = 0; i < steps_.size();) {
         if (!keep_on()) return STOPPED;
         size_t end = i + 1;
@@ -194,7 +211,7 @@ Executor::Result Executor::run(const Call &call, State &state, Pool &pool, bool 
                 end++;
             region(run, i, end);
         } else if (step.op == LINEAR) {
-            linear(run, step);
+            if (!step.n[1] || !screen(run, step)) linear(run, step);
         } else if (step.op == ATTEND) {
             attend(run, step);
         } else if (step.op == SOFTCAP) {
@@ -438,7 +455,108 @@ void Executor::attend(Run &run, const Step &s) {
     });
 }
 
+// The logits that are wanted, without reading all of the table. A sketch of every row gives an upper bound of its logit.
+// The exact logits of the rows with the highest bounds give a value that the last wanted row reaches at least; then every
+// row is computed whose bound reaches it too. All others are -inf. False where the table has to be read in full.
+bool Executor::screen(Run &run, const Step &s) {
+    const Call &call = run.call;
+    const Table &t = table_[s.weights[0]];
+    const int64_t tiles = (t.rows + TILE - 1) / TILE, cols = t.cols;
+    if (call.computed)
+        for (int64_t r = 0; r < call.n_rows; r++) call.computed[r] = t.rows;
+    if (call.n_rows != 1 || !call.wanted || !call.wanted[0].best || call.wanted[0].best > tiles / 8) return false;
+    const Wanted &wanted = call.wanted[0];
+
+    // The rotation of the table (program/sketch.py): signs, then a Walsh-Hadamard transform of blocks; and to int8.
+    const float *x = run.at(*this, s.in[1], 0), *signs = (const float *)table_[s.n[2] - 1].data;
+    std::vector<float> turned(cols);
+    const int64_t block = cols & -cols;
+    double squares = 0;
+    for (int64_t i = 0; i < cols; i++) turned[i] = x[i] * signs[i], squares += (double)x[i] * x[i];
+    for (int64_t first = 0; first < cols; first += block)
+        for (int64_t width = 1; width < block; width *= 2)
+            for (int64_t i = first; i < first + block; i += 2 * width)
+                for (int64_t k = i; k < i + width; k++) {
+                    const float a = turned[k], b = turned[k + width];
+                    turned[k] = a + b, turned[k + width] = a - b;
+                }
+    const float unit = 1 / std::sqrt((float)block);
+    float most = 0;
+    for (float &value : turned) value *= unit, most = std::max(most, std::fabs(value));
+    if (!(most > 0) || !std::isfinite(most)) return false;
+    std::vector<int8_t> q((cols + 15) / 16 * 16);
+    int32_t sum = 0;
+    for (int64_t i = 0; i < cols; i++) q[i] = (int8_t)std::lrintf(turned[i] * (127 / most)), sum += q[i];
+
+    bounds_.resize(tiles * TILE);
+    best_.resize(tiles);
+    const uint8_t *sketch = (const uint8_t *)table_[s.n[1] - 1].data;
+    const float slack = SLACK * (float)std::sqrt(squares);
+    const int64_t turns = 8 * run.pool.threads(), grain = (tiles + turns - 1) / turns;
+    run.pool.each((tiles + grain - 1) / grain, [&](int64_t item, int) {
+        const int64_t tile0 = item * grain, tile1 = std::min(tiles, tile0 + grain);
+        kernels_->sketch(sketch, tile0, tile1, cols, q.data(), sum, most / 127, slack, bounds_.data(), best_.data());
+        std::fill(call.logits + tile0 * TILE, call.logits + std::min(t.rows, tile1 * TILE), -INFINITY);
+    });
+
+    const Weight weight{(Kind)t.kind, t.rows, t.cols, (const uint8_t *)t.data};
+    const Activations a{1, cols, s.n[0] ? nullptr : run.at(*this, s.in[0], 0),
+                        s.n[0] ? (uint8_t *)(run.arena + offsets_[s.in[0].buffer]) : nullptr};
+    const auto compute = [&](size_t first) {  // the tiles picked from there on
+        const int64_t count = (int64_t)(picked_.size() - first), each = std::max<int64_t>(1, count / turns);
+        run.pool.each((count + each - 1) / each, [&](int64_t item, int) {
+            for (int64_t i = item * each; i < std::min(count, (item + 1) * each); i++)
+                kernels_->linear(weight, picked_[first + i], picked_[first + i] + 1, a, call.logits, buffers_[s.out.buffer].width);
+        });
+    };
+    std::vector<bool> is_kept, is_picked(tiles);
+    const auto pick = [&](int64_t tile) {
+        if (!is_picked[tile]) is_picked[tile] = true, picked_.push_back(tile);
+    };
+    if (wanted.kept1 > wanted.kept0) is_kept.resize(t.rows);
+    for (int64_t i = wanted.kept0; i < wanted.kept1; i++) is_kept[call.kept[i]] = true, pick(call.kept[i] / TILE);
+
+    // Seeds: more tiles than rows are wanted, since a tile may hold nothing but rows that do not count.
+    const size_t seeds = std::min<size_t>(tiles, 8 + wanted.best);
+    std::vector<int64_t> order(tiles);
+    for (int64_t i = 0; i < tiles; i++) order[i] = i;
+    std::nth_element(order.begin(), order.begin() + (int64_t)seeds - 1, order.end(),
+                     [&](int64_t i, int64_t k) { return best_[i] > best_[k]; });
+    for (size_t i = 0; i < seeds; i++) pick(order[i]);
+    compute(0);
+    std::vector<float> found;
+    for (const int64_t tile : picked_)
+        for (int64_t r = tile * TILE; r < std::min(t.rows, (tile + 1) * TILE); r++)
+            if (is_kept.empty() || !is_kept[r]) found.push_back(call.logits[r]);
+    if ((int64_t)found.size() < wanted.best) return false;
+    std::nth_element(found.begin(), found.begin() + wanted.best - 1, found.end(), std::greater<float>());
+    float reach = found[wanted.best - 1];
+    if (wanted.drop >= 0) {
+        const float cap = s.f[0];  // of the step that follows: the drop is meant after it
+        const float capped = cap > 0 ? cap * std::tanh(reach / cap) - wanted.drop : reach - wanted.drop;
+        if (cap > 0 && capped <= -cap) return false;
+        reach = cap > 0 ? cap * std::atanh(capped / cap) : capped;
+    }
+    if (!std::isfinite(reach)) return false;
+    const size_t first = picked_.size();
+    for (int64_t tile = 0; tile < tiles; tile++)
+        if (best_[tile] >= reach) pick(tile);
+    if ((int64_t)picked_.size() > tiles / 2) {  // then reading on is faster than reading here and there
+        picked_.clear();
+        return false;
+    }
+    compute(first);
+    if (call.computed) call.computed[0] = (int64_t)picked_.size() * TILE;
+    return true;
+}
+
 void Executor::softcap(Run &run, const Step &s) {
+    if (!picked_.empty()) {  // the rest is -inf, and stays it
+        float *logits = run.at(*this, s.out, 0);
+        for (const int64_t tile : picked_)
+            kernels_->softcap(logits + tile * TILE, s.f[0], std::min<int64_t>(TILE, s.out.width - tile * TILE));
+        return;
+    }
     constexpr int64_t PIECE = 8192;  // columns: one row of logits is work for all threads
     const int64_t pieces = (s.out.width + PIECE - 1) / PIECE;
     run.pool.each(pieces * run.count(*this, s.out), [&](int64_t item, int) {

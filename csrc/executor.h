@@ -59,6 +59,13 @@ public:
     static Executor *make(const Kernels *kernels, const Step *steps, int64_t n_steps, const Buffer *buffers, int64_t n_buffers,
                           const Table *table, int64_t n_table, const Layer *layers, int64_t n_layers, std::string &error);
 
+    // What a caller will look at in a row of logits; for the rest -inf is as good. See `screen`.
+    struct Wanted {
+        int32_t best;  // so many of the best rows; 0: all of the table
+        float drop;  // or, if not negative, all rows down to so much below the best one (after the cap)
+        int64_t kept0, kept1;  // rows that are always computed, in `kept`; they do not count among the best
+    };
+
     enum Result : int32_t { DONE = 0, STOPPED = 1, NO_MEMORY = 2, TOO_LARGE = 3 };
 
     struct Call {
@@ -72,6 +79,9 @@ public:
         const int64_t *feature_rows;
         int64_t n_features;
         float *logits;
+        const Wanted *wanted;  // null, or one a row
+        const int64_t *kept;
+        int64_t *computed;  // null, or of each row how many logits were computed
         double *seconds;  // null, or one a step: how long it took (steps then run one by one)
     };
 
@@ -88,6 +98,7 @@ private:
     void rows(Run &run, const Step &step, int64_t row0, int64_t row1);
     void linear(Run &run, const Step &step);
     void attend(Run &run, const Step &step);
+    bool screen(Run &run, const Step &step);
     void softcap(Run &run, const Step &step);
     void recur(Run &run, const Step &step);
     bool layout(int64_t tokens, int64_t rows);
@@ -101,6 +112,8 @@ private:
     std::vector<size_t> offsets_;
     std::vector<char> partials_;
     std::vector<std::vector<char>> scratch_;
+    std::vector<float> bounds_, best_;
+    std::vector<int64_t> picked_;  // tiles of the output table that were computed, where the rest was screened out
     std::atomic<int> overflow_{0};
 };
 

@@ -71,6 +71,10 @@ struct Kernels {
     void (*linear)(const Weight &w, int64_t tile0, int64_t tile1, const Activations &a, float *y, int64_t stride);
     void (*row)(const Weight &w, int64_t row, float *out);  // one row, exactly the numbers that its kind defines
 
+    // sketch.h
+    void (*sketch)(const uint8_t *data, int64_t tile0, int64_t tile1, int64_t cols, const int8_t *q, int32_t sum, float step,
+                   float slack, float *bounds, float *best);
+
     // elementwise.h: rows of n floats
     void (*rms_norm)(const float *x, const float *weight, float eps, int64_t n, float *y);  // weight as stored; 1 + weight
     void (*rope)(float *x, int64_t heads, int64_t head_dim, const float *cos, const float *sin, int64_t half);
