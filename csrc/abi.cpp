@@ -43,8 +43,11 @@ GK_API const char *gk_error() { return message.c_str(); }
 
 GK_API gk::Executor *gk_executor_new(const gk::Step *steps, int64_t n_steps, const gk::Buffer *buffers, int64_t n_buffers,
                                      const gk::Table *table, int64_t n_table, const gk::Layer *layers, int64_t n_layers) {
-    const gk::Kernels *kernels = gk::kernels(message);
-    if (!kernels) return nullptr;
+    const gk::Kernels *kernels = gk::best_kernels();
+    if (!kernels) {
+        message = "the kernels that GEMKIT_ISA names are none that this machine has";
+        return nullptr;
+    }
     return gk::Executor::make(kernels, steps, n_steps, buffers, n_buffers, table, n_table, layers, n_layers, message);
 }
 

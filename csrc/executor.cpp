@@ -496,7 +496,7 @@ bool Executor::screen(Run &run, const Step &s) {
     run.pool.each((tiles + grain - 1) / grain, [&](int64_t item, int) {
         const int64_t tile0 = item * grain, tile1 = std::min(tiles, tile0 + grain);
         kernels_->sketch(sketch, tile0, tile1, cols, q.data(), sum, most / 127, slack, bounds_.data(), best_.data());
-        std::fill(call.logits + tile0 * TILE, call.logits + std::min(t.rows, tile1 * TILE), -INFINITY);
+        std::fill(call.logits + tile0 * TILE, call.logits + std::min<int64_t>(t.rows, tile1 * TILE), -INFINITY);
     });
 
     const Weight weight{(Kind)t.kind, t.rows, t.cols, (const uint8_t *)t.data};
@@ -526,7 +526,7 @@ bool Executor::screen(Run &run, const Step &s) {
     compute(0);
     std::vector<float> found;
     for (const int64_t tile : picked_)
-        for (int64_t r = tile * TILE; r < std::min(t.rows, (tile + 1) * TILE); r++)
+        for (int64_t r = tile * TILE; r < std::min<int64_t>(t.rows, (tile + 1) * TILE); r++)
             if (is_kept.empty() || !is_kept[r]) found.push_back(call.logits[r]);
     if ((int64_t)found.size() < wanted.best) return false;
     std::nth_element(found.begin(), found.begin() + wanted.best - 1, found.end(), std::greater<float>());
@@ -574,8 +574,8 @@ void Executor::recur(Run &run, const Step &s) {
     if (s.op == BLOCK_LINEAR) {
         const int64_t blocks = s.n[0], tokens = run.call.n_tokens;
         run.pool.each(blocks, [&](int64_t block, int) {
-            kernels_->block_linear(run.at(*this, s.in[0], 0), tokens, blocks, width, weight(0), weight(1), run.at(*this, s.out, 0),
-                                   block, block + 1);
+            kernels_->block_linear(run.at(*this, s.in[0], 0), tokens, blocks, width / blocks, weight(0), weight(1),
+                                   run.at(*this, s.out, 0), block, block + 1);
         });
         return;
     }

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,24 @@ class Frequencies:
     head_dim: int
 
 
-Plain = Weight | Frequencies  # handed to the executor as an array of float32
+@dataclass(frozen=True)
+class Sketch:
+    """The coarse copy of an output table, by which its rows are screened (`program.sketch`)."""
+
+    table: Weight
+
+
+@dataclass(frozen=True)
+class Signs:
+    """The signs of the rotation of a sketch."""
+
+    columns: int
+
+
+Plain = Weight | Frequencies | Sketch | Signs  # handed to the executor as an array of floats, or of bytes it knows
+
+# An output table of fewer rows costs less than screening it.
+SCREENED_ROWS = 16_384
 
 
 @dataclass(frozen=True)
@@ -240,11 +258,21 @@ class _Lowering:
             self.done.add(other.result.number)
             offset += rows
         to = Slice(buffer, 0, width)
-        self._step("linear", source, to=to, nodes=together, weights=weights, numbers=(int(is_quantized),))
+        given: dict[str, Any] = {}
+        if logits and weights[0].shape[0] >= SCREENED_ROWS:
+            given["plain"] = Sketch(weights[0]), Signs(weights[0].shape[1])
+            given["scalars"] = (self._cap(node),)
+        reads = (source, self._at(x)) if given else (source,)
+        self._step("linear", *reads, to=to, nodes=together, weights=weights, numbers=(int(is_quantized),), **given)
         for other in together:
             if (bias := other.operands["bias_O"]) is not None:
                 at = self.places[other.result.number]
                 self._step("bias", at, to=at, nodes=[], plain=(bias,))
+
+    def _cap(self, head: Node) -> float:
+        """What the logits are capped at after the head; 0: not at all."""
+        caps = (n.operands["cap"] for n in self.program.nodes if n.op == "softcap" and n.operands["x"] == head.result)
+        return next(caps, 0.0)
 
     def _quantize(self, x: Value, node: Node) -> Slice:
         root = self._root(x.number)
@@ -338,9 +366,21 @@ def _rounded_to_bfloat16(x: float) -> float:
 
 def _line(step: Step) -> str:
     names = [weight.name for weight in step.weights]
-    names += [p.name if isinstance(p, Weight) else f"rope {p.rope.base:g}" for p in step.plain]
+    names += [plain_name(plain) for plain in step.plain]
     to = "" if step.writes is None else f" -> {_shown(step.writes)}"
     return f"{step.op}({', '.join(map(_shown, step.reads))}){to} {' + '.join(names)}".rstrip()
+
+
+def plain_name(plain: Plain) -> str:
+    match plain:
+        case Weight(name=name):
+            return name
+        case Frequencies(rope=rope):
+            return f"rope {rope.base:g}"
+        case Sketch(table=table):
+            return f"sketch of {table.name}"
+        case Signs():
+            return "signs"
 
 
 def _shown(at: Slice) -> str:

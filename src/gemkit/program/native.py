@@ -85,7 +85,7 @@ def _declare(loaded: ctypes.PyDLL) -> None:
         ("gk_state_kept", pointer, [pointer, i32, i64]),
         ("gk_state_cell", i64, [pointer, i32]),
         ("gk_state_keep", None, [pointer, i32, i64, pointer]),
-        ("gk_run", i32, [pointer, pointer, i32, *[pointer, i64] * 3, pointer, pointer, i64, pointer, pointer]),
+        ("gk_run", i32, [pointer, pointer, i32, *[pointer, i64] * 3, pointer, pointer, i64, *[pointer] * 5]),
     ):
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
@@ -256,6 +256,8 @@ class Native:
             raise TextError(
                 f"token ids run from 0 to {self.decoder.vocab_size - 1}; the prompt has {min(ids)} to {max(ids)}"
             )
+        wanted, kept = _wanted(chunks)
+        self.computed = np.zeros(len(rows), np.int64)
         logits = np.empty((len(rows), self._logits_width), np.float32)
         given: list[Any] = [np.array(ids, np.int64), np.array(spans, np.int64), np.array(rows, np.int64)]
         result = self._library.gk_run(
@@ -267,6 +269,9 @@ class Native:
             None,
             0,
             logits.ctypes.data,
+            wanted.ctypes.data,
+            kept.ctypes.data,
+            self.computed.ctypes.data,
             None if seconds is None else seconds.ctypes.data,
         )
         if result == _NO_MEMORY:
@@ -284,6 +289,24 @@ class Native:
     def __del__(self):
         if getattr(self, "_handle", None):
             self._library.gk_executor_free(self._handle)
+
+
+_WANTED = np.dtype([("best", np.int32), ("drop", np.float32), ("kept0", np.int64), ("kept1", np.int64)])
+
+
+def _wanted(chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+    """What will be looked at of each row of logits, and the ids of which it is certain, one list after the other."""
+    wanted, kept = [], []
+    for chunk in chunks:
+        for _ in range(chunk.rows):
+            some = getattr(chunk, "wanted", None)
+            if some is None:
+                wanted.append((0, -1.0, 0, 0))
+                continue
+            first = len(kept)
+            kept += some.kept
+            wanted.append((some.best, -1.0 if some.drop is None else some.drop, first, len(kept)))
+    return np.array(wanted, _WANTED), np.array(kept, np.int64)
 
 
 def _layer(layer: family.Layer, decoder: family.Decoder) -> tuple[int, int, int, int, int, int]:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from gemkit.errors import WeightsError
-from gemkit.program.lower import OPS, STEP_WEIGHTS, Frequencies, Lowered, Slice, packed_weights, plain_weights
+from gemkit.program.lower import OPS, STEP_WEIGHTS, Lowered, Slice, packed_weights, plain_name, plain_weights
 
 MAGIC = b"GKPACK01"
 VERSION = 1  # of the layout of everything in the file, the weights' included
@@ -133,7 +133,7 @@ class Writer:
             at = _aligned(at + array.nbytes)
         for weight in self.order:
             kind, rows, cols, nbytes = sizes[weight]
-            name = f"rope {weight.rope}" if isinstance(weight, Frequencies) else weight.name
+            name = plain_name(weight)
             self.entries.append(Entry(name, kind, rows, cols, at, nbytes))
             at = _aligned(at + nbytes)
         self.total = at
@@ -191,10 +191,14 @@ def _encoded_steps(lowered: Lowered, numbers: dict[Any, int]) -> np.ndarray:
         row[0] = OPS.index(step.op)
         slices = [*step.reads, *[Slice(0, 0, 0)] * (3 - len(step.reads)), step.writes or Slice(0, 0, 0)]
         row[1:13] = [n for at in slices for n in (at.buffer, at.offset, at.width)]
-        weights = [numbers[weight] for weight in (*step.weights, *step.plain)]
+        weights, plain = [numbers[weight] for weight in step.weights], [numbers[plain] for plain in step.plain]
+        given = list(step.numbers)
+        if step.op == "linear":  # what it screens with stands among its numbers, from 1 on
+            given, plain = given + [number + 1 for number in plain], []
+        weights += plain
         row[13 : 13 + STEP_WEIGHTS] = weights + [-1] * (STEP_WEIGHTS - len(weights))
         start = 13 + STEP_WEIGHTS
-        row[start : start + len(step.numbers)] = step.numbers
+        row[start : start + len(given)] = given
         start += STEP_NUMBERS
         row[start : start + len(step.scalars)] = np.array(step.scalars, np.float32).view(np.int32)
     return words

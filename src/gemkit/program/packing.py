@@ -17,13 +17,19 @@ from torch import Tensor
 from gemkit import ops
 from gemkit.errors import ModelError, WeightsError
 from gemkit.nn import Decoder
+from gemkit.program import sketch
 from gemkit.program.ir import Weight
-from gemkit.program.lower import Frequencies, Plain, lower, packed_weights, plain_weights
+from gemkit.program.lower import Frequencies, Plain, Signs, Sketch, lower, packed_weights, plain_weights
 from gemkit.program.native import library, threads
 from gemkit.program.pack import KINDS, PLAIN, Pack, Writer
 from gemkit.program.trace import trace
 
 PLANES = ("codes", "high", "scales", "mins", "super_scales", "super_mins")
+_DENSE = (torch.float32, torch.bfloat16)  # as `csrc/weights.h` numbers them
+
+
+class _Planes(ctypes.Structure):
+    _fields_ = [*((name, ctypes.c_void_p) for name in (*PLANES, "dense")), ("dense_type", ctypes.c_int32)]
 
 
 def pack(module: Decoder, target: Path | None, source: str, notes: list[str]) -> Pack:
@@ -46,7 +52,7 @@ def pack(module: Decoder, target: Path | None, source: str, notes: list[str]) ->
         rows, cols = weight.shape
         sizes[weight] = kind, rows, cols, library().gk_packed_bytes(kind, rows, cols)
     for plain in plain_weights(lowered):
-        count = len(_values(module, plain)) if isinstance(plain, Frequencies) else math.prod(plain.shape)
+        count = _floats(plain)
         sizes[plain] = PLAIN, 1, count, 4 * count
     writer = Writer(lowered, sizes, source, notes)
     if target is not None:
@@ -67,6 +73,8 @@ def _written(module: Decoder, writer: Writer, target: Path) -> Pack:
             room = writer.room(whole, entry)
             if isinstance(weight, Weight) and entry.kind != PLAIN:
                 _pack_one(weight, _held(module, weight.name), room, pool.map)
+            elif isinstance(weight, Sketch):
+                _sketch(_held(module, weight.table.name), room)
             else:
                 room[:] = _values(module, weight).view(np.uint8)
     return Pack(target)
@@ -79,15 +87,18 @@ def _kind(weight: Weight) -> int:
 
 
 def _pack_one(weight: Weight, value: Any, room: np.ndarray, each: Callable[..., Any]) -> None:
-    planes = value.planes if isinstance(value, ops.Quantized) else {"codes": value.detach()}
-    held = [planes[name].cpu().contiguous() if name in planes else None for name in PLANES]
-    pointers = (ctypes.c_void_p * len(PLANES))(*[None if plane is None else plane.data_ptr() for plane in held])
+    planes = value.planes if isinstance(value, ops.Quantized) else {"dense": value.detach()}
+    held = {name: plane.cpu().contiguous() for name, plane in planes.items()}
+    given = _Planes(**{name: plane.data_ptr() for name, plane in held.items()})
+    if "dense" in held:
+        given.dense_type = _DENSE.index(held["dense"].dtype)
     rows, cols = weight.shape
     step = max(16, (1 << 22) // cols // 16 * 16)  # whole tiles, some megabytes of them
 
     def part(start: int) -> None:
-        if library().gk_pack(_kind(weight), rows, cols, pointers, room.ctypes.data, start, min(rows, start + step)):
-            raise WeightsError(f"{weight.name}: {library().gk_error().decode()}")
+        end = min(rows, start + step)
+        if not library().gk_pack(_kind(weight), rows, cols, ctypes.byref(given), room.ctypes.data, start, end):
+            raise WeightsError(f"{weight.name} of kind {weight.kind} and shape {weight.shape} cannot be packed")
 
     list(each(part, range(0, rows, step)))
 
@@ -97,8 +108,32 @@ def _held(module: Decoder, name: str) -> Any:
     return getattr(module.get_submodule(path), leaf)
 
 
+def _floats(plain: Plain) -> int:
+    match plain:
+        case Weight(shape=shape):
+            return math.prod(shape)
+        case Frequencies(rope=rope, head_dim=head_dim):
+            return int(rope.fraction * head_dim) // 2
+        case Sketch(table=table):
+            return sketch.nbytes(*table.shape) // 4
+        case Signs(columns=columns):
+            return columns
+
+
 def _values(module: Decoder, plain: Plain) -> np.ndarray:
-    if isinstance(plain, Frequencies):
-        return ops.rope_frequencies(plain.rope, plain.head_dim).numpy()
-    value: Tensor = _held(module, plain.name)
-    return value.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1)
+    match plain:
+        case Frequencies(rope=rope, head_dim=head_dim):
+            return ops.rope_frequencies(rope, head_dim).numpy()
+        case Signs(columns=columns):
+            return sketch.signs(columns)
+        case Weight(name=name):
+            value: Tensor = _held(module, name)
+            return value.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1)
+    raise AssertionError(f"{plain} is packed elsewhere")
+
+
+def _sketch(table: Tensor | ops.Quantized, room: np.ndarray) -> None:
+    at = 0
+    for tiles in sketch.sketch(table):
+        room[at : at + tiles.nbytes] = tiles.reshape(-1)
+        at += tiles.nbytes
