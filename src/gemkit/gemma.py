@@ -78,10 +78,10 @@ def load(
     if executor not in ("auto", "torch"):
         raise ConfigError(f"executor={executor!r} is not one of auto, torch")
     with find(name) as checkpoint:
-        from gemkit.weights.load import load_decoder  # imports torch: a wrong name is told without waiting for it
+        from gemkit.weights.load import load_module  # imports torch: a wrong name is told without waiting for it
 
         _check_device(device)
-        module, report = load_decoder(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
+        module, report = load_module(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
         return Gemma(checkpoint, module, report)
 
 

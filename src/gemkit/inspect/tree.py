@@ -177,7 +177,7 @@ def _published(decoder: Decoder) -> dict[str, str]:
     renamed = {}
     for ours, _ in parameters(decoder):
         try:
-            theirs = names.theirs(ours).removeprefix(names.prefixes[0])
+            theirs = names.within(ours)
         except KeyError:
             return {}  # no table for decoders of this layout: its published names are not known
         path, _, leaf = ours.rpartition(".")
