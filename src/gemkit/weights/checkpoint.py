@@ -16,6 +16,7 @@ from gemkit.errors import WeightsError
 from gemkit.family import Decoder, Member, Prompt, Vision
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import FIM_PREFIX
+from gemkit.text.vocabulary import IMAGE
 from gemkit.weights import configs, hub
 from gemkit.weights.ckpt import CkptReader
 from gemkit.weights.entries import DENSE, MAX_HEADER, Format, Reader, parse_json, sniff
@@ -61,6 +62,12 @@ class Checkpoint:
             tokenizer = Tokenizer.from_pieces(*columns)
         else:
             tokenizer = _tokenizer_in(self._folder, self.member)
+        vision = self.vision
+        if vision is not None and vision.image_token != (image := tokenizer.id(IMAGE)):
+            raise WeightsError(
+                f"{self.label}: its image_token_index is {vision.image_token}, and {IMAGE} is token {image} of its "
+                "tokenizer: they belong to different models"
+            )
         rows, pieces = self.decoder.vocab_size, len(tokenizer)
         # Gemma 3's tokenizer.json has an image token that the tables of its text models have no row for
         beyond = [i for i in range(rows, pieces) if not tokenizer.is_control(i)] if pieces - rows < 10 else [rows]
@@ -141,7 +148,8 @@ def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer
     folder = hub.download(place, weights=False)
     tokenizer = _tokenizer_in(folder, member)
     if member is None:
-        return place, tokenizer, _prompts(tokenizer, _has_chat_template(folder))
+        shown: tuple[Prompt, ...] = ("image",) if _shows_images(folder, None) else ()
+        return place, tokenizer, shown or _prompts(tokenizer, _has_chat_template(folder))
     return member.name, tokenizer, member.prompts
 
 
@@ -210,6 +218,8 @@ def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:
     for name, read in (("tokenizer.model", Tokenizer.from_model), ("tokenizer.json", Tokenizer.from_json)):
         if (folder / name).is_file():
             tokenizer = read(folder / name)
+            if _shows_images(folder, member):
+                return tokenizer.with_places()
             return tokenizer.with_infill() if _names_infilling(folder, member) else tokenizer
     raise WeightsError(
         f"there is no tokenizer.model or tokenizer.json in {folder}: copy one from where the weights come from"
@@ -222,6 +232,14 @@ def _names_infilling(folder: Path, member: Member | None) -> bool:
         return member.vocabulary == "codegemma"
     settings = folder / "tokenizer_config.json"
     return settings.is_file() and FIM_PREFIX in str(read_json(settings))
+
+
+def _shows_images(folder: Path, member: Member | None) -> bool:
+    """Whether the vocabulary is PaliGemma's: its tokenizer.model may lack the places, or only `<image>`."""
+    if member is not None:
+        return member.vocabulary == "paligemma"
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_type") == "paligemma"
 
 
 def read_json(path: Path) -> dict[str, Any]:
