@@ -24,6 +24,7 @@ from gemkit.ops.basic import (
     split_heads,
     take_rows,
 )
+from gemkit.ops.convolution import conv2d, conv_transpose2d, from_grid, nearest_rows, relu, to_grid
 from gemkit.ops.quantized import Quantized
 from gemkit.ops.recurrence import Recurrence, block_linear, causal_conv1d, linear_scan, rg_lru
 from gemkit.ops.rope import rope, rope_table
@@ -37,14 +38,19 @@ __all__ = [
     "attention_kernel",
     "block_linear",
     "causal_conv1d",
+    "conv2d",
+    "conv_transpose2d",
     "embed",
+    "from_grid",
     "geglu",
     "gelu",
     "linear",
     "linear_scan",
     "merge_heads",
     "mul",
+    "nearest_rows",
     "new_weight",
+    "relu",
     "rg_lru",
     "rms_norm",
     "rope",
@@ -52,4 +58,5 @@ __all__ = [
     "softcap",
     "split_heads",
     "take_rows",
+    "to_grid",
 ]

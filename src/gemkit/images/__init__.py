@@ -1,0 +1,1 @@
+"""Pictures, and what is found in them. Never imports torch."""
