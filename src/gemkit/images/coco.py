@@ -9,7 +9,7 @@ is a matter of their library.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -163,7 +163,7 @@ def decompress(text: str | bytes) -> list[int]:
     return counts
 
 
-def _numbers(value: Any, whole: bool = False) -> bool:
+def _numbers(value: Any, whole: bool = False) -> TypeGuard[Sequence[Any]]:
     """Whether it is a list of finite numbers, as JSON brings them."""
     if not isinstance(value, list | tuple):
         return False

@@ -34,12 +34,10 @@ def mask_in_image(map_YX: np.ndarray, box: Sequence[float], width: int, height: 
     left, top, right, bottom = (int(edge) for edge in _finite(box))
     mask_YX = np.zeros((height, width), np.bool_)
     if left < right and top < bottom:
-        rows, columns = _stretch(SIDE, bottom - top), _stretch(SIDE, right - left)
         # of a box that reaches out of the picture only what is in it
-        above, before = max(-top, 0), max(-left, 0)
-        rows, columns = rows[above : max(height - top, 0)], columns[before : max(width - left, 0)]
-        part = rows @ map_YX @ columns.T > 0
-        mask_YX[top + above : top + above + len(rows), left + before : left + before + len(columns)] = part
+        y, x = _within(top, bottom, height), _within(left, right, width)
+        rows, columns = _stretch(SIDE, bottom - top, y - top), _stretch(SIDE, right - left, x - left)
+        mask_YX[np.ix_(y, x)] = rows @ map_YX @ columns.T > 0
     return mask_YX
 
 
@@ -70,14 +68,18 @@ def _finite(box: Sequence[float]) -> list[float]:
     return edges
 
 
-def _stretch(before: int, after: int) -> np.ndarray:
-    """The matrix (after, before) that resizes an axis bilinearly.
+def _within(low: int, high: int, size: int) -> np.ndarray:
+    return np.arange(max(low, 0), max(min(high, size), 0))
+
+
+def _stretch(before: int, after: int, wanted: np.ndarray | None = None) -> np.ndarray:
+    """The matrix (after, before) that resizes an axis bilinearly; of its rows those `wanted`, or all.
 
     Each new pixel is the mean of the old ones near its centre, weighted by a triangle: one old pixel wide to either
     side, or one new pixel where the axis shrinks, so that no old pixel is passed over.
     """
     scale = before / after
     reach = max(scale, 1.0)
-    centers = (np.arange(after)[:, None] + 0.5) * scale
+    centers = ((np.arange(after) if wanted is None else wanted)[:, None] + 0.5) * scale
     weights = np.maximum(1.0 - np.abs(np.arange(before) + 0.5 - centers) / reach, 0.0)
     return weights / weights.sum(1, keepdims=True)

@@ -101,9 +101,9 @@ class NpzReader(Reader):
                 archive.open(f"{name}.npy") as record,
             ):
                 _read_header(record, name)
-                while count := record.readinto(view[done:]):
-                    done += count
-                record.read(1)  # there is none: at the end, the archive's checksum is compared
+                while piece := record.read(1 << 20):  # at the end, the archive's checksum is compared
+                    view[done : done + len(piece)] = piece
+                    done += len(piece)
         except _DAMAGE as error:
             raise WeightsError(f"{self.path}: array {name!r} is damaged: {error}") from None
         if done < entry.nbytes:

@@ -48,6 +48,7 @@ def test_boxes_without_a_whole_pixel_and_out_of_the_picture():
     half = np.where(np.arange(64) < 32, -1.0, 1.0) * np.ones((64, 1))
     got = mask_in_image(half, (-6, -2, 6, 2), 8, 4)
     assert got.astype(int).tolist() == [[1] * 6 + [0] * 2] * 2 + [[0] * 8] * 2
+    assert mask_in_image(ones, (-1e9, -1e9, 1e9, 1e9), 10, 10).all()
     assert mask_in_image(half, (4, 2, 12, 6), 8, 4).sum() == 0  # the part in the picture is the map's left half
 
 
