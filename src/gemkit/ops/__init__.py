@@ -28,6 +28,7 @@ from gemkit.ops.basic import (
     split_heads,
     take_rows,
 )
+from gemkit.ops.convolution import conv2d, conv_transpose2d, from_grid, nearest_rows, relu, to_grid
 from gemkit.ops.quantized import Quantized
 from gemkit.ops.recurrence import Recurrence, block_linear, causal_conv1d, linear_scan, rg_lru
 from gemkit.ops.rope import rope, rope_table
@@ -41,7 +42,10 @@ __all__ = [
     "attention_kernel",
     "block_linear",
     "causal_conv1d",
+    "conv2d",
+    "conv_transpose2d",
     "embed",
+    "from_grid",
     "geglu",
     "gelu",
     "layer_norm",
@@ -49,9 +53,11 @@ __all__ = [
     "linear_scan",
     "merge_heads",
     "mul",
+    "nearest_rows",
     "new_weight",
     "patch_embed",
     "put_rows",
+    "relu",
     "repeat_rows",
     "rg_lru",
     "rms_norm",
@@ -60,4 +66,5 @@ __all__ = [
     "softcap",
     "split_heads",
     "take_rows",
+    "to_grid",
 ]
