@@ -48,9 +48,14 @@ class Span:
     ids: tuple[int, ...] = ()
     role: str = ""  # of the turn that it belongs to: "user", "model", "system"
 
+    @property
+    def is_run(self) -> bool:
+        """Whether it is one control token many times over: the placeholders of an image."""
+        return self.kind == "control" and len(self.ids) > 1
+
     def __str__(self) -> str:
-        """The text and the ids; the many placeholders of an image as their number."""
-        if len(self.ids) > 1 and len(set(self.ids)) == 1 and self.kind == "control":
+        """The text and the ids; the placeholders of an image as their number."""
+        if self.is_run:
             return f"{len(self.ids):,} x {self.text[: len(self.text) // len(self.ids)]!r}  {self.ids[0]}"
         return f"{self.text!r}  {' '.join(map(str, self.ids))}"
 
