@@ -50,7 +50,8 @@ class TextError(GemkitError, ValueError):
 
 
 class ImageError(GemkitError, ValueError):
-    """A picture that cannot be read, or something found in one that contradicts it."""
+    """A picture that cannot be read (damaged, of another format, beyond a limit), or something found in one that
+    contradicts it."""
 
 
 class ContextError(GemkitError, ValueError):

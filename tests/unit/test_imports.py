@@ -291,6 +291,7 @@ WITHOUT_TORCH = [
     "gemkit.errors",
     "gemkit.family",
     "gemkit.text",
+    "gemkit.images",
     "gemkit.generate",
     "gemkit.weights.entries",
     "gemkit.weights.safetensors",
