@@ -74,10 +74,10 @@ def their_logits(folder: Path, ids: list[int], out: Path) -> None:
 def our_logits(folder: Path, ids: list[int], out: Path) -> None:
     from gemkit.generate import Chunk
     from gemkit.program.eager import Eager
-    from gemkit.weights.load import load_decoder
+    from gemkit.weights.load import load_module
 
     with find(folder) as checkpoint:
-        executor = Eager(load_decoder(checkpoint, dtype="float32")[0])
+        executor = Eager(load_module(checkpoint, dtype="float32")[0])
     state = executor.new_state(1)
     rows = [executor.run([Chunk(0, ids[:PROMPT], rows=PROMPT)], state)]
     rows += [executor.run([Chunk(0, [token])], state) for token in ids[PROMPT:]]
@@ -85,10 +85,10 @@ def our_logits(folder: Path, ids: list[int], out: Path) -> None:
 
 
 def load_only(folder: Path) -> None:
-    from gemkit.weights.load import load_decoder
+    from gemkit.weights.load import load_module
 
     with find(folder) as checkpoint:
-        load_decoder(checkpoint, dtype="bfloat16")
+        load_module(checkpoint, dtype="bfloat16")
 
 
 def alone(work: Callable[..., Any], *args: Any) -> tuple[Any, float, int]:

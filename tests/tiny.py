@@ -9,11 +9,12 @@ import torch
 import transformers
 
 from gemkit import family
-from gemkit.family import Decoder, Layer, Recurrent, Sliding
+from gemkit.family import Decoder, Layer, Recurrent, Sliding, Vision
 from gemkit.nn import Decoder as Module
+from gemkit.nn import PaliGemma
 from gemkit.weights import configs
 from gemkit.weights.checkpoint import find
-from gemkit.weights.load import load_decoder
+from gemkit.weights.load import load_module
 
 WINDOW = 8
 VOCAB = 320
@@ -49,11 +50,16 @@ def tiny(name: str) -> Decoder:
     )
 
 
-def reference(decoder: Decoder, seed: int = 0) -> transformers.PreTrainedModel:
+# 16 patches an image, twice a window; heads of 18, which like the real 72 is no power of two
+TOWER = Vision(56, patch_size=14, width=36, depth=3, num_heads=2, mlp_width=44, image_token=VOCAB - 2)
+
+
+def reference(decoder: Decoder, vision: Vision | None = None, seed: int = 0) -> transformers.PreTrainedModel:
     """Transformers' model with random weights, float32, eager attention (its default may drop Gemma 2's soft cap)."""
-    settings = configs.to_hf(decoder)
+    settings = configs.to_hf(decoder, vision)
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    kind = transformers.AutoModelForCausalLM if vision is None else transformers.AutoModelForImageTextToText
+    model = kind.from_config(config, attn_implementation="eager", dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -63,6 +69,8 @@ def reference(decoder: Decoder, seed: int = 0) -> transformers.PreTrainedModel:
             gain = 1.5 if "q_proj" in name or "k_proj" in name else 1
             small = "norm" in name or "bias" in name
             weight.normal_(0, 0.3 if small else gain / weight.shape[-1] ** 0.5, generator=generator)
+            if "layer_norm" in name or "post_layernorm.weight" in name:  # the tower's: factors, not offsets
+                weight.add_(float(name.endswith("weight")))
             if "recurrent_param" in name:  # decays from near 0 to near 1: trained ones start between 0.5 and 0.999
                 weight.uniform_(-8, 2, generator=generator)
     return model.eval()
@@ -80,10 +88,10 @@ def save_reference(model: transformers.PreTrainedModel, folder: Path, **options)
     return folder
 
 
-def load(path: Path, **options) -> Module:
-    """Our decoder from files, as the front door loads it."""
+def load(path: Path, **options) -> Module | PaliGemma:
+    """Our model from files, as the front door loads it."""
     with find(path) as checkpoint:
-        return load_decoder(checkpoint, **options)[0]
+        return load_module(checkpoint, **options)[0]
 
 
 def tokens(*lengths: int, seed: int = 1) -> list[torch.Tensor]:

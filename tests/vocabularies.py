@@ -72,11 +72,14 @@ def tokenizer_json(name: str) -> Path:
 
 @cache
 def tokenizer(name: str) -> Tokenizer:
-    """Ours: "gemma2" and "gemma3" from tokenizer.json, "codegemma" from gemma2, "gguf" from the real GGUF."""
+    """Ours: "gemma2" and "gemma3" from tokenizer.json, "codegemma" and "paligemma" from gemma2, "gguf" from the real
+    GGUF."""
     if name == "gguf":
         return Tokenizer.from_pieces(*gguf_lists())
     if name == "codegemma":
         return tokenizer("gemma2").with_infill()
+    if name == "paligemma":
+        return tokenizer("gemma2").with_places()
     return Tokenizer.from_json(tokenizer_json(name))
 
 

@@ -7,6 +7,7 @@
     ├── WeightsError        a checkpoint that is truncated, corrupt, of another layout or of another model
     │   └── AccessError     weights that exist but cannot be had: gated, offline, no network
     ├── TextError           text that cannot be encoded; a conversation or an infilling request that makes no prompt
+    ├── ImageError          a picture that cannot be read, or what was found in one and contradicts it
     ├── ContextError        more tokens than the model was trained to see
     ├── StateError          a state used with another model, out of order, or rolled back too far
     └── MissingExtraError   an optional part of gemkit that is not installed
@@ -46,6 +47,11 @@ class AccessError(WeightsError):
 
 class TextError(GemkitError, ValueError):
     """Text that cannot be encoded, or messages that do not make a prompt."""
+
+
+class ImageError(GemkitError, ValueError):
+    """A picture that cannot be read (damaged, of another format, beyond a limit), or something found in one that
+    contradicts it."""
 
 
 class ContextError(GemkitError, ValueError):

@@ -4,6 +4,8 @@
 >>> print(model.chat("Why is the sky blue?"))
 >>> for text in model.stream("Once upon a time"):
 ...     print(text, end="", flush=True)
+>>> for thing in gemkit.load("paligemma-3b-mix-448").detect("street.jpg", "car ; bicycle"):
+...     print(thing.label, thing.box)
 """
 
 from __future__ import annotations
@@ -17,19 +19,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from gemkit import generate as loop
+from gemkit import images, sight
 from gemkit import text as formats
 from gemkit.errors import ConfigError, ModelError
 from gemkit.generate import INSTRUCTION_TUNED, Event, Request, Result, Sampling, Score
-from gemkit.text import Prompt, Tokenizer
+from gemkit.images.read import Picture, Source
+from gemkit.sight import Sight
+from gemkit.text import Prompt, Tokenizer, tasks
+from gemkit.text.tasks import CaptionStyle
 from gemkit.weights.checkpoint import Checkpoint, find
 
 if TYPE_CHECKING:
     import torch
 
-    from gemkit.nn import Decoder
+    from gemkit.nn import Decoder, PaliGemma
+    from gemkit.nn.mask_decoder import MaskDecoder
     from gemkit.weights.load import Report
 
 MAX_TOKENS = 256
+Shown = Source | tuple[Source, ...]  # one prompt's images: one, or several in a tuple
 Executor = Literal["auto", "torch"]
 
 
@@ -78,10 +86,10 @@ def load(
     if executor not in ("auto", "torch"):
         raise ConfigError(f"executor={executor!r} is not one of auto, torch")
     with find(name) as checkpoint:
-        from gemkit.weights.load import load_decoder  # imports torch: a wrong name is told without waiting for it
+        from gemkit.weights.load import load_module  # imports torch: a wrong name is told without waiting for it
 
         _check_device(device)
-        module, report = load_decoder(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
+        module, report = load_module(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
         return Gemma(checkpoint, module, report)
 
 
@@ -99,14 +107,15 @@ def _check_device(device: str) -> None:
 class Gemma:
     """A loaded model. `load` makes it."""
 
-    def __init__(self, checkpoint: Checkpoint, module: Decoder, report: Report):
+    def __init__(self, checkpoint: Checkpoint, module: Decoder | PaliGemma, report: Report):
         from gemkit.program.eager import Eager
 
         self.label = checkpoint.label
         self.member = checkpoint.member
         self.config = checkpoint.decoder
+        self.vision = checkpoint.vision  # None: it sees no images
         self.tokenizer: Tokenizer = checkpoint.tokenizer
-        self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill
+        self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill, image
         self.module = module
         self.report = report
         self.executor = Eager(module)
@@ -196,14 +205,190 @@ class Gemma:
         prompt = formats.infill(self.tokenizer, prefix, suffix, path=path, files=files, max_tokens=room)
         return self._stream(prompt, options, Sampling())
 
-    def score(self, text: str, *, top: int = 0, control: bool = False, beyond_context: bool = False) -> Score:
+    def score(
+        self,
+        text: str,
+        *,
+        top: int = 0,
+        control: bool = False,
+        beyond_context: bool = False,
+        image: Shown | None = None,
+        prompt: str = "",
+    ) -> Score:
         """Log-probability of every token of a text, and its perplexity. The text follows a `<bos>`.
 
         Args:
             top: list so many of the most likely tokens at each position.
+            image, prompt: rate the text as the answer to this prompt on an image, such as "caption en".
         """
-        ids = formats.complete(self.tokenizer, text, control=control).ids
-        return loop.score(self.executor, ids, top=top, beyond_context=beyond_context)
+        if image is None:
+            if prompt:
+                raise ConfigError("a prompt belongs to an image; without one, put it in front of the text")
+            ids = formats.complete(self.tokenizer, text, control=control).ids
+            return loop.score(self.executor, ids, top=top, beyond_context=beyond_context)
+        pictures, task = self._shown(image, prompt)
+        ids = [*task.ids, *self.tokenizer.encode(text, control=control)]
+        return loop.score(
+            self.executor,
+            ids,
+            top=top,
+            beyond_context=beyond_context,
+            prefix=task.prefix,
+            images=self._pixels(pictures),
+        )
+
+    # ── asking about images ─────────────────────────────────────────────────────────────────────────────────────────
+    #
+    # An image is a path, bytes, a data URL, an array, a PIL image. A list of images is a batch, with a list of answers;
+    # a tuple of images is one prompt on all of them.
+
+    @overload
+    def ask(self, image: Shown, question: str, *, lang: str | None = "en", **options: Unpack[Options]) -> Result: ...
+    @overload
+    def ask(
+        self, image: list[Shown], question: str | list[str], *, lang: str | None = "en", **options: Unpack[Options]
+    ) -> list[Result]: ...
+    def ask(self, image: Any, question: Any, *, lang: str | None = "en", **options: Unpack[Options]) -> Any:
+        """The answer to a question about an image.
+
+        Args:
+            question: for a list of images one for all, or a list of as many.
+            lang: code of the language to answer in. None: `question` is the whole prompt, in the words of a task that
+                the model was trained on (`text.tasks` lists them), such as "caption de".
+        """
+        return self._each(image, question, lambda asked: self._question(asked, lang), options)
+
+    def ask_stream(self, image: Shown, question: str, *, lang: str | None = "en", **options: Unpack[Options]) -> Stream:
+        """`ask`, piece by piece as it comes."""
+        pictures, prompt = self._shown(image, self._question(question, lang))
+        return self._stream(prompt, options, Sampling(), self._pixels(pictures))
+
+    @overload
+    def caption(
+        self, image: Shown, lang: str = "en", *, style: CaptionStyle = "caption", **options: Unpack[Options]
+    ) -> Result: ...
+    @overload
+    def caption(
+        self, image: list[Shown], lang: str = "en", *, style: CaptionStyle = "caption", **options: Unpack[Options]
+    ) -> list[Result]: ...
+    def caption(
+        self, image: Any, lang: str = "en", *, style: CaptionStyle = "caption", **options: Unpack[Options]
+    ) -> Any:
+        """A caption.
+
+        Args:
+            style: "caption" is short; "cap" and "describe" are longer, and known to the mix models.
+        """
+        return self._each(image, tasks.caption(lang, style), str, options)
+
+    @overload
+    def ocr(self, image: Shown, **options: Unpack[Options]) -> Result: ...
+    @overload
+    def ocr(self, image: list[Shown], **options: Unpack[Options]) -> list[Result]: ...
+    def ocr(self, image: Any, **options: Unpack[Options]) -> Any:
+        """The text in an image."""
+        return self._each(image, tasks.OCR, str, options)
+
+    @overload
+    def detect(self, image: Source, things: str | Sequence[str], **options: Unpack[Options]) -> Sight: ...
+    @overload
+    def detect(self, image: list[Source], things: str | Sequence[str], **options: Unpack[Options]) -> list[Sight]: ...
+    def detect(self, image: Any, things: str | Sequence[str], **options: Unpack[Options]) -> Any:
+        """Where things are: labelled boxes in pixels of the original image.
+
+        Args:
+            things: names, as a list or as the model reads them: "cat ; sleeping dog".
+        """
+        return self._sights(image, tasks.detect(things), options, None)
+
+    def look(self, image: Source, task: str, *, masks: MaskDecoder | None = None, **options: Unpack[Options]) -> Sight:
+        """The answer to a whole task on an image, such as "detect cat", read as things.
+
+        Args:
+            masks: decodes the masks in the answer (`sight.find_masks`); None: things have boxes alone.
+        """
+        return self._sights(image, task, options, masks)
+
+    @overload
+    def segment(
+        self,
+        image: Source,
+        things: str | Sequence[str],
+        *,
+        masks: str | os.PathLike[str] | None = None,
+        **options: Unpack[Options],
+    ) -> Sight: ...
+    @overload
+    def segment(
+        self,
+        image: list[Source],
+        things: str | Sequence[str],
+        *,
+        masks: str | os.PathLike[str] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Sight]: ...
+    def segment(
+        self,
+        image: Any,
+        things: str | Sequence[str],
+        *,
+        masks: str | os.PathLike[str] | None = None,
+        **options: Unpack[Options],
+    ) -> Any:
+        """Boxes and masks of things, in pixels of the original image.
+
+        Masks need the published decoder of their codes. Without it the boxes come, and a warning says where it is to
+        be had.
+
+        Args:
+            masks: its file, `vae-oid.npz`. None: the one that the environment variable GEMKIT_MASKS names.
+        """
+        decoder = sight.find_masks(masks)
+        if decoder is None:
+            warnings.warn(sight.NO_MASKS, stacklevel=2)
+        return self._sights(image, tasks.segment(things), options, decoder)
+
+    def _question(self, question: str, lang: str | None) -> str:
+        return question if lang is None else tasks.answer(question, lang)
+
+    def _each(self, image: Any, texts: Any, word: Callable[[str], str], options: Options) -> Any:
+        """One answer, or a list of them for a list of images."""
+        if not isinstance(image, list):
+            return self._answers([image], [word(texts)], options)[0][1]
+        texts = texts if isinstance(texts, list) else [texts] * len(image)
+        if len(texts) != len(image):
+            raise ConfigError(f"{len(image)} images and {len(texts)} questions: one for all, or one for each")
+        return [result for _, result in self._answers(image, list(map(word, texts)), options)]
+
+    def _sights(self, image: Any, text: str, options: Options, decoder: MaskDecoder | None) -> Any:
+        batch = image if isinstance(image, list) else [image]
+        if any(isinstance(one, tuple) for one in batch):
+            raise ConfigError("places are those of one image: give a list of images, not a tuple, to look in several")
+        answers = self._answers(batch, [text] * len(batch), options)
+        found = [sight.read(pictures[0], result, decoder) for pictures, result in answers]
+        return found if isinstance(image, list) else found[0]
+
+    def _answers(
+        self, shown: Sequence[Shown], texts: Sequence[str], options: Options
+    ) -> list[tuple[list[Picture], Result]]:
+        """All answers as one batch, each with the pictures that it is about."""
+        pairs = [self._shown(image, text) for image, text in zip(shown, texts, strict=True)]
+        requests = [self.request(prompt, options, Sampling(), images=self._pixels(of)) for of, prompt in pairs]
+        results = loop.complete(self.executor, requests, **self.loop_options(options))
+        return [(pictures, result) for (pictures, _), result in zip(pairs, results, strict=True)]
+
+    def _shown(self, image: Shown, text: str) -> tuple[list[Picture], Prompt]:
+        """The pictures of one prompt, and the prompt."""
+        if self.vision is None:
+            raise no_image_tower(self.label)
+        pictures = [images.read(source) for source in (image if isinstance(image, tuple) else (image,))]
+        if not pictures:
+            raise ConfigError("a prompt on no image: give one, or several in a tuple")
+        return pictures, formats.image(self.tokenizer, text, patches=self.vision.num_patches, images=len(pictures))
+
+    def _pixels(self, pictures: Sequence[Picture]) -> list[Any]:
+        assert self.vision is not None
+        return [images.preprocess(picture, self.vision.image_size) for picture in pictures]
 
     # ── showing, keeping ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -212,7 +397,7 @@ class Gemma:
         from gemkit.inspect import cost
         from gemkit.ops import attention_kernel
 
-        counts = cost.count(self.config)
+        counts = cost.count(self.config, self.vision)
         kernel, reason = attention_kernel(self.config.attention_softcap)
         dtype = str(self.report.dtype).removeprefix("torch.")
         lines = [
@@ -221,11 +406,18 @@ class Gemma:
             f"loaded in {self.report.seconds:.1f} s",
             f"context    {self.config.max_context:,} tokens",
             f"trained to {', '.join(self.prompts)}",
+            *self._images_line(),
             f"executor   {self.executor.name}",
             f"attention  {kernel}: {reason}",
         ]
         lines += [f"note       {note}" for note in self.report.notes]
         return "\n".join(lines)
+
+    def _images_line(self) -> list[str]:
+        if self.vision is None:
+            return []
+        size, tokens = self.vision.image_size, self.vision.num_patches
+        return [f"images     {size} x {size} pixels, {tokens:,} tokens each"]
 
     def save(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
         """Write a folder that Transformers loads unchanged. Quantized weights are made dense, exactly."""
@@ -241,9 +433,15 @@ class Gemma:
     # ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def request(
-        self, prompt: Prompt, options: Options, sampling: Sampling, history: Sequence[int] = (), slot: int | None = None
+        self,
+        prompt: Prompt,
+        options: Options,
+        sampling: Sampling,
+        history: Sequence[int] = (),
+        slot: int | None = None,
+        images: Sequence[Any] = (),
     ) -> Request:
-        """A prompt, after the ids of a `history`, and options as a request to the loop."""
+        """A prompt, after the ids of a `history`, and options as a request to the loop; `images` are preprocessed."""
         known: dict[str, Any] = {field: value for field, value in options.items() if field in _SAMPLING_FIELDS}
         if unknown := sorted(set(options) - set(Options.__annotations__)):
             raise ConfigError(f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}")
@@ -254,7 +452,10 @@ class Gemma:
             raise ConfigError(
                 f"{', '.join(idle)} cannot take effect at temperature 0, which always takes the best token"
             )
-        if unused := range(len(self.tokenizer), self.config.vocab_size):  # rows that only pad the table
+        unused = [*range(len(self.tokenizer), self.config.vocab_size)]  # rows that only pad the table
+        if self.vision is not None:
+            unused.append(self.vision.image_token)  # holds a place and is never said
+        if unused:
             chosen = replace(chosen, logit_bias={**dict.fromkeys(unused, -math.inf), **chosen.logit_bias})
         return Request(
             ids=[*history, *prompt.ids],
@@ -264,14 +465,16 @@ class Gemma:
             stop_strings=options.get("stop", ()),
             logprobs=options.get("logprobs"),
             slot=slot,
+            prefix=prompt.prefix,
+            images=images,
         )
 
     def _all(self, prompts: Sequence[Prompt], options: Options, sampling: Sampling) -> list[Result]:
         requests = [self.request(prompt, options, sampling) for prompt in prompts]
         return loop.complete(self.executor, requests, **self.loop_options(options))
 
-    def _stream(self, prompt: Prompt, options: Options, sampling: Sampling) -> Stream:
-        request = self.request(prompt, options, sampling)
+    def _stream(self, prompt: Prompt, options: Options, sampling: Sampling, images: Sequence[Any] = ()) -> Stream:
+        request = self.request(prompt, options, sampling, images=images)
         return Stream(prompt, loop.generate(self.executor, [request], **self.loop_options(options)))
 
     def loop_options(self, options: Options) -> dict[str, Any]:
@@ -291,6 +494,14 @@ def not_tuned_for_chat(label: str) -> str:
         f"{label} is a pretrained model: it continues text and was not taught to answer. For conversations load an "
         "instruction-tuned one, such as gemma-3-270m-it, gemma-3-1b-it or gemma-2-2b-it (`gemkit doctor` tells how to "
         "get access)"
+    )
+
+
+def no_image_tower(label: str) -> ModelError:
+    """What a model that reads text alone cannot do, and which can."""
+    return ModelError(
+        f"{label} has no image tower and cannot see an image: use a PaliGemma, such as paligemma-3b-mix-224 or "
+        "paligemma2-3b-mix-448"
     )
 
 

@@ -272,7 +272,7 @@ def test_a_network_lost_on_the_way(error, monkeypatch, lost):
     ],
 )
 def test_a_setting_that_cannot_be_is_told_before_anything_is_loaded(error, monkeypatch, argv, message):
-    monkeypatch.setattr("gemkit.weights.load.load_decoder", lambda *_, **__: pytest.fail("loaded the model"))
+    monkeypatch.setattr("gemkit.weights.load.load_module", lambda *_, **__: pytest.fail("loaded the model"))
     line = error("generate", *argv, "hi")
     assert line.startswith("ConfigError: ")
     assert message in line

@@ -12,7 +12,7 @@ from gemkit.family import Sliding
 from gemkit.nn import Batch
 from gemkit.ops import Quantized
 from gemkit.weights.checkpoint import find
-from gemkit.weights.load import load_decoder
+from gemkit.weights.load import load_module
 from tiny import WINDOW, assert_close, load, reference, tiny, tokens
 
 GGUF_NAMES = {
@@ -147,7 +147,7 @@ def test_text_part_of_an_image_checkpoint(prefix, tmp_path):
     config = {"model_type": "gemma3", "text_config": theirs.config.to_dict(), "vision_config": {}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with find(tmp_path) as checkpoint:
-        ours, report = load_decoder(checkpoint)
+        ours, report = load_module(checkpoint)
     assert any("image tower" in note for note in report.notes)
     ids = tokens(3 * WINDOW)[0]
     with torch.inference_mode():
@@ -172,8 +172,8 @@ def test_a_published_copy_of_the_tied_head_must_be_one(tmp_path):
 def test_what_was_rounded_is_reported(tmp_path):
     reference(tiny("gemma-2b")).save_pretrained(tmp_path)
     with find(tmp_path) as checkpoint:
-        assert load_decoder(checkpoint)[1].notes == []
-        module, report = load_decoder(checkpoint, dtype="bfloat16")
+        assert load_module(checkpoint)[1].notes == []
+        module, report = load_module(checkpoint, dtype="bfloat16")
     count = len(list(module.parameters()))
     assert report.notes == [f"{count} weights were rounded from float32 to bfloat16"]
     assert report.nbytes == sum(p.nbytes for p in module.parameters())

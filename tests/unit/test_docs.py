@@ -135,7 +135,7 @@ def test_what_is_named_exists(page):
         "nn/encoder.py",
         "missing.py",
         "nn.decoder.Encoder",
-        "wieghts.load.load_decoder",
+        "wieghts.load.load_module",
         "layers.0.self_attn.w_proj.weight",
         "tests/parity/test_decoder.py::test_nothing",
         "tests/parity/test_nothing.py::test_whole_prompt_matches",

@@ -98,8 +98,8 @@ MODULES = [path for path in (SOURCE / "nn").glob("*.py") if path.name not in ("_
 OF_TORCH = {"Module", "ModuleList", "Parameter"}
 # whose methods a forward may call: they are no tensors
 NOT_TENSORS = {"self", "ops", "batch", "state", "Batch", "family", "dict"}
-# rearranging what a forward returns computes nothing: the (B, T) convenience of the decoder
-REARRANGING = {"unflatten"}
+# rearranging what a forward returns computes nothing: the (B, T) convenience of the decoder, a mask without channels
+REARRANGING = {"unflatten", "flatten"}
 
 
 def torch_in_modules(source: str) -> list[str]:
@@ -291,16 +291,23 @@ WITHOUT_TORCH = [
     "gemkit.errors",
     "gemkit.family",
     "gemkit.text",
+    "gemkit.images",
     "gemkit.generate",
     "gemkit.weights.entries",
     "gemkit.weights.safetensors",
     "gemkit.weights.gguf",
     "gemkit.weights.ckpt",
+    "gemkit.weights.npz",
+    "gemkit.weights.mask_decoder",
     "gemkit.weights.shards",
     "gemkit.weights.maps",
     "gemkit.weights.configs",
     "gemkit.weights.hub",
     "gemkit.weights.checkpoint",
+    "gemkit.images",
+    "gemkit.images.coco",
+    "gemkit.images.masks",
+    "gemkit.images.overlay",
     "gemkit.inspect",
     "gemkit.inspect.cost",
     "gemkit.inspect.compare",

@@ -15,7 +15,8 @@ _EXAMPLES = """\
   gemkit explain-prompt "Hello world!"
   gemkit explain-prompt --chat -m gemma-2-2b-it "Why is the sky blue?"
   gemkit explain-prompt --chat --system "Be brief." "Hello" "Hi, how can I help?" "Tell me a joke."
-  gemkit explain-prompt --infill -m codegemma-2b --prefix 'import ' --suffix $'\\nsys.exit(0)'"""
+  gemkit explain-prompt --infill -m codegemma-2b --prefix 'import ' --suffix $'\\nsys.exit(0)'
+  gemkit explain-prompt --image -m paligemma-3b-mix-224 "answer en where is the cat?\""""
 
 
 def add(subparsers: Any) -> None:
@@ -25,6 +26,7 @@ def add(subparsers: Any) -> None:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--chat", action="store_true", help="as a conversation")
     kind.add_argument("--infill", action="store_true", help="as infilling, with --prefix and --suffix")
+    kind.add_argument("--image", action="store_true", help="as a task on one image")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: instructions")
     parser.add_argument("--prefix", metavar="TEXT", help="with --infill: the text before the caret")
     parser.add_argument("--suffix", metavar="TEXT", help="with --infill: the text after the caret")
@@ -70,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(f"{prompt.format} prompt for {label}: {count(len(prompt), 'token')}")
     for span in prompt.spans:
+        if span.is_run:  # an image is hundreds of one token
+            print(f"\n{span.kind}: {span}")
+            continue
         print(printable(f"\n{span.kind}{f' ({span.role})' if span.role else ''}: {span.text!r}", args.raw))
         for token in span.ids:
             mark = "  control" if tokenizer.is_control(token) else ""
@@ -87,8 +92,8 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
     for name, with_effect in belongs.items():
         if getattr(args, name) is not None and not with_effect:
             raise ConfigError(f"--{name} belongs to {'--chat' if name == 'system' else '--infill'}")
-    if args.control and (args.chat or args.infill):
-        raise ConfigError("--control is for plain prompts: in a conversation and an infilling, text is always text")
+    if args.control and (args.chat or args.infill or args.image):
+        raise ConfigError("--control is for plain prompts: in a conversation, an infilling or a task, text is text")
 
 
 def _prompt(args: argparse.Namespace, words: list[str], tokenizer: Tokenizer) -> Prompt:
@@ -104,6 +109,14 @@ def _prompt(args: argparse.Namespace, words: list[str], tokenizer: Tokenizer) ->
         messages = [{"role": "system", "content": args.system}] if args.system else []
         messages += [{"role": "user" if i % 2 == 0 else "assistant", "content": w} for i, w in enumerate(words)]
         return text.chat(tokenizer, messages)
+    if args.image:
+        from gemkit.gemma import no_image_tower
+        from gemkit.inspect import subject
+
+        vision = None if args.model is None else subject(args.model).vision
+        if vision is None:
+            raise no_image_tower(args.model or "the starter model")
+        return text.image(tokenizer, " ".join(words), patches=vision.num_patches)
     if len(words) > 1:
         raise ConfigError(f"{len(words)} texts: one prompt, or the turns of a conversation with --chat")
     return text.complete(tokenizer, words[0], control=args.control)

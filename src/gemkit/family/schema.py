@@ -144,8 +144,15 @@ class Vision:
     num_heads: int = 16
     mlp_width: int = 4304
     norm_eps: float = 1e-6
+    image_token: int = 257_152  # the id that holds the place of a patch in a prompt
 
     def __post_init__(self):
+        for field in ("image_size", "patch_size", "width", "depth", "num_heads", "mlp_width"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{field}={value!r} of the image tower must be a whole number from 1")
+        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
+            raise ConfigError(f"norm_eps={self.norm_eps!r} of the image tower must be positive and finite")
         if self.image_size % self.patch_size:
             raise ConfigError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
         if self.width % self.num_heads:

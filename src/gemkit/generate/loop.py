@@ -1,8 +1,9 @@
 """The plain generation loop: the definition that every faster engine must agree with, token for token.
 
-Prompts are computed in chunks, then every unfinished sequence grows by one token a step. All sequences of a step are
-one ragged batch, without padding, and none of them can tell what else was in it: a request gives the same result
-alone, in any batch, with any chunk size, and from a state that holds a part of it already.
+Prompts are computed in chunks (a prefix that sees itself whole is never cut), then every unfinished sequence grows by
+one token a step. All sequences of a step are one ragged batch, without padding, and none of them can tell what else was
+in it: a request gives the same result alone, in any batch, with any chunk size, and from a state that holds a part of
+it already.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Chunk:
     slot: int
     ids: Sequence[int]
     rows: int = 1  # logits are wanted for the last so many of `ids`: 0 inside a prompt, all for scoring
+    prefix: int = 0  # so many of the sequence's tokens, from its first on, see one another; never cut by a chunk
+    images: Sequence[np.ndarray] = ()  # (3, S, S) float32 in -1 to 1 each, whose placeholders are among `ids`
 
 
 class State(Protocol):
@@ -80,6 +83,9 @@ class Request:
         stop_strings: texts that end the answer, in the sense of `StopStrings`.
         logprobs: None for none; otherwise each token comes with its log-probability and this many alternatives.
         slot: the sequence's slot in the state that is passed to `generate`; None if none is passed.
+        prefix: so many of `ids`, from the first on, see one another, as a member with images was trained; they are
+            computed in one call. A slot that holds the beginning holds all of them, computed with the same `prefix`.
+        images: preprocessed, (3, S, S) float32 each; their placeholders are within the prefix.
     """
 
     ids: Sequence[int]
@@ -89,6 +95,8 @@ class Request:
     stop_strings: Sequence[str] = ()
     logprobs: int | None = None
     slot: int | None = None
+    prefix: int = 0
+    images: Sequence[np.ndarray] = ()
 
 
 def generate(
@@ -114,13 +122,13 @@ def generate(
             are empty.
         state: what the executor remembers from before. A request's slot must hold the beginning of its ids and not
             the whole of them; a fresh slot holds nothing. Without a state the batch makes and drops its own.
-        chunk: prompt tokens a call at most, over all requests.
+        chunk: prompt tokens a call at most, over all requests. A longer prefix is a call of its own.
         beyond_context: do not stop at the context the model was trained on; every request then needs `max_tokens`.
 
     Raises:
         ConfigError: a request or setting that cannot be.
         ContextError: a prompt longer than the context.
-        StateError: a slot that does not exist or already holds as much as the request.
+        StateError: a slot that does not exist, already holds as much as the request, or ends inside of its prefix.
         ModelError: while iterating, logits that nothing can be drawn from.
     """
     if chunk < 1:
@@ -148,7 +156,14 @@ def complete(executor: Executor[S], requests: Sequence[Request], **options) -> l
 
 
 def score(
-    executor: Executor[S], ids: Sequence[int], *, top: int = 0, chunk: int = 128, beyond_context: bool = False
+    executor: Executor[S],
+    ids: Sequence[int],
+    *,
+    top: int = 0,
+    chunk: int = 128,
+    beyond_context: bool = False,
+    prefix: int = 0,
+    images: Sequence[np.ndarray] = (),
 ) -> Score:
     """Log-probability of each of `ids` after those before it.
 
@@ -156,6 +171,8 @@ def score(
 
     Args:
         top: how many of the most likely tokens to list at each position.
+        prefix, images: as of a `Request`. Tokens of a prefix have seen one another, so that only those after it are
+            predicted.
 
     Raises:
         ConfigError, ContextError: as for `generate`.
@@ -163,13 +180,18 @@ def score(
     """
     if chunk < 1:
         raise ConfigError(f"chunk={chunk} must be at least 1 token")
-    _check(Request(ids, logprobs=top, max_tokens=1), executor.decoder, False, beyond_context)
+    request = Request(ids, logprobs=top, max_tokens=1, prefix=prefix, images=images)
+    _check(request, executor.decoder, False, beyond_context)
     state = executor.new_state(1)
-    entries: list[TokenLogprob | None] = [None]
-    for start in range(0, len(ids) - 1, chunk):  # the last id is predicted and need not be run
-        part = ids[start : min(start + chunk, len(ids) - 1)]
-        logits_TV = executor.run([Chunk(0, part, rows=len(part))], state)
-        for row, logits_V in enumerate(logits_TV, start + 1):
+    known = max(1, prefix)  # ids that nothing predicts
+    entries: list[TokenLogprob | None] = [None] * known
+    start, last = 0, len(ids) - 1 if known < len(ids) else 0  # the last id is predicted and need not be run
+    while start < last:
+        part = ids[start : min(start + max(chunk, prefix - start), last)]
+        rows = start + len(part) - max(start, known - 1)
+        logits_TV = executor.run([Chunk(0, part, rows, prefix, () if start else images)], state)
+        start += len(part)
+        for row, logits_V in enumerate(logits_TV, start - rows + 1):
             entries.append(token_logprob(logits_V, int(ids[row]), top))
     return Score(tuple(entries))
 
@@ -195,11 +217,15 @@ def _run(executor: Executor[S], state: S, answers: list[_Answer], chunk: int) ->
 
 
 def _share(live: list[_Answer], chunk: int) -> list[tuple[_Answer, int]]:
-    """How many tokens of which sequence the next step computes: prompts come first, at most `chunk` tokens of them."""
+    """How many tokens of which sequence the next step computes: prompts come first, at most `chunk` tokens of them.
+
+    A prefix is computed whole: if there is no room left for it, it waits for a step that it can begin, however long
+    it is.
+    """
     counts, left = [], chunk
     for answer in live:
-        if answer.first is None and left:
-            counts.append((answer, min(answer.pending, left)))
+        if answer.first is None and left > 0 and (answer.uncut <= left or not counts):
+            counts.append((answer, max(answer.uncut, min(answer.pending, left))))
             left -= counts[-1][1]
     return counts or [(answer, answer.pending) for answer in live]
 
@@ -225,6 +251,11 @@ class _Answer:
                 f"request {index}: slot {slot} holds {self.cached} tokens and the request has {len(self.ids)}; "
                 "pass the whole sequence with at least one new token, or free the slot"
             )
+        if 0 < self.cached < request.prefix:
+            raise StateError(
+                f"request {index}: slot {slot} holds {self.cached} tokens of a prefix of {request.prefix}, which is "
+                "computed whole or not at all: free the slot"
+            )
 
     @property
     def drawn(self) -> int:
@@ -239,12 +270,18 @@ class _Answer:
         return len(self.ids) - self.in_state
 
     @property
+    def uncut(self) -> int:
+        """How many of the next tokens go in one call."""
+        return 1 if self.in_state else max(1, self.request.prefix)
+
+    @property
     def is_full(self) -> bool:
         return self.limit is not None and len(self.ids) >= self.limit
 
     def chunk(self, count: int) -> Chunk:
         part = self.ids[self.in_state : self.in_state + count]
-        return Chunk(self.slot, part, rows=int(count == self.pending))
+        images = () if self.in_state else self.request.images
+        return Chunk(self.slot, part, int(count == self.pending), self.request.prefix, images)
 
     def accept(self, logits_V: np.ndarray) -> Event:
         """Draw the next token and see whether it ends the answer."""
@@ -324,6 +361,10 @@ def _check(request: Request, decoder: Decoder, has_text: bool, beyond_context: b
         raise ConfigError(f"max_tokens={request.max_tokens} must be at least 1; to rate a text as it is, use score")
     if request.logprobs is not None and not 0 <= request.logprobs <= vocab:
         raise ConfigError(f"logprobs={request.logprobs} must be between 0 and the {vocab} tokens of the vocabulary")
+    if not 0 <= request.prefix <= len(request.ids):
+        raise ConfigError(f"prefix={request.prefix} must be between 0 and the {len(request.ids)} ids of the prompt")
+    if len(request.images) and not request.prefix:
+        raise ConfigError(f"{len(request.images)} images without a prefix, which they are part of")
     if request.stop_strings and not has_text:
         raise ConfigError("stop_strings need a text_stream to be found in")
     if beyond_context and request.max_tokens is None:

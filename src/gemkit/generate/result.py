@@ -77,15 +77,15 @@ class Event:
 class Score:
     """How likely a model finds a text."""
 
-    logprobs: tuple[TokenLogprob | None, ...]  # one for each id; None for the first, which nothing predicts
+    logprobs: tuple[TokenLogprob | None, ...]  # one for each id; None for those of a prefix, and for the first
 
     @property
     def total(self) -> float:
-        """Log-probability of the whole in nats, given its first token."""
+        """Log-probability of the whole in nats, given its first token, or its prefix."""
         return math.fsum(entry.logprob for entry in self.logprobs if entry is not None)
 
     @property
     def perplexity(self) -> float | None:
         """exp of the mean negative log-probability of the predicted tokens; None if there are none."""
-        predicted = len(self.logprobs) - 1
+        predicted = sum(entry is not None for entry in self.logprobs)
         return math.exp(-self.total / predicted) if predicted else None

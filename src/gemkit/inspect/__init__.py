@@ -35,7 +35,7 @@ def subject(name: str) -> Subject:
         return Subject(member.name, member.decoder, member.vision, member)
     if isinstance(place, str):
         raise UnknownModelError(f"{name} is no member of the family; download it, and give the folder")
-    from gemkit.weights.checkpoint import resolve_decoder
+    from gemkit.weights.checkpoint import resolve
 
-    decoder, vision, label = resolve_decoder(place)
+    decoder, vision, label = resolve(place)
     return Subject(label, decoder, vision)

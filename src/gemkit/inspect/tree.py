@@ -133,7 +133,7 @@ _CONTAINERS = {
     "rg_lru": "RGLRU",
     "layers": "ModuleList",
     "vision_tower": "Siglip",
-    "embeddings": "PatchEmbedding",
+    "embeddings": "Embeddings",
     "encoder": "Encoder",
     "multi_modal_projector": "Projector",
     "language_model": "Decoder",
@@ -153,13 +153,15 @@ def _class_of(
             return {"self_attn": "EncoderAttention", "mlp": "EncoderMLP"}[name], ""
         return _CONTAINERS[name], ""
     weight = own["weight"]
+    if name == "position_embedding":
+        return "PositionEmbedding", f"{weight[0]}, {weight[1]}"
     if "embed" in name and len(weight) == 2:
         return "Embedding", f"{weight[0]}, {weight[1]}"
     if len(weight) == 1:
         eps = decoder.norm_eps if vision is None or "bias" not in own else vision.norm_eps
         return ("LayerNorm" if "bias" in own else "RMSNorm"), f"{weight}, eps={eps}"
     if name == "patch_embedding":
-        return "Conv2d", f"{weight[1]}, {weight[0]}, kernel_size={weight[2:]}, stride={weight[2:]}"
+        return "PatchEmbedding", f"{weight[1]}, {weight[0]}, patch_size={weight[2]}"
     if name == "conv_1d":
         return "CausalConv1d", f"{weight[0]}, taps={weight[1]}"
     if len(weight) == 3:
@@ -175,7 +177,7 @@ def _published(decoder: Decoder) -> dict[str, str]:
     renamed = {}
     for ours, _ in parameters(decoder):
         try:
-            theirs = names.theirs(ours).removeprefix(names.prefixes[0])
+            theirs = names.within(ours)
         except KeyError:
             return {}  # no table for decoders of this layout: its published names are not known
         path, _, leaf = ours.rpartition(".")

@@ -28,9 +28,12 @@ class Batch:
     starts: Tensor  # (B + 1,) int64, CPU: sequence b is rows starts[b] to starts[b + 1]
     offsets: Tensor  # (B,) int64, CPU: the position of each sequence's first row
     slots: Tensor  # (B,) int64, CPU: where each sequence is remembered in a State
+    prefixes: Tensor  # (B,) int64, CPU: tokens from position 0 on that all see one another; 0 where all is causal
+    image_rows: Tensor  # (E,) int64: the rows that image features take the place of, in the order of the features
 
     def __post_init__(self):
-        """Raises: ConfigError, if the boundaries do not cut the tokens into sequences of at least one."""
+        """Raises: ConfigError, if the boundaries do not cut the tokens into sequences of at least one, or cut a
+        prefix."""
         starts, rows = self.starts, len(self.tokens)
         if len(starts) < 2 or starts[0] != 0 or starts[-1] != rows or not (starts[1:] > starts[:-1]).all():
             raise ConfigError(f"starts={starts.tolist()} must rise from 0 to the number of tokens, {rows}")
@@ -38,6 +41,14 @@ class Batch:
             raise ConfigError(
                 f"{rows} tokens in {len(starts) - 1} sequences, but {len(self.positions)} positions, "
                 f"{len(self.offsets)} offsets and {len(self.slots)} slots: must agree"
+            )
+        if len(self.prefixes) != len(self.offsets):
+            raise ConfigError(f"{len(self.offsets)} sequences and {len(self.prefixes)} prefixes: must agree")
+        begins, ends = self.offsets < self.prefixes, self.offsets + starts[1:] - starts[:-1]
+        if (begins & ((self.offsets > 0) | (ends < self.prefixes))).any():
+            raise ConfigError(
+                f"prefixes={self.prefixes.tolist()} are cut by tokens from positions {self.offsets.tolist()} to "
+                f"{ends.tolist()}: a prefix is computed whole, in one batch, for each of its tokens sees all others"
             )
 
     @classmethod
@@ -47,6 +58,8 @@ class Batch:
         *,
         offsets: Sequence[int] | None = None,
         slots: Sequence[int] | None = None,
+        prefixes: Sequence[int] | None = None,
+        image_rows: Sequence[int] | Tensor = (),
         device: torch.device | str | None = None,
     ) -> Batch:
         """Lay sequences end to end.
@@ -55,8 +68,12 @@ class Batch:
             sequences: the new token ids of each.
             offsets: position of each one's first token (default: all 0).
             slots: state slot of each (default: 0, 1, 2, ...).
+            prefixes: how many tokens of each, from its position 0 on, see one another (default: none). It goes on
+                being true of tokens that come after.
+            image_rows: which of all rows take image features instead of their token's embedding.
         """
         offsets = [0] * len(sequences) if offsets is None else offsets
+        prefixes = [0] * len(sequences) if prefixes is None else prefixes
         slots = range(len(sequences)) if slots is None else slots
         if not sequences or any(len(ids) == 0 for ids in sequences):
             raise ConfigError("a batch needs at least one sequence, and each at least one token")
@@ -70,7 +87,18 @@ class Batch:
         firsts = torch.tensor(offsets)
         positions = torch.arange(int(starts[-1])) + (firsts - starts[:-1]).repeat_interleave(lengths)
         tokens = torch.cat([torch.as_tensor(ids, dtype=torch.int64, device="cpu") for ids in sequences])
-        return cls(tokens.to(device), positions.to(device), starts, firsts, torch.tensor(list(slots)))
+        rows = torch.as_tensor(image_rows, dtype=torch.int64, device="cpu")
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(tokens):
+            raise ConfigError(f"image_rows={rows.tolist()} must be rows of the {len(tokens)} tokens")
+        return cls(
+            tokens.to(device),
+            positions.to(device),
+            starts,
+            firsts,
+            torch.tensor(list(slots)),
+            torch.tensor(list(prefixes), dtype=torch.int64),
+            rows.to(device),
+        )
 
     @classmethod
     def rows(cls, tokens_BT: Tensor) -> Batch:
@@ -84,9 +112,48 @@ class Batch:
         starts = self.starts.tolist()
         yield from zip(starts[:-1], starts[1:], self.slots.tolist(), self.offsets.tolist(), strict=True)
 
+    def prefix_lengths(self) -> list[int]:
+        """How many tokens of each sequence, from its position 0 on, see one another."""
+        return self.prefixes.tolist()
+
+    def expect_features(self, features_ED: Tensor | None) -> None:
+        """Check that there is a feature for every row that takes one. Waits for no device.
+
+        Raises:
+            ConfigError: if there are more, or fewer.
+        """
+        features = 0 if features_ED is None else features_ED.shape[0]
+        if features != len(self.image_rows):
+            raise ConfigError(f"{features} image features for {len(self.image_rows)} image_rows: must agree")
+
+    def expect_causal(self) -> None:
+        """Check that no sequence has a prefix, for layers that look back alone.
+
+        Raises:
+            ConfigError: if one has.
+        """
+        if self.prefixes.any():
+            raise ConfigError(f"prefixes={self.prefixes.tolist()}: a recurrent layer cannot see what comes after")
+
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
 
-# A batch is a tree of five tensors to torch: a compiled function takes new boundaries as data, not as a new program.
+@dataclass(frozen=True)
+class Patches:
+    """The rows of an image tower: those of one image after those of another, all of an image seeing one another."""
+
+    images: int
+    per_image: int
+
+    def spans(self) -> Iterator[tuple[int, int, int, int]]:
+        """As of a `Batch` in which each image is a sequence."""
+        for image in range(self.images):
+            yield image * self.per_image, (image + 1) * self.per_image, image, 0
+
+    def prefix_lengths(self) -> list[int]:
+        return [self.per_image] * self.images
+
+
+# A batch is a tree of seven tensors to torch: a compiled function takes new boundaries as data, not as a new program.
 _pytree.register_dataclass(Batch)

@@ -111,6 +111,8 @@ class Decoder(Module):
     `model(batch)` computes a ragged batch, `model(tokens_BT)` the rows of a rectangle.
     """
 
+    vision = None  # it sees no images itself: `paligemma.PaliGemma` hands it the features of some
+
     def __init__(self, config: family.Decoder):
         super().__init__()
         self.config = config
@@ -119,13 +121,14 @@ class Decoder(Module):
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = Head(self.embed_tokens)
 
-    def forward(self, batch: Batch | Any, state: State | None = None, rows=None):
+    def forward(self, batch: Batch | Any, state: State | None = None, rows=None, features_ED=None):
         """Logits of every token, or of `rows` of them only.
 
         Args:
             batch: a `Batch` of T tokens, or a (B, T) tensor of ids.
             state: what was remembered of the sequences before; it remembers these tokens after.
             rows: (R,) int64: which of the T tokens need logits. None: all.
+            features_ED: what stands in the rows `batch.image_rows` instead of an embedding, unscaled.
 
         Returns:
             (R, V) or (T, V); for a (B, T) tensor (B, T, V). In float32 where a final soft cap applies, else in the
@@ -136,7 +139,12 @@ class Decoder(Module):
         spans = list(batch.spans())
         if state is not None:
             state.expect(self.config, spans)
+        batch.expect_features(features_ED)
+        if any(isinstance(layer, family.Recurrent) for layer in self.config.layers):
+            batch.expect_causal()
         x_TD = self.embed_tokens(batch.tokens)
+        if features_ED is not None:
+            x_TD = ops.put_rows(x_TD, batch.image_rows, features_ED)
         ropes = [None if isinstance(layer, family.Recurrent) else layer.rope for layer in self.config.layers]
         angles = {
             rope: rope and ops.rope_table(batch.positions, rope, self.config.head_dim) for rope in dict.fromkeys(ropes)

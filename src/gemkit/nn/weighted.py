@@ -88,3 +88,19 @@ class RMSNorm(Weighted):
 
     def extra_repr(self):
         return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class LayerNorm(Weighted):
+    """The ordinary norm of mean and variance, with a weight that is the factor itself and a bias."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = Parameter(ops.new_weight(width))
+        self.bias = Parameter(ops.new_weight(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"

@@ -1,14 +1,15 @@
 """Attention over a ragged batch, in tiles: no (T, S) mask is ever built.
 
 Each sequence is attended on its own, `_TILE` queries at a time, against only the keys that this tile may see: those up
-to its last query, from the first one in the window of its first query. Grouped heads are folded into the rows of the
-queries, so that a key/value head is read once for all the query heads it serves and never repeated in memory.
+to its last query, from the first one in the window of its first query. The queries of a prefix see all of the prefix,
+and its border is a border between tiles, so that these need no mask at all. Grouped heads are folded into the rows of
+the queries, so that a key/value head is read once for all the query heads it serves and never repeated in memory.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -28,6 +29,10 @@ class Sequences(Protocol):
 
     def spans(self) -> Iterator[tuple[int, int, int, int]]:
         """(first row, end row, state slot, position of the first row) of each sequence."""
+        ...
+
+    def prefix_lengths(self) -> Sequence[int]:
+        """How many tokens of each sequence, from its position 0 on, see one another: all of them are in one span."""
         ...
 
 
@@ -86,20 +91,23 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Causal attention of every sequence of a ragged batch over itself and what it remembers, as (T, N, H).
+    """Attention of every sequence of a ragged batch over itself and what it remembers, as (T, N, H).
+
+    A query sees a key at or before its own position, within the window; and if both are in the sequence's prefix it
+    sees it in any case, which neither order nor window takes away.
 
     Args:
         q_TNH, k_TKH, v_TKH: queries, keys and values of the new tokens, already rotated. K divides N; query head n
             uses key/value head n // (N / K).
-        batch: the boundaries.
+        batch: the boundaries, and how long a prefix is.
         memory: what the layer remembers; the new keys and values are appended to it. None: nothing came before.
         scale: multiplies the scores.
-        window: tokens visible to a query, itself included. None: all up to it.
+        window: tokens visible to a query after the prefix, itself included. None: all up to it.
         softcap: bounds the scores, before the mask.
     """
     tile = _tile_sdpa if attention_kernel(softcap)[0] == "sdpa" else _tile_explicit
     parts: list[Tensor] = []
-    for first, end, slot, position in batch.spans():
+    for (first, end, slot, position), prefix in zip(batch.spans(), batch.prefix_lengths(), strict=True):
         q, k, v = q_TNH[first:end], k_TKH[first:end], v_TKH[first:end]
         before = 0  # keys in front of the first query's own
         if memory is not None:
@@ -107,13 +115,23 @@ def attention(
             k, v, start = memory.read(slot)
             before = position - start
         k_KSH, v_KSH = k.transpose(0, 1), v.transpose(0, 1)
-        for t in range(0, end - first, _TILE):
-            q_tile = q[t : t + _TILE]
-            last = before + t + q_tile.shape[0]  # one past the last key that this tile may see
-            lo = 0 if window is None else max(0, before + t - window + 1)
-            visible = _visible(q_tile.shape[0], before + t - lo, last - lo, window, q.device)
-            parts.append(tile(q_tile, k_KSH[:, lo:last], v_KSH[:, lo:last], visible, scale, softcap))
+        within = prefix if position == 0 else 0  # queries of the prefix: all of them, or none
+        for t, until in _tiles(within, end - first):
+            if t < within:
+                lo, last, visible = 0, within, None
+            else:
+                last = before + until  # one past the last key that this tile may see
+                lo = 0 if window is None else max(0, before + t - window + 1)
+                visible = _visible(until - t, before + t - lo, last - lo, window, q.device)
+            parts.append(tile(q[t:until], k_KSH[:, lo:last], v_KSH[:, lo:last], visible, scale, softcap))
     return torch.cat(parts)
+
+
+def _tiles(within: int, queries: int) -> Iterator[tuple[int, int]]:
+    """First and end of each tile: none reaches over the end of the prefix."""
+    for begin, end in ((0, within), (within, queries)):
+        for t in range(begin, end, _TILE):
+            yield t, min(t + _TILE, end)
 
 
 def _visible(queries: int, offset: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:

@@ -73,6 +73,16 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 @op(same)
+def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+    """`(x - mean) / std * weight + bias` over the last axis, in float32, cast back at the end (arXiv:1607.06450).
+
+    The ordinary one: unlike in `rms_norm` the weight is the factor itself.
+    """
+    normed = F.layer_norm(x.float(), weight_D.shape, weight_D.float(), bias_D.float(), eps)
+    return normed.to(x.dtype)
+
+
+@op(same)
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh approximation, the one these models were trained with."""
     return F.gelu(x, approximate="tanh")
@@ -118,3 +128,25 @@ def merge_heads(x_TNH: Tensor) -> Tensor:
 def take_rows(x_TD: Tensor, rows: Tensor) -> Tensor:
     """The rows whose logits are wanted: a prompt of 1000 tokens needs one row of a 256,000-wide head, not 1000."""
     return x_TD.index_select(0, rows)
+
+
+@op(lambda x_TD, **_: x_TD.shape)
+def put_rows(x_TD: Tensor, rows: Tensor, new_ED: Tensor) -> Tensor:
+    """`x` with other rows in the places `rows`: image features where their placeholders were embedded."""
+    return x_TD.index_copy(0, rows, new_ED.to(x_TD.dtype))
+
+
+def repeat_rows(table_PW: Tensor, times: int) -> Tensor:
+    """The whole table, over and over: (times * P, W)."""
+    return table_PW.repeat(times, 1)
+
+
+def patch_embed(pixels_ICSS: Tensor, weight_WCpp: Tensor, bias_W: Tensor) -> Tensor:
+    """A projection of each square patch of each image, patches by rows from the top left: (I * P, W).
+
+    Patches are as large as the weight's last two axes and do not overlap.
+    """
+    patches_IWYX = F.conv2d(
+        pixels_ICSS.to(weight_WCpp.dtype), weight_WCpp, bias_W, stride=(weight_WCpp.shape[2], weight_WCpp.shape[3])
+    )
+    return patches_IWYX.flatten(2).transpose(1, 2).flatten(0, 1)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from gemkit import family
-from gemkit.errors import TextError
-from gemkit.nn import Batch, Decoder, State
+from gemkit.errors import ConfigError, TextError
+from gemkit.nn import Batch, Decoder, PaliGemma, State
 
 if TYPE_CHECKING:
     from typing import Protocol
@@ -24,14 +24,18 @@ if TYPE_CHECKING:
         def ids(self) -> Sequence[int]: ...
         @property
         def rows(self) -> int: ...
+        @property
+        def prefix(self) -> int: ...
+        @property
+        def images(self) -> Sequence[np.ndarray]: ...
 
 
 class Eager:
-    """Runs a `nn.Decoder` chunk by chunk, without recording gradients."""
+    """Runs a `nn.Decoder` or a `nn.PaliGemma` chunk by chunk, without recording gradients."""
 
     name = "torch"
 
-    def __init__(self, module: Decoder):
+    def __init__(self, module: Decoder | PaliGemma):
         self.module = module.eval()
         self.device = module.norm.weight.device
 
@@ -51,6 +55,7 @@ class Eager:
 
         Raises:
             TextError: if a token id is outside the vocabulary.
+            ConfigError: if images and the placeholders among the ids do not match, or a chunk cuts its prefix.
         """
         limit = self.decoder.vocab_size
         for chunk in chunks:
@@ -63,9 +68,36 @@ class Eager:
             [chunk.ids for chunk in chunks],
             offsets=[state.lengths[slot] for slot in slots],
             slots=slots,
+            prefixes=[chunk.prefix for chunk in chunks],
+            image_rows=self._image_rows(chunks),
             device=self.device,
         )
         ends = batch.starts[1:].tolist()
         wanted = [row for end, chunk in zip(ends, chunks, strict=True) for row in range(end - chunk.rows, end)]
-        logits_RV = self.module(batch, state, torch.tensor(wanted, dtype=torch.int64, device=self.device))
+        rows = torch.tensor(wanted, dtype=torch.int64, device=self.device)
+        images = [image for chunk in chunks for image in chunk.images]
+        if images:
+            pixels_ICSS = torch.from_numpy(np.stack(images)).to(self.device)
+            logits_RV = self.module(batch, state, rows, pixels_ICSS=pixels_ICSS)
+        else:
+            logits_RV = self.module(batch, state, rows)
         return logits_RV.float().cpu().numpy()
+
+    def _image_rows(self, chunks: Sequence[Chunk]) -> list[int]:
+        """The rows of the placeholders of the chunks that bring images."""
+        found: list[int] = []
+        start = 0
+        for chunk in chunks:
+            if len(chunk.images):
+                vision = self.module.vision
+                if vision is None:
+                    raise ConfigError(f"{len(chunk.images)} images for a model without an image tower")
+                rows = [start + i for i, token in enumerate(chunk.ids) if token == vision.image_token]
+                if len(rows) != len(chunk.images) * vision.num_patches:
+                    raise ConfigError(
+                        f"{len(chunk.images)} images of {vision.num_patches} patches each, and {len(rows)} "
+                        f"placeholders (id {vision.image_token}) for them: must agree"
+                    )
+                found += rows
+            start += len(chunk.ids)
+        return found

@@ -3,12 +3,14 @@
     complete    <bos> text
     chat        <bos> <start_of_turn> user\\n question <end_of_turn> \\n <start_of_turn> model\\n
     infill      <bos> <|fim_prefix|> before the caret <|fim_suffix|> after the caret <|fim_middle|>
+    image       <image> for each patch of each image <bos> task \n
 
 A `Prompt` is ids together with the account of where each comes from. Control tokens are placed here by id; what a user
 wrote is encoded as text, so a message that spells `<end_of_turn>` ends no turn.
 
 Sources: formatting section of the Gemma 1 and 2 reports (arXiv:2403.08295, 2408.00118) and the chat template published
-with Gemma 3; CodeGemma report (arXiv:2406.11409), inference recommendations.
+with Gemma 3; CodeGemma report (arXiv:2406.11409), inference recommendations; PaliGemma report (arXiv:2407.07726) and
+google-research/big_vision, pp/proj/paligemma.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from typing import Literal
 
 from gemkit.errors import ConfigError, ContextError, ModelError, TextError
 from gemkit.text.tokenizer import Tokenizer
-from gemkit.text.vocabulary import BOS, INFILL, SPACE
+from gemkit.text.vocabulary import BOS, IMAGE, INFILL, SPACE
 
 FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FILE_SEPARATOR = INFILL.values()
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 
-Format = Literal["complete", "chat", "infill"]
+Format = Literal["complete", "chat", "infill", "image"]
 Kind = Literal["control", "template", "content"]
 
 # the role of a message -> the role that the format knows
@@ -46,6 +48,17 @@ class Span:
     ids: tuple[int, ...] = ()
     role: str = ""  # of the turn that it belongs to: "user", "model", "system"
 
+    @property
+    def is_run(self) -> bool:
+        """Whether it is one control token many times over: the placeholders of an image."""
+        return self.kind == "control" and len(self.ids) > 1
+
+    def __str__(self) -> str:
+        """The text and the ids; the placeholders of an image as their number."""
+        if self.is_run:
+            return f"{len(self.ids):,} x {self.text[: len(self.text) // len(self.ids)]!r}  {self.ids[0]}"
+        return f"{self.text!r}  {' '.join(map(str, self.ids))}"
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -64,11 +77,16 @@ class Prompt:
     def text(self) -> str:
         return "".join(span.text for span in self.spans)
 
+    @property
+    def prefix(self) -> int:
+        """How many of its tokens see one another, before and after: all of a prompt with images, else none."""
+        return len(self) if self.format == "image" else 0
+
     def __len__(self) -> int:
         return len(self.ids)
 
     def __str__(self) -> str:
-        lines = [f"{span.kind:<8}  {span.text!r}  {' '.join(map(str, span.ids))}" for span in self.spans]
+        lines = [f"{span.kind:<8}  {span}" for span in self.spans]
         return "\n".join([f"{self.format} prompt, {len(self)} tokens", *lines, *self.notes])
 
 
@@ -306,6 +324,30 @@ def infill_at(
     if not 0 <= offset <= len(text):
         raise TextError(f"offset={offset} is outside of the text, which has {len(text)} characters")
     return infill(tokenizer, text[:offset], text[offset:], path=path, files=files, max_tokens=max_tokens)
+
+
+def image(tokenizer: Tokenizer, text: str, *, patches: int, images: int = 1) -> Prompt:
+    """A task on images, which come first, for PaliGemma; `tasks.py` has the texts that it was trained on.
+
+    The line break that ends the text is a token of its own and never part of a longer run of them, as in training.
+
+    Args:
+        text: the task. Line breaks at its end are dropped.
+        patches: placeholders of each image.
+
+    Raises:
+        TextError: if `text` cannot be encoded.
+        ModelError: if the vocabulary is not PaliGemma's.
+    """
+    if IMAGE not in tokenizer:
+        raise ModelError(f"no piece {IMAGE} in this vocabulary: prompts with images are for PaliGemma")
+    if not isinstance(text, str):
+        raise TextError(f"text of a prompt must be str, not {type(text).__name__}")
+    shown = [Span("control", IMAGE * patches, (tokenizer.id(IMAGE),) * patches)] * images
+    task = _encode(tokenizer, [Span("content", text.rstrip("\n"))])
+    separator = _encode(tokenizer, [Span("template", "\n")])
+    spans = [*shown, _control(tokenizer, BOS), *(span for span in task if span.text), *separator]
+    return Prompt("image", tuple(spans), stop_ids(tokenizer, "image"))
 
 
 def _prompt(tokenizer: Tokenizer, format: Format, spans: Sequence[Span]) -> Prompt:

@@ -80,6 +80,11 @@ class Tokenizer:
         """
         return Tokenizer(self.vocabulary.with_infill())
 
+    def with_places(self) -> Tokenizer:
+        """This tokenizer with PaliGemma's places, mask codes and `<image>`; for a member whose vocabulary is
+        "paligemma"."""
+        return Tokenizer(self.vocabulary.with_places())
+
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.model`, with every piece typed as in the file that this tokenizer came from."""
         Path(path).write_bytes(sentencepiece_model.write(self.vocabulary))

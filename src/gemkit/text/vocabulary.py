@@ -23,10 +23,15 @@ BYTES = {f"<0x{value:02X}>": value for value in range(256)}
 # CodeGemma's vocabulary is Gemma's with four unused pieces put to use (arXiv:2406.11409).
 INFILL = {67: "<|fim_prefix|>", 68: "<|fim_middle|>", 69: "<|fim_suffix|>", 70: "<|file_separator|>"}
 
-# The tags that are pieces, of HTML and two like it. They are text, unlike whatever else is a piece in brackets.
+# PaliGemma's vocabulary is Gemma's with places and mask codes after it, which are text that a model reads and writes,
+# and in Hugging Face's layout the placeholder of an image's patches (arXiv:2407.07726).
+PLACES = [*(f"<loc{i:04}>" for i in range(1024)), *(f"<seg{i:03}>" for i in range(128))]
+IMAGE = "<image>"
+
+# The tags that are pieces, of HTML and two like it, and places: text, unlike whatever else is a piece in brackets.
 MARKUP = re.compile(
     r"</?(a|b|bbox|blockquote|body|caption|code|div|em|footer|h[1-6]|html|i|iframe|img|li|s|span|strong|su[bp]|"
-    r"table|tbody|td|tfoot|th|thead|tr|u|ul)>"
+    r"table|tbody|td|tfoot|th|thead|tr|u|ul)>|<loc[0-9]{4}>|<seg[0-9]{3}>"
 )
 
 
@@ -166,11 +171,26 @@ class Vocabulary:
             pieces[i] = name
         return replace(self, pieces=pieces)
 
+    def with_places(self) -> Vocabulary:
+        """The PaliGemma vocabulary: places, mask codes and the placeholder of an image, as far as they are not there.
+
+        Files of the vocabulary hold all of them, or the first two, or are Gemma's own.
+        """
+        ids = {piece: i for i, piece in enumerate(self.pieces)}
+        pieces, added = list(self.pieces), [piece for piece in (*PLACES, IMAGE) if piece not in ids]
+        types = np.concatenate([self.types, np.full(len(added), PieceType.USER_DEFINED, dtype=np.uint8)])
+        pieces += added
+        ids |= {piece: i for i, piece in enumerate(pieces)}
+        types[[ids[piece] for piece in PLACES]] = PieceType.USER_DEFINED  # found in text
+        types[ids[IMAGE]] = PieceType.CONTROL
+        scores = np.concatenate([self.scores, np.zeros(len(added), np.float32)])
+        return replace(self, pieces=pieces, scores=scores, types=types)
+
     def control_ids(self) -> list[int]:
         """Ids of pieces that steer the model and are no text: `<bos>`, turns, image and infilling tokens, unused ones.
 
         Files disagree on their types (`<start_of_turn>` is control in one and user-defined in another), so that a
-        user-defined piece in brackets counts as one too unless it is markup.
+        user-defined piece in brackets counts as one too unless it is markup or a place.
         """
         control = [
             int(i) for i in np.flatnonzero((self.types == PieceType.CONTROL) | (self.types == PieceType.UNKNOWN))

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from gemkit import family
-from gemkit.errors import ModelError, WeightsError
+from gemkit.errors import WeightsError
 from gemkit.family import Decoder, Member, Prompt, Vision
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import FIM_PREFIX
+from gemkit.text.vocabulary import IMAGE
 from gemkit.weights import configs, hub
 from gemkit.weights.ckpt import CkptReader
 from gemkit.weights.entries import DENSE, MAX_HEADER, Format, Reader, parse_json, sniff
@@ -34,6 +35,7 @@ class Checkpoint:
     reader: Reader
     decoder: Decoder
     member: Member | None = None  # the member that it was asked for as, if it was by name
+    vision: Vision | None = None
     notes: list[str] = field(default_factory=list)  # what a user should know of how it was read
 
     def __enter__(self) -> Checkpoint:
@@ -60,6 +62,12 @@ class Checkpoint:
             tokenizer = Tokenizer.from_pieces(*columns)
         else:
             tokenizer = _tokenizer_in(self._folder, self.member)
+        vision = self.vision
+        if vision is not None and vision.image_token != (image := tokenizer.id(IMAGE)):
+            raise WeightsError(
+                f"{self.label}: its image_token_index is {vision.image_token}, and {IMAGE} is token {image} of its "
+                "tokenizer: they belong to different models"
+            )
         rows, pieces = self.decoder.vocab_size, len(tokenizer)
         # Gemma 3's tokenizer.json has an image token that the tables of its text models have no row for
         beyond = [i for i in range(rows, pieces) if not tokenizer.is_control(i)] if pieces - rows < 10 else [rows]
@@ -79,25 +87,27 @@ class Checkpoint:
         """What it was trained to answer: by the member's data, else by what the files say of themselves."""
         if self.member is not None:
             return self.member.prompts
+        if self.vision is not None:
+            return ("image",)
         if self.format == "gguf":
             return _prompts(self.tokenizer, "tokenizer.chat_template" in self.reader.metadata)
         return _prompts(self.tokenizer, _has_chat_template(self._folder))
 
     @cached_property
     def parts(self) -> list[Part]:
-        """Where each parameter of the decoder is.
+        """Where each parameter of the model is.
 
         Raises:
             WeightsError: if one is missing or misshapen, or if there is one that belongs nowhere: all of them, by name.
         """
-        parts, problems = _fit(self.format, self.decoder, self.reader)
+        parts, problems = _fit(self.format, self.decoder, self.vision, self.reader)
         if problems:
             raise WeightsError(self._misfit(len(parts), problems))
         return parts
 
     def _misfit(self, total: int, problems: list[str]) -> str:
         shown = "; ".join(problems[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        fitting = [m.name for m in family.members() if not _fit(self.format, m.decoder, self.reader)[1]]
+        fitting = [m.name for m in family.members() if not _fit(self.format, m.decoder, m.vision, self.reader)[1]]
         hint = f". These tensors are those of {' or '.join(fitting[:3])}" if fitting else ""
         return f"{self.label}: {len(problems)} tensors do not fit its {total} parameters: {shown}{hint}"
 
@@ -123,8 +133,6 @@ def find(name: str | os.PathLike[str] | None) -> Checkpoint:
     place, member = hub.locate(os.fspath(name))
     if isinstance(place, Path):
         return open_path(place, os.fspath(name))
-    if member is not None and member.vision is not None:
-        raise ModelError(f"{member.name} can be shown and compared, but this version does not run it yet")
     return open_path(hub.download(place), member.name if member else place, member)
 
 
@@ -140,7 +148,8 @@ def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer
     folder = hub.download(place, weights=False)
     tokenizer = _tokenizer_in(folder, member)
     if member is None:
-        return place, tokenizer, _prompts(tokenizer, _has_chat_template(folder))
+        shown: tuple[Prompt, ...] = ("image",) if _shows_images(folder, None) else ()
+        return place, tokenizer, shown or _prompts(tokenizer, _has_chat_template(folder))
     return member.name, tokenizer, member.prompts
 
 
@@ -175,17 +184,18 @@ def _describe(format: Format, path: Path, label: str, reader: Reader, member: Me
             )
         config = read_json(folder / "config.json")
         checkpoint = Checkpoint(label, path, format, reader, configs.from_hf(config, label), member)
-        if "vision_config" in config:
+        checkpoint.vision = configs.vision_from_hf(config, label)
+        if checkpoint.vision is None and "vision_config" in config:
             checkpoint.notes.append("the image tower is left out: the text decoder alone is loaded")
         return checkpoint
     member = member or _member_of(format, reader, label)
     return Checkpoint(label, path, format, reader, member.decoder, member)
 
 
-def resolve_decoder(path: str | os.PathLike[str]) -> tuple[Decoder, Vision | None, str]:
+def resolve(path: str | os.PathLike[str]) -> tuple[Decoder, Vision | None, str]:
     """Architecture and name of a checkpoint on disk."""
     with open_path(Path(path).expanduser(), os.fspath(path)) as checkpoint:
-        return checkpoint.decoder, None, checkpoint.label
+        return checkpoint.decoder, checkpoint.vision, checkpoint.label
 
 
 def _prompts(tokenizer: Tokenizer, has_chat_template: bool) -> tuple[Prompt, ...]:
@@ -208,6 +218,8 @@ def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:
     for name, read in (("tokenizer.model", Tokenizer.from_model), ("tokenizer.json", Tokenizer.from_json)):
         if (folder / name).is_file():
             tokenizer = read(folder / name)
+            if _shows_images(folder, member):
+                return tokenizer.with_places()
             return tokenizer.with_infill() if _names_infilling(folder, member) else tokenizer
     raise WeightsError(
         f"there is no tokenizer.model or tokenizer.json in {folder}: copy one from where the weights come from"
@@ -220,6 +232,14 @@ def _names_infilling(folder: Path, member: Member | None) -> bool:
         return member.vocabulary == "codegemma"
     settings = folder / "tokenizer_config.json"
     return settings.is_file() and FIM_PREFIX in str(read_json(settings))
+
+
+def _shows_images(folder: Path, member: Member | None) -> bool:
+    """Whether the vocabulary is PaliGemma's: its tokenizer.model may lack the places, or only `<image>`."""
+    if member is not None:
+        return member.vocabulary == "paligemma"
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_type") == "paligemma"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -239,15 +259,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def _member_of(format: Format, reader: Reader, label: str) -> Member:
     """The member whose parameters these are: for formats that carry no configuration."""
     for member in family.members():
-        if not _fit(format, member.decoder, reader)[1]:
+        if not _fit(format, member.decoder, member.vision, reader)[1]:
             return member
     raise WeightsError(f"{label}: its tensors are those of no member that is known here")
 
 
-def _fit(format: Format, decoder: Decoder, reader: Reader) -> tuple[list[Part], list[str]]:
+def _fit(format: Format, decoder: Decoder, vision: Vision | None, reader: Reader) -> tuple[list[Part], list[str]]:
     """Where each parameter is, and what is wrong with that: missing, misshapen or left over."""
-    shapes = dict(family.parameters(decoder))
-    table = name_map(format, decoder)
+    shapes = dict(family.parameters(decoder, vision))
+    table = name_map(format, decoder, vision)
     try:
         parts = table.parts(decoder, shapes, reader.entries)
     except KeyError as error:

@@ -1,4 +1,4 @@
-"""Architectures as published configuration files describe them <-> `family.Decoder`, for Hugging Face and GGUF.
+"""Architectures as published configuration files describe them <-> `family` data, for Hugging Face and GGUF.
 
 Files leave out what their own library had as a default at the time, so each model type's defaults stand here beside the
 keys. A setting that would change the numbers and that we do not implement is refused; keys that mean nothing to the
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemkit.errors import ConfigError, WeightsError
-from gemkit.family import Decoder, Global, Layer, Recurrent, Rope, Sliding, repeat
+from gemkit.family import Decoder, Global, Layer, Recurrent, Rope, Sliding, Vision, repeat
 
 # Published defaults of the configuration classes, for keys that released files omit (the text configuration of
 # gemma-3-4b-pt names five keys only). Transformers 5.23, models/gemma*/configuration_gemma*.py
@@ -49,6 +49,18 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
     },
 }
+# The same of the image tower: models/siglip/configuration_siglip.py. Released files leave 224 pixels out.
+_SIGLIP_DEFAULTS = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 16,
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+}
 _PATTERN = {"gemma2": 2, "gemma3_text": 6}  # every n-th layer is global
 _TANH_GELU = {"gelu_pytorch_tanh", "gelu"}  # "gelu" in old files means the tanh form: the models were trained with it
 
@@ -65,15 +77,20 @@ def from_hf(config: Mapping[str, Any], where: str) -> Decoder:
         ConfigError: for a setting that we do not implement, or that contradicts another.
     """
     kind = config.get("model_type")
+    if kind == "paligemma":
+        text = _section(config, "text_config", where)
+        if text.get("model_type", "gemma") not in ("gemma", "gemma2"):
+            raise ConfigError(f"{where}: a text_config of model_type {text['model_type']!r}; known: gemma, gemma2")
+        # prefixes are a matter of the batch here
+        text = {"model_type": "gemma", **text, "use_bidirectional_attention": None}
+        return from_hf(text, f"{where}: text_config")
     if kind == "gemma3":  # text and image: the text decoder is nested
-        text = config.get("text_config")
-        if not isinstance(text, Mapping):
-            raise WeightsError(f"{where}: model_type 'gemma3' without a text_config")
+        text = _section(config, "text_config", where)
         # the table of the released image checkpoints has 64 rows for image placeholders that text never uses
         return from_hf({"tie_word_embeddings": True, **text, "model_type": "gemma3_text"}, f"{where}: text_config")
     if not isinstance(kind, str) or kind not in _HF_DEFAULTS:
         raise WeightsError(
-            f"{where}: model_type {kind!r} is not one that is read here: {', '.join(_HF_DEFAULTS)}, gemma3"
+            f"{where}: model_type {kind!r} is not one that is read here: {', '.join(_HF_DEFAULTS)}, gemma3, paligemma"
         )
     keys = _Keys({**_HF_DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None}}, where)
     _refuse_other_numerics(keys)
@@ -102,6 +119,51 @@ def from_hf(config: Mapping[str, Any], where: str) -> Decoder:
         norm_eps=keys.number("rms_norm_eps", 1e-6),
         **softcaps,
     )
+
+
+def vision_from_hf(config: Mapping[str, Any], where: str) -> Vision | None:
+    """The image tower that a `config.json` describes, if it is one that runs here. Raises as `from_hf` does."""
+    if config.get("model_type") != "paligemma":
+        return None
+    text = _section(config, "text_config", where)
+    tower = _section(config, "vision_config", where)
+    if tower.get("model_type", "siglip_vision_model") != "siglip_vision_model":
+        raise ConfigError(f"{where}: a tower of model_type {tower['model_type']!r}; known: siglip_vision_model")
+    given = {k: v for k, v in tower.items() if v is not None}
+    keys = _Keys({**_SIGLIP_DEFAULTS, **given}, f"{where}: vision_config")
+    for name, only in (("hidden_act", "gelu_pytorch_tanh"), ("num_channels", 3)):
+        if keys.get(name) != only:
+            raise ConfigError(f"{keys.where}: {name}={keys.get(name)!r}; {only!r} is implemented")
+    if (projected := config.get("projection_dim")) not in (None, text.get("hidden_size")):
+        raise ConfigError(f"{where}: projection_dim={projected!r} is not the decoder's {text.get('hidden_size')!r}")
+    image_token = _image_token(config, where)
+    if image_token >= (rows := _Keys(text, f"{where}: text_config").whole("vocab_size", 256_000)):
+        raise ConfigError(
+            f"{where}: image_token_index={image_token} has no row in a vocabulary of {rows}: the released tables have "
+            "257,216"
+        )
+    return Vision(
+        image_size=keys.whole("image_size"),
+        patch_size=keys.whole("patch_size"),
+        width=keys.whole("hidden_size"),
+        depth=keys.whole("num_hidden_layers"),
+        num_heads=keys.whole("num_attention_heads"),
+        mlp_width=keys.whole("intermediate_size"),
+        norm_eps=keys.number("layer_norm_eps"),
+        image_token=image_token,
+    )
+
+
+def _image_token(config: Mapping[str, Any], where: str) -> int:
+    keys = _Keys(config, where)
+    return keys.whole("image_token_index" if keys.get("image_token_index") is not None else "image_token_id")
+
+
+def _section(config: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    found = config.get(name)
+    if not isinstance(found, Mapping):
+        raise WeightsError(f"{where}: model_type {config.get('model_type')!r} without a {name}")
+    return found
 
 
 def _refuse_other_numerics(keys: _Keys) -> None:
@@ -205,12 +267,14 @@ def _hf_griffin(keys: _Keys) -> Decoder:
     )
 
 
-def to_hf(decoder: Decoder) -> dict[str, Any]:
-    """The `config.json` that Transformers loads this decoder from (both its current and its older keys).
+def to_hf(decoder: Decoder, vision: Vision | None = None) -> dict[str, Any]:
+    """The `config.json` that Transformers loads this model from (both its current and its older keys).
 
     Raises:
         ConfigError: if no published configuration class can express it.
     """
+    if vision is not None:
+        return _to_hf_paligemma(decoder, vision)
     if any(isinstance(layer, Recurrent) for layer in decoder.layers):
         return _expressed(_to_hf_griffin(decoder), decoder)
     kind = "gemma3_text" if decoder.qk_norm else "gemma2" if decoder.post_norms else "gemma"
@@ -248,6 +312,57 @@ def to_hf(decoder: Decoder) -> dict[str, Any]:
     if "other" in types or len(windows) > 1:
         raise _inexpressible(kind, decoder)
     return _expressed(config, decoder)
+
+
+def _to_hf_paligemma(decoder: Decoder, vision: Vision) -> dict[str, Any]:
+    text = to_hf(decoder)
+    if text["model_type"] not in ("gemma", "gemma2"):
+        raise _inexpressible("paligemma", decoder)
+    tower = {
+        "model_type": "siglip_vision_model",
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "hidden_size": vision.width,
+        "num_hidden_layers": vision.depth,
+        "num_attention_heads": vision.num_heads,
+        "intermediate_size": vision.mlp_width,
+        "layer_norm_eps": vision.norm_eps,
+        "num_image_tokens": vision.num_patches,
+        "projection_dim": decoder.width,
+        "hidden_act": "gelu_pytorch_tanh",
+        "vision_use_head": False,
+    }
+    config = {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
+        "image_token_index": vision.image_token,
+        "projection_dim": decoder.width,
+        "hidden_size": decoder.width,
+        "vocab_size": decoder.vocab_size,
+        "tie_word_embeddings": True,
+        **{name: text[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        "text_config": {**text, "num_image_tokens": vision.num_patches},
+        "vision_config": tower,
+    }
+    assert vision_from_hf(config, "config.json") == vision
+    return config
+
+
+def preprocessor_to_hf(vision: Vision) -> dict[str, Any]:
+    """The `preprocessor_config.json` that goes with an image tower: as released, bicubic, to -1 to 1."""
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "PaliGemmaProcessor",
+        "image_seq_length": vision.num_patches,
+        "do_resize": True,
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
 
 
 def _to_hf_common(decoder: Decoder) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from gemkit import family
 from gemkit.errors import ConfigError, WeightsError
-from gemkit.nn import Decoder
+from gemkit.nn import Decoder, PaliGemma, build
 from gemkit.ops import Quantized
 from gemkit.weights.checkpoint import FLOATS, TIED_HEADS, Checkpoint
 from gemkit.weights.maps import Part
@@ -35,15 +35,15 @@ class Report:
     notes: list[str] = field(default_factory=list)  # everything that was changed on the way
 
 
-def load_decoder(
+def load_module(
     checkpoint: Checkpoint,
     *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     quantized: bool = True,
     progress: Progress | None = None,
-) -> tuple[Decoder, Report]:
-    """The decoder with its weights, which record no gradients.
+) -> tuple[Decoder | PaliGemma, Report]:
+    """The model of a checkpoint with its weights, which record no gradients.
 
     Args:
         dtype: run dtype, "float32" or "bfloat16". None: bfloat16 where the file has it, else float32.
@@ -62,7 +62,7 @@ def load_decoder(
     report = Report(dtype=run_dtype, notes=list(checkpoint.notes))
     _check_room(checkpoint, run_dtype, torch.device(device), quantized)
     with torch.device("meta"):
-        module = Decoder(checkpoint.decoder)
+        module = build(checkpoint.decoder, checkpoint.vision)
     total = sum(entries[name].nbytes for name in {part.theirs for part in parts})
     done, dense = 0, 0
     rounded: Counter[str] = Counter()
@@ -153,7 +153,7 @@ def available_memory() -> int | None:
         return None
 
 
-def _check_tied_heads(checkpoint: Checkpoint, module: Decoder) -> None:
+def _check_tied_heads(checkpoint: Checkpoint, module: Decoder | PaliGemma) -> None:
     for name in TIED_HEADS:
         if name in checkpoint.reader.entries:
             head, table = checkpoint.reader.read(name), module.embed_tokens.weight
@@ -172,13 +172,13 @@ def _check_tied_heads(checkpoint: Checkpoint, module: Decoder) -> None:
                 )
 
 
-def weight_bytes(module: Decoder) -> int:
+def weight_bytes(module: Decoder | PaliGemma) -> int:
     """Bytes of all weights, the tied head counted once."""
-    names = [name for name, _ in family.parameters(module.config)]
+    names = [name for name, _ in family.parameters(module.config, module.vision)]
     return sum(weight(module, name).nbytes for name in names)
 
 
-def weight(module: Decoder, name: str) -> Tensor | Quantized:
+def weight(module: Decoder | PaliGemma, name: str) -> Tensor | Quantized:
     """A weight by its name, dense or quantized."""
     path, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(path), leaf)

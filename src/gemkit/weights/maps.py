@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
-from gemkit.family import Decoder, Recurrent
+from gemkit.family import Decoder, Recurrent, Vision
 from gemkit.weights.entries import Format
 
 if TYPE_CHECKING:
@@ -70,13 +71,22 @@ def _as_it_is(ours: str, shape: Shape, decoder: Decoder) -> Layout:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A part of a model, and where files hang it."""
+
+    ours: str = ""  # what our names of its parameters begin with
+    theirs: tuple[str, ...] = ("",)  # what published ones may begin with; the first is what we write
+    anchor: str = "embed_tokens.weight"  # the parameter whose published name tells which it is, without `ours`
+
+
+@dataclass(frozen=True)
 class NameMap:
-    """A table of (published name, our name) with `{i}` for the layer number."""
+    """A table of (published name within its branch, our name) with `{i}` for the layer number."""
 
     format: Format
     table: tuple[tuple[str, str], ...]
     stored: Mapping[str, Stored] = field(default_factory=dict)  # our names, or their ends, that are not stored as is
-    prefixes: tuple[str, ...] = ("",)  # where the table may hang in a larger model; the first is what we write
+    branches: tuple[Branch, ...] = (Branch(),)
     ignored: tuple[str, ...] = ()  # regular expressions of published tensors that carry nothing for us
 
     def theirs(self, ours: str) -> str:
@@ -85,8 +95,16 @@ class NameMap:
         Raises:
             KeyError: if the format has no such parameter.
         """
+        return self._branch(ours).theirs[0] + self.within(ours)
+
+    def within(self, ours: str) -> str:
+        """The published name of one of our parameters within its branch.
+
+        Raises:
+            KeyError: if the format has no such parameter.
+        """
         pattern, number = _split(ours)
-        return self.prefixes[0] + self._by_ours()[pattern].replace("{i}", number)
+        return self._by_ours[pattern].replace("{i}", number)
 
     def parts(self, decoder: Decoder, shapes: Mapping[str, Shape], published: Iterable[str] = ()) -> list[Part]:
         """Where to find each of our parameters in a file that holds `published`; without them, where we write it.
@@ -98,13 +116,13 @@ class NameMap:
             KeyError: if the format has no such parameter.
         """
         published = set(published)
-        by_ours = self._by_ours()
-        anchor = by_ours["embed_tokens.weight"]
-        prefix = next((p for p in self.prefixes if p + anchor in published), self.prefixes[0])
+        prefixes = {}
+        for branch in self.branches:
+            anchor = self.within(branch.ours + branch.anchor)
+            prefixes[branch] = next((p for p in branch.theirs if p + anchor in published), branch.theirs[0])
         parts = []
         for ours, shape in shapes.items():
-            pattern, number = _split(ours)
-            theirs = prefix + by_ours[pattern].replace("{i}", number)
+            theirs = prefixes[self._branch(ours)] + self.within(ours)
             stored = next((how for end, how in self.stored.items() if ours.endswith(end)), _as_it_is)
             parts.append(Part(theirs, ours, shape, stored(ours, shape, decoder)))
         return parts
@@ -113,6 +131,13 @@ class NameMap:
         """Whether a published tensor may be left unread: a copy of the tied head, an image tower, a buffer."""
         return any(re.fullmatch(pattern, theirs) for pattern in self.ignored)
 
+    def _branch(self, ours: str) -> Branch:
+        found = next((branch for branch in self.branches if ours.startswith(branch.ours)), None)
+        if found is None:
+            raise KeyError(ours)
+        return found
+
+    @cached_property
     def _by_ours(self) -> dict[str, str]:
         return {ours: theirs for theirs, ours in self.table}
 
@@ -123,6 +148,7 @@ def _split(ours: str) -> tuple[str, str]:
 
 
 _LAYER = "layers.{i}."
+_WEIGHT, _BIAS = ("weight",), ("weight", "bias")
 _MATRICES = tuple(
     (_LAYER + leaf, _LAYER + leaf)
     for leaf in (
@@ -151,18 +177,54 @@ _GEMMA1_NORMS = (
     (_LAYER + "post_attention_layernorm.weight", _LAYER + "pre_feedforward_layernorm.weight"),  # sic: before the MLP
 )
 # causal LM; the text part of published image-and-text checkpoints, old and new; a bare model
-_HF_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+_HF_TEXT = (Branch(theirs=("model.", "language_model.model.", "model.language_model.", "")),)
 _HF_IGNORED = (
     r"(model\.)?vision_tower\..*",
     r"(model\.)?multi_modal_projector\..*",
     r".*\.rotary_emb\.inv_freq",
 )
 
-HF_GEMMA1 = NameMap("safetensors", _ENDS + _GEMMA1_NORMS + _MATRICES, prefixes=_HF_PREFIXES, ignored=_HF_IGNORED)
-HF_GEMMA2 = NameMap("safetensors", _ENDS + _FOUR_NORMS + _MATRICES, prefixes=_HF_PREFIXES, ignored=_HF_IGNORED)
-HF_GEMMA3 = NameMap(
-    "safetensors", _ENDS + _FOUR_NORMS + _QK_NORMS + _MATRICES, prefixes=_HF_PREFIXES, ignored=_HF_IGNORED
-)
+HF_GEMMA1 = NameMap("safetensors", _ENDS + _GEMMA1_NORMS + _MATRICES, branches=_HF_TEXT, ignored=_HF_IGNORED)
+HF_GEMMA2 = NameMap("safetensors", _ENDS + _FOUR_NORMS + _MATRICES, branches=_HF_TEXT, ignored=_HF_IGNORED)
+HF_GEMMA3 = NameMap("safetensors", _ENDS + _FOUR_NORMS + _QK_NORMS + _MATRICES, branches=_HF_TEXT, ignored=_HF_IGNORED)
+
+
+def _hf_paligemma(text: NameMap) -> NameMap:
+    """The tower, the projection and a decoder of that table, under the names of the released files, of files that
+    newer versions of Transformers write, and of those that keep their modules' own names."""
+    modules = {
+        "": ("embeddings.patch_embedding.{p}", "post_layernorm.{p}"),
+        "encoder.layers.{i}.": ("layer_norm1.{p}", "layer_norm2.{p}", "mlp.fc1.{p}", "mlp.fc2.{p}"),
+        "encoder.layers.{i}.self_attn.": ("q_proj.{p}", "k_proj.{p}", "v_proj.{p}", "out_proj.{p}"),
+    }
+    tower = [path + name.replace("{p}", p) for path, names in modules.items() for name in names for p in _BIAS]
+    tower.append("embeddings.position_embedding.weight")
+    return NameMap(
+        "safetensors",
+        (
+            *((name, _TOWER + name) for name in tower),
+            *((f"linear.{p}", f"{_PROJECTOR}linear.{p}") for p in _BIAS),
+            *((theirs, _DECODER + ours) for theirs, ours in text.table),
+        ),
+        branches=(
+            Branch(
+                _TOWER,
+                (_TOWER + "vision_model.", _TOWER, f"model.{_TOWER}", f"model.{_TOWER}vision_model."),
+                "embeddings.patch_embedding.weight",
+            ),
+            Branch(_PROJECTOR, (_PROJECTOR, f"model.{_PROJECTOR}"), "linear.weight"),
+            Branch(_DECODER, (_DECODER + "model.", f"model.{_DECODER}")),
+        ),
+        ignored=(
+            r"(model\.)?vision_tower\.(vision_model\.)?head\..*",  # pools an image to one vector, which nothing reads
+            r".*\.position_ids",
+            r".*\.rotary_emb\.inv_freq",
+        ),
+    )
+
+
+_TOWER, _PROJECTOR, _DECODER = "vision_tower.", "multi_modal_projector.", "language_model."
+HF_PALIGEMMA1, HF_PALIGEMMA2 = _hf_paligemma(HF_GEMMA1), _hf_paligemma(HF_GEMMA2)
 
 _GGUF_ENDS = (("token_embd.weight", "embed_tokens.weight"), ("output_norm.weight", "norm.weight"))
 _GGUF_MATRICES = tuple(
@@ -238,7 +300,6 @@ _GRIFFIN_NORMS = (
     ("temporal_pre_norm", "input_layernorm"),
     ("channel_pre_norm", "pre_feedforward_layernorm"),
 )
-_WEIGHT, _BIAS = ("weight",), ("weight", "bias")
 
 
 def _hf_taps(ours: str, shape: Shape, decoder: Decoder) -> Layout:
@@ -277,7 +338,7 @@ HF_GRIFFIN = NameMap(
         *_HF_GATES,
     ),
     stored={"conv_1d.weight": _hf_taps},
-    prefixes=("model.", ""),
+    branches=(Branch(theirs=("model.", "")),),
 )
 
 
@@ -338,8 +399,10 @@ _MAPS: dict[Format, tuple[NameMap, ...]] = {
 }
 
 
-def name_map(format: Format, decoder: Decoder) -> NameMap:
-    """The table for a decoder in a format, chosen by what the decoder has."""
+def name_map(format: Format, decoder: Decoder, vision: Vision | None = None) -> NameMap:
+    """The table for a model in a format, chosen by what it has. Only one format has names for an image tower."""
+    if vision is not None and format == "safetensors":
+        return HF_PALIGEMMA2 if decoder.post_norms else HF_PALIGEMMA1
     if any(isinstance(layer, Recurrent) for layer in decoder.layers):
         return _MAPS[format][3]
     return _MAPS[format][2 if decoder.qk_norm else 1 if decoder.post_norms else 0]

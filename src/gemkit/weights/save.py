@@ -1,4 +1,4 @@
-"""A decoder to a folder that Transformers, and every other reader of the Hugging Face layout, loads unchanged."""
+"""A model to a folder that Transformers, and every other reader of the Hugging Face layout, loads unchanged."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from gemkit import family
 from gemkit.errors import WeightsError
 from gemkit.family import Prompt
-from gemkit.nn import Decoder
+from gemkit.nn import Decoder, PaliGemma
 from gemkit.ops import Quantized
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import CHAT_TEMPLATE
@@ -29,7 +29,7 @@ SHARD_BYTES = 5_000_000_000  # as published checkpoints are cut
 
 
 def save_hf(
-    module: Decoder,
+    module: Decoder | PaliGemma,
     folder: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | None = None,
@@ -54,7 +54,7 @@ def save_hf(
     target = Path(folder).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise WeightsError(f"{target} exists and is not empty: save to a new folder")
-    config = configs.to_hf(module.config)
+    config = configs.to_hf(module.config, module.vision)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -66,6 +66,8 @@ def save_hf(
         _write_json(work / "config.json", {**config, "dtype": saved_as})
         if tokenizer is not None:
             _write_vocabulary(tokenizer, prompts, work)
+        if module.vision is not None:
+            _write_json(work / "preprocessor_config.json", configs.preprocessor_to_hf(module.vision))
         if target.exists():
             target.rmdir()
         os.replace(work, target)
@@ -93,7 +95,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_weights(module: Decoder, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> str:
+def _write_weights(module: Decoder | PaliGemma, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> str:
     from safetensors.torch import save_file
 
     dtypes: set[torch.dtype] = set()
@@ -120,10 +122,10 @@ def _write_weights(module: Decoder, folder: Path, dtype: torch.dtype | None, sha
     return str(widest).removeprefix("torch.")
 
 
-def _published(module: Decoder, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _published(module: Decoder | PaliGemma, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its published name, dense, on the CPU."""
-    shapes = dict(family.parameters(module.config))
-    for part in name_map("safetensors", module.config).parts(module.config, shapes):
+    shapes = dict(family.parameters(module.config, module.vision))
+    for part in name_map("safetensors", module.config, module.vision).parts(module.config, shapes):
         value = weight(module, part.ours)
         dense = value.dequantize() if isinstance(value, Quantized) else value.detach()
         yield part.theirs, part.give(dense.to(device="cpu", dtype=dtype or dense.dtype).contiguous())

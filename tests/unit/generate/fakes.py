@@ -61,6 +61,9 @@ class HashModel:
         for chunk in chunks:
             assert chunk.ids
             assert 0 <= chunk.rows <= len(chunk.ids)
+            held = len(state.histories[chunk.slot])
+            assert held >= chunk.prefix or (held == 0 and len(chunk.ids) >= chunk.prefix)  # never cut
+            assert not (held and len(chunk.images))  # shown once
             for at, i in enumerate(chunk.ids):
                 state.histories[chunk.slot].append(i)
                 if at >= len(chunk.ids) - chunk.rows:

@@ -34,7 +34,7 @@ requests = st.builds(
     stop_ids=st.sampled_from([(), (END,), (END, 4)]),
     stop_strings=st.sampled_from([[], ["ca"], ["bc", "ab"], ["é", "c c"]]),
     logprobs=st.sampled_from([None, 0, 2]),
-)
+).flatmap(lambda r: st.integers(0, len(r.ids)).map(lambda prefix: replace(r, prefix=prefix)))
 
 
 def outcome(result: Result) -> Result:
@@ -76,12 +76,14 @@ def test_batch_and_chunks_change_nothing(batch, chunk):
     alone = [complete(HashModel(max_context=16), [r], text_stream=ByteStream)[0] for r in batch]
     assert [outcome(r) for r in together] == [outcome(r) for r in alone]
     prompt_steps = [call for call in model.calls if any(len(c.ids) > 1 for c in call)]
-    assert all(sum(len(c.ids) for c in call) <= chunk for call in prompt_steps)
+    for call in prompt_steps:  # a longer prefix is a call of its own
+        assert sum(len(c.ids) for c in call) <= chunk or [len(c.ids) for c in call] == [call[0].prefix]
 
 
 @given(requests, st.data())
 def test_a_state_that_holds_the_beginning_changes_nothing_but_the_work(request_, data):
     held = data.draw(st.integers(0, len(request_.ids) - 1))
+    held = held if held >= request_.prefix else 0
     model = HashModel(max_context=16)
     state = model.new_state(3)
     state.histories[1] = list(request_.ids[:held])
@@ -363,3 +365,48 @@ def test_score_keeps_to_the_context():
 def test_generating_needs_no_torch():
     code = "import sys, gemkit.generate; assert not {'torch', 'transformers'} & set(sys.modules), sorted(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_prefix_is_never_cut_and_waits_for_room():
+    model, image = HashModel(), np.zeros((3, 2, 2), np.float32)
+    batch = [
+        Request([BOS, 2, 3], max_tokens=1),
+        Request([BOS, *[2] * 9], max_tokens=1, prefix=8, images=[image]),  # longer than a chunk
+        Request([BOS, 4, 5], max_tokens=1, prefix=3),  # would not fit beside the first
+        Request([BOS], max_tokens=1),
+    ]
+    results = complete(model, batch, chunk=5)
+    steps = [[(c.slot, len(c.ids), c.rows, c.prefix, len(c.images)) for c in call] for call in model.calls]
+    assert steps == [
+        [(0, 3, 1, 0, 0), (3, 1, 1, 0, 0)],
+        [(1, 8, 0, 8, 1)],
+        [(1, 2, 1, 8, 0), (2, 3, 1, 3, 0)],
+    ]
+    assert [r.finish_reason for r in results] == ["length"] * 4
+
+
+def test_what_a_prefix_must_be():
+    model, image = HashModel(), np.zeros((3, 2, 2), np.float32)
+    for request, message in (
+        (Request([BOS, 2], prefix=3), "prefix=3 must be between 0 and the 2 ids"),
+        (Request([BOS, 2], prefix=-1), "prefix=-1"),
+        (Request([BOS, 2], images=[image]), "1 images without a prefix"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            complete(model, [request])
+    state = model.new_state(1)
+    state.histories[0] = [BOS, 2]
+    with pytest.raises(StateError, match="slot 0 holds 2 tokens of a prefix of 3, which is computed whole"):
+        complete(model, [Request([BOS, 2, 3, 4], prefix=3, slot=0)], state=state)
+
+
+@given(requests, st.integers(1, 12))
+def test_a_score_predicts_what_follows_a_prefix(request_, chunk):
+    model, ids = HashModel(), list(request_.ids)
+    scored = score(model, ids, top=1, chunk=chunk, prefix=request_.prefix)
+    known = max(1, request_.prefix)
+    assert scored.logprobs[:known] == (None,) * known
+    whole = score(HashModel(), ids, top=1)
+    assert scored.logprobs[known:] == whole.logprobs[known:]
+    assert (scored.perplexity is None) == (known == len(ids))
+    assert sum(len(c.ids) for call in model.calls for c in call) == (len(ids) - 1 if known < len(ids) else 0)

@@ -10,13 +10,14 @@ from gemkit.inspect.tree import lines, tree
 TEXT = ("gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-27b", "gemma-3-270m", "gemma-3-4b", "recurrentgemma-9b")
 
 
-@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("name", [*TEXT, "paligemma-3b-pt-224", "paligemma2-3b-mix-448"])
 def test_prints_as_pytorch_prints_the_module(name):
-    decoder = get(name).decoder
+    member = get(name)
     with torch.device("meta"):
-        module = nn.Decoder(decoder)
-    assert str(tree(decoder)) == str(module)
-    assert [(n, tuple(p.shape)) for n, p in module.named_parameters()] == list(parameters(decoder))
+        module = nn.build(member.decoder, member.vision)
+    assert str(tree(member.decoder, member.vision)) == str(module)
+    listed = list(parameters(member.decoder, member.vision))
+    assert [(n, tuple(p.shape)) for n, p in module.named_parameters()] == listed
 
 
 @pytest.mark.parametrize("name", [*TEXT, "paligemma2-3b-mix-448"])

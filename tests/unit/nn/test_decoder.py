@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from gemkit import family, nn, ops
+from gemkit.errors import ConfigError
 from gemkit.nn import Batch
 from gemkit.ops.quantized import KINDS, Quantized
 
 
-def on_meta(name: str) -> nn.Decoder:
+def on_meta(name: str) -> nn.Decoder | nn.PaliGemma:
     with torch.device("meta"):
-        return nn.Decoder(family.get(name).decoder)
+        return nn.build(family.get(name).decoder, family.get(name).vision)
 
 
 RUNNABLE = [
@@ -24,13 +25,15 @@ RUNNABLE = [
     "gemma-3-27b",
     "recurrentgemma-2b",
     "recurrentgemma-9b",
+    "paligemma-3b-pt-224",
+    "paligemma2-10b-pt-896",
 ]
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
 def test_parameters_are_those_of_the_data(name):
     found = [(n, tuple(p.shape)) for n, p in on_meta(name).named_parameters()]
-    assert found == list(family.parameters(family.get(name).decoder))
+    assert found == list(family.parameters(family.get(name).decoder, family.get(name).vision))
 
 
 def test_the_tree_of_gemma_7b_reads_like_transformers():
@@ -139,24 +142,6 @@ def test_partial_rope_leaves_the_rest_alone():
     torch.testing.assert_close(turned[..., :8].norm(dim=-1), x[..., :8].norm(dim=-1))  # a rotation
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("window", [None, 1, 7, 300])
-def test_tiles_equal_plain_attention(window, softcap):
-    """Against float64 attention with a whole mask, over more queries than a tile has."""
-    torch.manual_seed(0)
-    total, heads, kv, size = 300, 4, 2, 8
-    q, k, v = torch.randn(total, heads, size), torch.randn(total, kv, size), torch.randn(total, kv, size)
-    got = ops.attention(q, k, v, Batch.of([[0] * total]), scale=0.4, window=window, softcap=softcap)
-    qd, kd, vd = q.double(), k.double().repeat_interleave(2, 1), v.double().repeat_interleave(2, 1)
-    scores = torch.einsum("tnh,snh->nts", qd, kd) * 0.4
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    age = torch.arange(total)[:, None] - torch.arange(total)
-    hidden = (age < 0) | (age >= (window or total))
-    expected = torch.einsum("nts,snh->tnh", scores.masked_fill(hidden, -torch.inf).softmax(-1), vd)
-    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
-
-
 def test_attention_says_which_kernel_and_why():
     assert ops.attention_kernel(None)[0] == "sdpa"
     kernel, reason = ops.attention_kernel(50.0)
@@ -175,3 +160,53 @@ def test_compiled_modules_give_the_same_numbers():
         for lengths in ([5, 3], [2, 6], [8]):
             batch = Batch.of([list(range(n)) for n in lengths])
             torch.testing.assert_close(compiled(batch), module(batch))
+
+
+TINY_TOWER = family.Vision(4, patch_size=2, width=8, depth=1, num_heads=2, mlp_width=8, image_token=63)
+
+
+def tiny_paligemma() -> nn.PaliGemma:
+    torch.manual_seed(0)
+    module = nn.PaliGemma(tiny_config(), TINY_TOWER)
+    for p in module.parameters():
+        torch.nn.init.normal_(p, 0, 0.3)
+    return module
+
+
+def test_a_compiled_image_model_gives_the_same_numbers():
+    module = tiny_paligemma()
+    compiled = torch.compile(module, backend="aot_eager")
+    with torch.no_grad():
+        for images, prefix in ((1, 5), (2, 9), (1, 4)):
+            rows = range(4 * images)
+            batch = Batch.of([[63] * len(rows) + [1, 2, 3]], prefixes=[prefix], image_rows=rows)
+            pixels = torch.randn(images, 3, 4, 4)
+            torch.testing.assert_close(compiled(batch, pixels_ICSS=pixels), module(batch, pixels_ICSS=pixels))
+
+
+def test_image_features_are_where_the_batch_says_and_unscaled():
+    """The input of the first layer: features as they are in the rows of the images, scaled embeddings elsewhere."""
+    module = tiny_paligemma()
+    got = []
+    module.language_model.layers[0].register_forward_pre_hook(lambda _, args: got.append(args[0]))
+    pixels = torch.randn(2, 3, 4, 4)
+    rows = [5, 6, 7, 8, 0, 1, 2, 3]  # of the first image, which the second sequence shows, then of the second
+    module(Batch.of([[63] * 4 + [7], [63] * 4 + [9]], prefixes=[5, 5], image_rows=rows), pixels_ICSS=pixels)
+    assert torch.equal(got[0][rows], module.image_features(pixels))
+    assert torch.equal(got[0][[4, 9]], module.embed_tokens(torch.tensor([7, 9])))
+
+
+def test_what_an_image_model_refuses():
+    module = tiny_paligemma()
+    batch = Batch.of([[63] * 4], prefixes=[4], image_rows=range(4))
+    with pytest.raises(ConfigError, match=r"this tower sees \(images, 3, 4, 4\)"):
+        module(batch, pixels_ICSS=torch.zeros(1, 3, 6, 6))
+    with pytest.raises(ConfigError, match="8 image features for 4 image_rows"):
+        module(batch, pixels_ICSS=torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ConfigError, match="0 image features for 4 image_rows"):
+        module(batch)
+    with pytest.raises(ConfigError, match="image_token=63 is beyond the 63 rows"):
+        nn.PaliGemma(tiny_config(vocab_size=63), TINY_TOWER)
+    recurrent = nn.Decoder(tiny_config(layers=(family.Recurrent(32, num_blocks=2),)))
+    with pytest.raises(ConfigError, match="a recurrent layer cannot see what comes after"):
+        recurrent(Batch.of([[1, 2]], prefixes=[2]))

@@ -333,11 +333,14 @@ def test_batches_that_cannot_be(arguments, message):
         ({"starts": [0]}, "must rise"),
         ({"starts": [0, 3]}, "1 sequences, but 3 positions, 2 offsets and 2 slots"),
         ({"positions": [0, 1]}, "2 positions"),
+        ({"prefixes": [0]}, "2 sequences and 1 prefixes"),
+        ({"prefixes": [3, 0]}, r"prefixes=\[3, 0\] are cut by tokens from positions \[0, 0\] to \[2, 1\]"),
+        ({"prefixes": [0, 3], "offsets": [0, 2]}, r"from positions \[0, 2\] to \[2, 3\]"),
     ],
 )
 def test_boundaries_that_cannot_be(change, message):
     fields = {"tokens": [7, 8, 9], "positions": [0, 1, 0], "starts": [0, 2, 3]}
-    fields |= {"offsets": [0, 0], "slots": [0, 1], **change}
+    fields |= {"offsets": [0, 0], "slots": [0, 1], "prefixes": [0, 0], "image_rows": [], **change}
     with pytest.raises(ConfigError, match=message):
         Batch(**{name: torch.tensor(values) for name, values in fields.items()})
 

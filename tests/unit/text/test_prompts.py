@@ -3,11 +3,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemkit.errors import ConfigError, ContextError, ModelError, TextError
-from gemkit.text import Span, Tokenizer, chat, complete, infill, infill_at, next_turn, stop_ids
+from gemkit.text import Span, Tokenizer, chat, complete, image, infill, infill_at, next_turn, stop_ids, tasks
 from vocabularies import small_model, tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n<>|_"), max_size=20)
-VOCABULARIES = ("gemma2", "gemma3", "codegemma")
+VOCABULARIES = ("gemma2", "gemma3", "codegemma", "paligemma")
 
 
 def user(content):
@@ -336,3 +336,60 @@ def test_what_was_left_out_is_said():
     assert str(prompt).endswith("\n".join(prompt.notes))
     with pytest.raises(ContextError, match="max_tokens=3 cannot hold an infilling prompt: its format alone is 4"):
         infill(ours, "a", "b", max_tokens=3)
+
+
+# image
+
+
+def test_an_image_prompt_is_the_published_layout():
+    """The ids of google-research/big_vision: images, bos, the task, and the separator as its own token, id 108."""
+    ours = tokenizer("paligemma")
+    prompt = image(ours, "answer en where is the cat?", patches=4, images=2)
+    assert prompt.ids == [*[257_152] * 8, 2, *ours.encode("answer en where is the cat?"), 108]
+    assert [span.kind for span in prompt.spans] == ["control", "control", "control", "content", "template"]
+    assert prompt.prefix == len(prompt)
+    assert prompt.stop_ids == {1, 107}
+    assert "4 x '<image>'  257152" in str(prompt)
+    check_account(prompt, ours)
+
+
+@given(TEXT)
+def test_the_separator_is_its_own_token(text):
+    ours = tokenizer("paligemma")
+    prompt = image(ours, text + "\n\n", patches=1)
+    assert prompt.ids == [257_152, 2, *ours.encode(text.rstrip("\n")), 108]
+    check_account(prompt, ours)
+    assert prompt.ids == image(ours, text, patches=1).ids
+
+
+def test_other_vocabularies_show_no_images():
+    with pytest.raises(ModelError, match="prompts with images are for PaliGemma"):
+        image(tokenizer("gemma2"), "caption en", patches=4)
+    with pytest.raises(TextError, match="must be str, not int"):
+        image(tokenizer("paligemma"), 3, patches=4)
+    assert complete(tokenizer("gemma2"), "x").prefix == 0
+
+
+def test_tasks_are_worded_as_in_training():
+    assert tasks.caption() == "caption en"
+    assert tasks.caption("zh", "describe") == "describe zh"
+    assert tasks.answer(" where is the cat? ", "de") == "answer de where is the cat?"
+    assert tasks.question("under a table") == "question en under a table"
+    assert tasks.detect("cat;dog ") == tasks.detect(["cat", "dog"]) == "detect cat ; dog"
+    assert tasks.segment("cat") == "segment cat"
+    assert tasks.OCR == "ocr"
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "message"),
+    [
+        (lambda: tasks.caption("English"), ConfigError, "lang='English' is no language code"),
+        (lambda: tasks.caption(style="short"), ConfigError, "style='short' is not one of caption, cap, describe"),
+        (lambda: tasks.answer(" "), TextError, "the question is ' '"),
+        (lambda: tasks.detect(" ; "), TextError, "nothing to look for in ' ; '"),
+        (lambda: tasks.segment([]), TextError, "nothing to look for"),
+    ],
+)
+def test_tasks_that_are_none(ask, error, message):
+    with pytest.raises(error, match=message):
+        ask()

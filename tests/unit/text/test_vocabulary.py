@@ -181,3 +181,36 @@ def test_infilling_pieces_are_renamed_in_the_codegemma_vocabulary_only():
 def test_the_published_json_is_not_changed_by_loading():
     assert tokenizer("gemma2").piece(226) == "<0x09>"  # which that file shows as a tab
     assert json.loads(tokenizer_json("gemma2").read_bytes())["model"]["vocab"]["\t"] == 226
+
+
+def test_places_have_the_published_ids_and_are_text():
+    """As in google-research/big_vision: <loc0000> is 256000, <seg000> 257024; Hugging Face's <image> 257152."""
+    ours = tokenizer("paligemma")
+    ids = {"<loc0000>": 256_000, "<loc1023>": 257_023, "<seg000>": 257_024, "<seg127>": 257_151, "<image>": 257_152}
+    assert {piece: ours.id(piece) for piece in ids} == ids
+    assert len(ours) == 257_153
+    assert ours.encode("<loc0012><loc1023> cat") == [256_012, 257_023, *ours.encode(" cat")]
+    assert ours.decode([256_012, 257_024]) == "<loc0012><seg000>"
+    assert not ours.is_control(256_012)
+    assert ours.is_control(257_152)
+    assert 257_152 not in ours.encode("<image>")  # spelled by a user it is text
+    assert ours.encode("Hello world!") == tokenizer("gemma2").encode("Hello world!")
+
+
+def test_places_are_added_to_what_a_file_lacks(tmp_path):
+    """Files hold all of them, all but <image>, or none; saved and read again they are the same."""
+    ours = tokenizer("paligemma")
+    ours.save(tmp_path / "tokenizer.model")
+    again = Tokenizer.from_model(tmp_path / "tokenizer.model")
+    assert again.vocabulary.pieces == ours.vocabulary.pieces
+    assert again.encode("<loc0012>") == [256_012]
+    without_image = Tokenizer.from_pieces(*(column[:-1] for column in columns(ours)))
+    for each in (again, without_image):
+        done = each.with_places()
+        assert done.vocabulary.pieces == ours.vocabulary.pieces
+        assert done.is_control(257_152)
+        assert not done.is_control(256_012)
+
+
+def columns(ours):
+    return ours.vocabulary.pieces, ours.vocabulary.scores, ours.vocabulary.types

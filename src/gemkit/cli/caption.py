@@ -1,0 +1,75 @@
+"""`gemkit caption IMAGE...`: captions of many images, a JSON line each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from typing import Any, get_args
+
+from gemkit.cli.common import add_model, add_sampling, count, options, print_json, result_json, say, verb
+from gemkit.cli.pictures import add_image, load_image_model
+from gemkit.errors import GemkitError
+
+_EXAMPLES = """\
+  gemkit caption -m paligemma-3b-mix-224 cat.jpg
+  gemkit caption -m paligemma-3b-mix-448 photos/*.jpg > captions.jsonl
+  gemkit caption -m paligemma-3b-mix-448 --style describe --lang de cat.jpg"""
+
+
+def add(subparsers: Any) -> None:
+    from gemkit.text.tasks import CaptionStyle
+
+    parser = verb(subparsers, "caption", "caption images, a JSON line each", _EXAMPLES)
+    add_image(parser, nargs="+")
+    parser.add_argument("--lang", default="en", metavar="CODE", help="language of the captions (default: en)")
+    parser.add_argument(
+        "--style",
+        choices=get_args(CaptionStyle),
+        default="caption",
+        help="caption is short; cap and describe are longer, for the mix models (default: caption)",
+    )
+    add_sampling(parser)
+    add_model(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", action="store_true", help="lines with ids, figures and how each answer ended")
+    group.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """A file that is no image costs its line, which says why, and the exit code; not the run."""
+    from gemkit.text import tasks
+
+    tasks.caption(args.lang, args.style)  # is refused before a model is loaded
+    chosen = options(args)
+    model = load_image_model(args)
+    started, failed = time.monotonic(), 0
+    for done, path in enumerate(args.image, 1):
+        try:
+            result = model.caption(path, args.lang, style=args.style, **chosen)
+        except GemkitError as error:
+            failed += 1
+            print_json({"image": path, "error": f"{type(error).__name__}: {error}"})
+        else:
+            more = {"model": model.label, **result_json(result, model.tokenizer)} if args.json else {}
+            print_json({"image": path, "caption": result.text, **more})
+            if result.finish_reason == "interrupted":
+                return 130
+        if not args.quiet:
+            _progress(done, len(args.image), time.monotonic() - started)
+    if failed:
+        say(f"{count(failed, 'image')} of {len(args.image):,} could not be captioned")
+    return 1 if failed else 0
+
+
+def _progress(done: int, total: int, seconds: float) -> None:
+    """One line of a terminal that is rewritten; plain lines in a file."""
+    line = f"{done:,} of {count(total, 'image')} ({done / total:.0%}), {seconds / done:.1f} s each"
+    if done < total:
+        line += f", {seconds / done * (total - done):.0f} s left"
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{line}" + ("" if done < total else "\n"))
+        sys.stderr.flush()
+    else:
+        say(line)

@@ -1,0 +1,82 @@
+"""What the verbs that look at pictures share: which model can, reading before loading, and printing what was found."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemkit.cli.common import conclude, load_model, options, print_json, printable, result_json, say
+from gemkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gemkit.gemma import Gemma, Options
+    from gemkit.images import Picture
+    from gemkit.nn.mask_decoder import MaskDecoder
+
+
+def read_all(paths: Sequence[str]) -> list[Picture]:
+    """The pictures, before anyone waits for a model. Raises ImageError for the first that is none."""
+    from gemkit import images
+
+    return [images.read(path) for path in paths]
+
+
+def load_image_model(args: argparse.Namespace) -> Gemma:
+    """The model that -m names.
+
+    Raises:
+        ModelError: if it sees no images; of a member that is told without loading it.
+    """
+    from gemkit.gemma import no_image_tower
+    from gemkit.weights import hub
+
+    if args.model is None:
+        raise no_image_tower("the starter model")
+    _, member = hub.locate(args.model)
+    if member is not None and member.vision is None:
+        raise no_image_tower(member.name)
+    model = load_model(args)
+    if model.vision is None:
+        raise no_image_tower(model.label)
+    return model
+
+
+def add_overlay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overlay", metavar="PNG", help="write the picture with what was found drawn over it")
+
+
+def find(args: argparse.Namespace, task: str, decoder: MaskDecoder | None = None) -> int:
+    """Look for things in a picture, print and draw what was found; the exit code."""
+    if args.overlay is not None and not Path(os.path.abspath(args.overlay)).parent.is_dir():
+        raise ConfigError(f"--overlay {args.overlay}: there is no such folder")
+    (picture,) = read_all([args.image])
+    chosen: Options = options(args)
+    model = load_image_model(args)
+    sight = model.look(picture, task, masks=decoder, **chosen)
+    if args.json:
+        found = {"width": picture.width, "height": picture.height, "things": sight.coco(), "rest": sight.rest}
+        print_json(
+            {
+                "model": model.label,
+                "image": args.image,
+                "prompt": task,
+                **found,
+                **result_json(sight.result, model.tokenizer),
+            }
+        )
+    else:
+        for line in filter(None, str(sight).splitlines()):
+            print(printable(line, args.raw))
+    if not len(sight):
+        say("nothing was found")
+    if args.overlay is not None:
+        sight.save_overlay(args.overlay)
+        say(f"drawn into {args.overlay}")
+    return conclude(args, model.tokenizer, sight.result)
+
+
+def add_image(parser: argparse.ArgumentParser, **options: Any) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a picture: a file or a data URL", **options)
