@@ -28,6 +28,7 @@ constexpr int LANES = 16;
 
 #if defined(__AVX512F__)
 
+constexpr int LANES_A_REGISTER = 16;
 struct F16 { __m512 v; };
 
 inline F16 zero() { return {_mm512_setzero_ps()}; }
@@ -54,6 +55,7 @@ inline F16 from_bf16(const uint16_t *p) {
 
 #elif defined(__AVX2__)
 
+constexpr int LANES_A_REGISTER = 8;
 struct F16 { __m256 lo, hi; };
 
 inline F16 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -87,6 +89,7 @@ inline F16 from_bf16(const uint16_t *p) {
 
 #else
 
+constexpr int LANES_A_REGISTER = 4;
 struct F16 { float v[LANES]; };
 
 template <class Op> inline F16 each(F16 a, F16 b, Op op) {

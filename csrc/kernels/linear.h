@@ -1,0 +1,369 @@
+// Linears over packed weights (weights.h), for every kind and any number of tokens.
+//
+// Activations become int8 with a scale for each 32 columns; products with the codes are exact integers; each group then
+// costs a multiplication by the weight's scale and a fused multiply-add into a float of the (row, token), in ascending
+// order of groups. Nothing else touches that float, so a result has the same bits however tokens and rows are cut.
+//
+// One step takes a tile of 16 rows and up to 16 tokens through all columns: a group's codes are decoded once into eight
+// vectors and multiplied with every token. For many tokens a panel of tiles stays in the second cache while blocks of 16
+// tokens pass by it.
+#pragma once
+
+#include "../weights.h"
+#include "integers.h"
+
+namespace gk {
+namespace GK_ISA {
+
+constexpr int TOKENS = 16;  // of a block of activations
+constexpr int FLOATS = LANES_A_REGISTER == 16 ? 8 : 4;  // tokens at once of kinds that multiply floats: their sums stay in registers
+constexpr int64_t PANEL = 384 << 10;  // bytes of weights that stay in the second cache
+
+// ---- activations ----------------------------------------------------------------------------------------------------
+
+// A block holds `width` tokens (16; the last fewer), group by group, tokens side by side: Group[groups][width].
+struct Room {
+    Group *at;
+    int64_t width;
+};
+inline Room block_of(const Activations &a, int64_t token) {
+    const int64_t first = token / TOKENS * TOKENS, rest = a.tokens - first;
+    return {(Group *)a.quantized + first * (a.cols / GROUP), rest < TOKENS ? rest : TOKENS};
+}
+
+inline void quantize_group(const float *x, Group &g) {
+    uint32_t most = 0;
+    for (int i = 0; i < GROUP; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        bits &= 0x7FFFFFFF;
+        most = bits > most ? bits : most;  // orders floats by size; infinite and not a number are the largest
+    }
+    float size;
+    std::memcpy(&size, &most, 4);
+    const bool finite = most < 0x7F800000;
+    // Below 2^-100 numbers count as zero: the reciprocal would overflow. What is not finite makes every result so.
+    const bool codes = finite && size >= 0x1p-100f;
+    const float inverse = codes ? 127.0f / size : 0.0f;
+    g.scale = codes ? size / 127.0f : finite ? 0.0f : std::nanf("");
+    alignas(64) int32_t n[GROUP];
+    if (codes) {
+        alignas(64) float rounded[GROUP];
+        for (int half = 0; half < 2; half++)
+            store(rounded + 16 * half, round(mul(load(x + 16 * half), all(inverse))));
+        for (int i = 0; i < GROUP; i++) n[i] = (int32_t)rounded[i];
+    } else {
+        std::memset(n, 0, sizeof n);
+    }
+    int32_t sum[2] = {0, 0};
+    for (int i = 0; i < 16; i++) sum[0] += n[i];
+    for (int i = 16; i < 32; i++) sum[1] += n[i];
+    for (int i = 0; i < GROUP; i++) g.codes[i] = (int8_t)n[i];
+    for (int half = 0; half < 2; half++) g.minus16[half] = -sum[half], g.plus16[half] = (float)sum[half];
+    g.minus32 = -sum[0] - sum[1];
+    g.plus32 = (float)(sum[0] + sum[1]);
+    g.unused = 0;
+}
+
+inline void quantize(const Activations &a, int64_t token0, int64_t token1) {
+    for (int64_t t = token0; t < token1; t++) {
+        const Room room = block_of(a, t);
+        const float *x = a.x + t * a.cols;
+        Group *at = room.at + t % TOKENS;
+        for (int64_t g = 0; g < a.cols / GROUP; g++) quantize_group(x + g * GROUP, at[g * room.width]);
+    }
+}
+
+// ---- decoding -------------------------------------------------------------------------------------------------------
+
+// A group's codes as eight chunks.
+template <Kind K> inline void decode(const uint8_t *p, B64 *w) {
+    constexpr Format f = format(K);
+    if constexpr (f.low == 8) {
+        GK_UNROLL
+        for (int c = 0; c < 8; c++) w[c] = bytes(p + 64 * c);
+    } else if constexpr (f.low == 4) {
+        GK_UNROLL
+        for (int c = 0; c < 4; c++) {
+            const B64 v = bytes(p + 64 * c);
+            w[c] = v & 15, w[c + 4] = (v >> 4) & 15;
+        }
+    } else {
+        const B64 v[2] = {bytes(p), bytes(p + 64)};
+        GK_UNROLL
+        for (int c = 0; c < 8; c++) w[c] = (v[c % 2] >> (c / 2 * 2)) & 3;
+    }
+    if constexpr (f.high == 2) {
+        const B64 v[2] = {bytes(p + 64 * f.low), bytes(p + 64 * f.low + 64)};
+        GK_UNROLL
+        for (int c = 0; c < 8; c++) {
+            const int at = c / 2 * 2;
+            const B64 moved = at < f.low ? v[c % 2] << (f.low - at) : v[c % 2] >> (at - f.low);
+            w[c] = w[c] | (moved & (3 << f.low));
+        }
+    } else if constexpr (f.high == 1) {
+        const B64 v = bytes(p + 64 * f.low);
+        GK_UNROLL
+        for (int c = 0; c < 8; c++) {
+            const B64 moved = c < f.low ? v << (f.low - c) : v >> (c - f.low);
+            w[c] = w[c] | (moved & (1 << f.low));
+        }
+    }
+}
+
+// A block's scales and minus its minima as floats, [group or half group][row].
+struct Scales {
+    alignas(64) float scale[16][TILE], minus[16][TILE];
+};
+
+// p: the block; supers: of this block, minima `stride` bytes after scales. n: groups.
+template <Kind K> inline void decode_scales(const uint8_t *p, const uint8_t *supers, int64_t stride, int64_t n, Scales &s) {
+    constexpr Format f = format(K);
+    const F16 nothing = zero();
+    if constexpr (!f.super) {
+        for (int64_t g = 0; g < n; g++) {
+            store(s.scale[g], from_half((const uint16_t *)p + g * TILE));
+            if constexpr (f.minima) store(s.minus[g], sub(nothing, from_half((const uint16_t *)p + (n + g) * TILE)));
+        }
+    } else {
+        const F16 super = from_half((const uint16_t *)supers);
+        const F16 super_minus = f.minima ? sub(nothing, from_half((const uint16_t *)(supers + stride))) : nothing;
+        if constexpr (K == Q6_K) {
+            for (int g = 0; g < 16; g++) store(s.scale[g], mul(super, from_i8(p + g * TILE)));
+        } else {
+            alignas(64) uint8_t small[2][16 * TILE];  // scales, minima
+            if constexpr (K == Q2_K) {
+                for (int i = 0; i < 4; i++) {
+                    const B64 both = bytes(p + 64 * i);
+                    put(small[0] + 64 * i, both & 15), put(small[1] + 64 * i, (both >> 4) & 15);
+                }
+            } else {
+                const B64 low[2] = {bytes(p), bytes(p + 64)}, high = bytes(p + 128);
+                // what lies at bits 0, 2, 4, 6 of the high byte: Q3_K counts on in quarters of the half groups
+                const B64 part[4] = {(high << 4) & 48, (high << 2) & 48, high & 48, (high >> 2) & 48};
+                if constexpr (K == Q3_K) {
+                    put(small[0], (low[0] & 15) | part[0]), put(small[0] + 64, (low[1] & 15) | part[1]);
+                    put(small[0] + 128, ((low[0] >> 4) & 15) | part[2]);
+                    put(small[0] + 192, ((low[1] >> 4) & 15) | part[3]);
+                } else {
+                    for (int i = 0; i < 2; i++) {
+                        put(small[0] + 64 * i, (low[i] & 15) | part[2 * i]);
+                        put(small[1] + 64 * i, ((low[i] >> 4) & 15) | part[2 * i + 1]);
+                    }
+                }
+            }
+            const F16 shift = all(K == Q3_K ? 32.0f : 0.0f);
+            for (int g = 0; g < 256 / f.group; g++) {
+                store(s.scale[g], mul(super, sub(from_u8(small[0] + g * TILE), shift)));
+                if constexpr (f.minima) store(s.minus[g], mul(super_minus, from_u8(small[1] + g * TILE)));
+            }
+        }
+    }
+}
+
+constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+
+// ---- multiplying ----------------------------------------------------------------------------------------------------
+
+// Group g of a block times that of M tokens, into their sums.
+template <Kind K, int M> inline void add_products(const B64 *w, const Scales &s, int64_t g, const Group *x, F16 *y) {
+    constexpr Format f = format(K);
+    constexpr int BITS = f.low + f.high, ZERO = BITS == 8 && SIGNED8 ? 0 : f.zero;
+    I16 n[M], m[M];
+    GK_UNROLL
+    for (int t = 0; t < M; t++) {
+        n[t] = !ZERO ? no_sum() : scaled(f.group == 32 ? x[t].minus32 : x[t].minus16[0], log2_of(ZERO));
+        m[t] = !ZERO ? no_sum() : scaled(x[t].minus16[1], log2_of(ZERO));
+    }
+    if constexpr (f.group == 32) {
+        dots<BITS, 0, 8, M>(w, x, n);
+    } else {
+        dots<BITS, 0, 4, M>(w, x, n);
+        dots<BITS, 4, 4, M>(w, x, m);
+    }
+    GK_UNROLL
+    for (int t = 0; t < M; t++) {
+        F16 v;
+        if constexpr (f.group == 32) {
+            v = mul(to_float(n[t]), load(s.scale[g]));
+            if constexpr (f.minima) v = fma(load(s.minus[g]), all(x[t].plus32), v);
+        } else {
+            v = mul(to_float(n[t]), load(s.scale[2 * g]));
+            v = fma(to_float(m[t]), load(s.scale[2 * g + 1]), v);
+            if constexpr (f.minima) {
+                v = fma(load(s.minus[2 * g]), all(x[t].plus16[0]), v);
+                v = fma(load(s.minus[2 * g + 1]), all(x[t].plus16[1]), v);
+            }
+        }
+        y[t] = fma(v, all(x[t].scale), y[t]);
+    }
+}
+
+inline void store_rows(float *to, F16 y, int64_t rows) {
+    if (rows >= TILE) {
+        store(to, y);
+    } else {
+        float part[TILE];
+        store(part, y);
+        std::memcpy(to, part, (size_t)rows * sizeof(float));
+    }
+}
+
+// A tile times N tokens: x is their first group, `width` from one group to the next.
+template <Kind K, int N>
+void multiply(const uint8_t *p, int64_t cols, int64_t rows, const Group *x, int64_t width, float *out, int64_t stride) {
+    constexpr Format f = format(K);
+    constexpr int M = N < 4 ? N : 4;
+    F16 y[N];
+    GK_UNROLL
+    for (int t = 0; t < N; t++) y[t] = zero();
+    const int64_t groups = cols / GROUP, minima = groups / BLOCK * TILE * 2;
+    const uint8_t *supers = p;
+    p += super_bytes(K, cols);
+    Scales s;
+    for (int64_t first = 0; first < groups; first += BLOCK, supers += TILE * 2) {
+        const int64_t n = f.super || groups - first >= BLOCK ? BLOCK : groups - first;
+        decode_scales<K>(p, supers, minima, n, s);
+        p += scale_bytes(K, n);
+        for (int64_t g = 0; g < n; g++, p += code_bytes(K), x += width) {
+            B64 w[8];
+            decode<K>(p, w);
+            GK_UNROLL
+            for (int t = 0; t + M <= N; t += M) add_products<K, M>(w, s, g, x + t, y + t);
+            if constexpr (N % M) add_products<K, N % M>(w, s, g, x + N / M * M, y + N / M * M);
+        }
+    }
+    GK_UNROLL
+    for (int t = 0; t < N; t++) store_rows(out + t * stride, y[t], rows);
+}
+
+// F32 and BF16: floats as they are. The sum of each 32 columns is added to the total: short sums err less than a long one.
+template <Kind K> inline F16 column(const uint8_t *p, int64_t c) {
+    if constexpr (K == F32) return load((const float *)p + c * TILE);
+    else return from_bf16((const uint16_t *)p + c * TILE);
+}
+template <Kind K, int N>
+void multiply_floats(const uint8_t *p, int64_t cols, int64_t rows, const float *x, float *out, int64_t stride) {
+    F16 y[N];
+    GK_UNROLL
+    for (int t = 0; t < N; t++) y[t] = zero();
+    for (int64_t first = 0; first < cols; first += GROUP) {
+        const int64_t end = cols - first < GROUP ? cols : first + GROUP;
+        F16 part[N];
+        GK_UNROLL
+        for (int t = 0; t < N; t++) part[t] = zero();
+        for (int64_t c = first; c < end; c++) {
+            const F16 w = column<K>(p, c);
+            GK_UNROLL
+            for (int t = 0; t < N; t++) part[t] = fma(w, all(x[t * cols + c]), part[t]);
+        }
+        GK_UNROLL
+        for (int t = 0; t < N; t++) y[t] = add(y[t], part[t]);
+    }
+    GK_UNROLL
+    for (int t = 0; t < N; t++) store_rows(out + t * stride, y[t], rows);
+}
+
+template <Kind K>
+void linear(const Weight &w, int64_t tile0, int64_t tile1, const Activations &a, float *y, int64_t stride) {
+    const int64_t bytes = tile_bytes(K, w.cols), panel = bytes < PANEL ? PANEL / (bytes ? bytes : 1) : 1;
+    for (int64_t start = tile0; start < tile1; start += panel) {
+        const int64_t stop = tile1 - start < panel ? tile1 : start + panel;
+        for (int64_t t = 0, n; t < a.tokens; t += n) {
+            const int64_t rest = a.tokens - t, place = t % TOKENS;
+            if constexpr (quantized(K)) {
+                n = rest >= TOKENS && !place ? TOKENS : rest >= 8 ? 8 : rest;
+            } else {
+                n = rest >= FLOATS ? FLOATS : rest > 3 ? 3 : rest;
+            }
+            for (int64_t tile = start; tile < stop; tile++) {
+                const uint8_t *p = w.data + tile * bytes;
+                const int64_t rows = w.rows - tile * TILE;
+                float *out = y + t * stride + tile * TILE;
+                if constexpr (quantized(K)) {
+                    constexpr decltype(&multiply<K, 1>) by_tokens[] = {
+                        multiply<K, 1>, multiply<K, 2>, multiply<K, 3>, multiply<K, 4>,      multiply<K, 5>,
+                        multiply<K, 6>, multiply<K, 7>, multiply<K, 8>, multiply<K, TOKENS>,
+                    };
+                    const Room room = block_of(a, t);
+                    by_tokens[n > 8 ? 8 : n - 1](p, w.cols, rows, room.at + place, room.width, out, stride);
+                } else {
+                    constexpr decltype(&multiply_floats<K, 1>) by_tokens[] = {
+                        multiply_floats<K, 1>, multiply_floats<K, 2>, multiply_floats<K, 3>, multiply_floats<K, FLOATS>,
+                    };
+                    by_tokens[n > 3 ? 3 : n - 1](p, w.cols, rows, a.x + t * w.cols, out, stride);
+                }
+            }
+        }
+    }
+}
+
+// ---- one row --------------------------------------------------------------------------------------------------------
+
+// scale * (code - zero) - min, each operation rounded for itself: the definition of ops/quantized.py.
+template <Kind K> void row(const Weight &w, int64_t index, float *out) {
+    constexpr Format f = format(K);
+    const uint8_t *p = w.data + index / TILE * tile_bytes(K, w.cols);
+    const int64_t r = index % TILE;
+    if constexpr (!quantized(K)) {
+        for (int64_t c = 0; c < w.cols; c++) {
+            uint32_t bits = 0;
+            if constexpr (K == F32) std::memcpy(&bits, p + (c * TILE + r) * 4, 4);
+            else std::memcpy((uint8_t *)&bits + 2, p + (c * TILE + r) * 2, 2);  // its upper half: all machines here are little-endian
+            std::memcpy(out + c, &bits, 4);
+        }
+    } else {
+        const int64_t groups = w.cols / GROUP, minima = groups / BLOCK * TILE * 2;
+        const uint8_t *supers = p;
+        p += super_bytes(K, w.cols);
+        Scales s;
+        alignas(64) uint8_t codes[8][64];
+        for (int64_t first = 0; first < groups; first += BLOCK, supers += TILE * 2) {
+            const int64_t n = f.super || groups - first >= BLOCK ? BLOCK : groups - first;
+            decode_scales<K>(p, supers, minima, n, s);
+            p += scale_bytes(K, n);
+            for (int64_t g = 0; g < n; g++, p += code_bytes(K), out += GROUP) {
+                B64 chunks[8];
+                decode<K>(p, chunks);
+                for (int c = 0; c < 8; c++) put(codes[c], chunks[c]);
+                for (int c = 0; c < 8; c++) {
+                    const int64_t at = f.group == 32 ? g : 2 * g + c / 4;
+                    for (int j = 0; j < 4; j++) {
+                        float value = (float)(codes[c][4 * r + j] - f.zero) * s.scale[at][r];
+                        if constexpr (f.minima) value = value + s.minus[at][r];
+                        out[4 * c + j] = value;
+                    }
+                }
+            }
+        }
+    }
+}
+
+// ---- any kind -------------------------------------------------------------------------------------------------------
+
+template <class Do> inline void by_kind(Kind kind, Do run) {
+    switch (kind) {
+        case F32: run.template operator()<F32>(); break;
+        case BF16: run.template operator()<BF16>(); break;
+        case Q4_0: run.template operator()<Q4_0>(); break;
+        case Q4_1: run.template operator()<Q4_1>(); break;
+        case Q5_0: run.template operator()<Q5_0>(); break;
+        case Q5_1: run.template operator()<Q5_1>(); break;
+        case Q8_0: run.template operator()<Q8_0>(); break;
+        case Q2_K: run.template operator()<Q2_K>(); break;
+        case Q3_K: run.template operator()<Q3_K>(); break;
+        case Q4_K: run.template operator()<Q4_K>(); break;
+        case Q5_K: run.template operator()<Q5_K>(); break;
+        case Q6_K: run.template operator()<Q6_K>(); break;
+        case KINDS: break;
+    }
+}
+inline void any_linear(const Weight &w, int64_t tile0, int64_t tile1, const Activations &a, float *y, int64_t stride) {
+    by_kind(w.kind, [&]<Kind K>() { linear<K>(w, tile0, tile1, a, y, stride); });
+}
+inline void any_row(const Weight &w, int64_t index, float *out) {
+    by_kind(w.kind, [&]<Kind K>() { row<K>(w, index, out); });
+}
+
+}  // namespace GK_ISA
+}  // namespace gk

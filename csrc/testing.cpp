@@ -1,0 +1,40 @@
+// What tests and benchmarks call of the kernels, by the name of an instruction set. Each returns 0 where that is missing.
+#include <new>
+
+#include "kernels/dispatch.h"
+#include "weights.h"
+
+#define GK_EXPORT extern "C" __attribute__((visibility("default")))
+
+GK_EXPORT int gk_has_isa(const char *isa) { return gk::kernels_named(isa) != nullptr; }
+
+// The name of the kernels in use, or null: GEMKIT_ISA asks for some that this machine or build has not.
+GK_EXPORT const char *gk_isa() {
+    const gk::Kernels *k = gk::best_kernels();
+    return k ? k->name : nullptr;
+}
+
+GK_EXPORT size_t gk_activation_bytes(int32_t kind, int64_t tokens, int64_t cols) {
+    return gk::activation_bytes((gk::Kind)kind, tokens, cols);
+}
+
+GK_EXPORT int gk_test_quantize(const char *isa, const float *x, int64_t tokens, int64_t cols, int64_t token0, int64_t token1,
+                               uint8_t *quantized) {
+    const gk::Kernels *k = gk::kernels_named(isa);
+    if (k) k->quantize({tokens, cols, x, quantized}, token0, token1);
+    return k != nullptr;
+}
+
+GK_EXPORT int gk_test_linear(const char *isa, int32_t kind, const uint8_t *packed, int64_t rows, int64_t cols, const float *x,
+                             uint8_t *quantized, int64_t tokens, float *y, int64_t stride, int64_t tile0, int64_t tile1) {
+    const gk::Kernels *k = gk::kernels_named(isa);
+    if (k) k->linear({(gk::Kind)kind, rows, cols, packed}, tile0, tile1, {tokens, cols, x, quantized}, y, stride);
+    return k != nullptr;
+}
+
+GK_EXPORT int gk_test_row(const char *isa, int32_t kind, const uint8_t *packed, int64_t rows, int64_t cols, int64_t row,
+                          float *out) {
+    const gk::Kernels *k = gk::kernels_named(isa);
+    if (k) k->row({(gk::Kind)kind, rows, cols, packed}, row, out);
+    return k != nullptr;
+}
