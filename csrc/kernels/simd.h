@@ -10,7 +10,15 @@
 #include <cstring>
 
 #if defined(__AVX2__)
+#if defined(__GNUC__) && !defined(__clang__)  // gcc 12 takes its own "undefined" registers for a mistake of ours
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 #endif
 
 #if defined(__AVX512F__)
@@ -186,6 +194,90 @@ inline float largest(F16 a) {
         for (int i = 0; i < d; i++) v[i] = v[i] > v[i + d] ? v[i] : v[i + d];
     return v[0];
 }
+
+// ---- choices, signs, powers of two, and rows that end within a register ---------------------------------------------
+
+#if defined(__AVX512F__)
+
+struct Mask { __mmask16 v; };
+
+inline Mask less(F16 a, F16 b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
+inline F16 choose(Mask m, F16 a, F16 b) { return {_mm512_mask_blend_ps(m.v, b.v, a.v)}; }  // a where m is set
+inline F16 absolute(F16 a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), a.v)}; }
+inline F16 with_sign(F16 size, F16 sign) {  // size is not negative
+    return {_mm512_or_ps(size.v, _mm512_and_ps(_mm512_set1_ps(-0.0f), sign.v))};
+}
+inline F16 ldexp(F16 a, F16 n) { return {_mm512_scalef_ps(a.v, n.v)}; }  // a * 2^n rounded once; n whole, |n| <= 160
+
+#elif defined(__AVX2__)
+
+struct Mask { __m256 lo, hi; };
+
+inline Mask less(F16 a, F16 b) { return {_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)}; }
+inline F16 choose(Mask m, F16 a, F16 b) {
+    return {_mm256_blendv_ps(b.lo, a.lo, m.lo), _mm256_blendv_ps(b.hi, a.hi, m.hi)};
+}
+inline F16 absolute(F16 a) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+inline F16 with_sign(F16 size, F16 sign) {
+    const __m256 bit = _mm256_set1_ps(-0.0f);
+    return {_mm256_or_ps(size.lo, _mm256_and_ps(bit, sign.lo)), _mm256_or_ps(size.hi, _mm256_and_ps(bit, sign.hi))};
+}
+inline __m256 ldexp_half(__m256 a, __m256 n) {  // in two steps, of which only the second can round
+    const __m256i whole = _mm256_cvtps_epi32(n), first = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+    const __m256i second = _mm256_sub_epi32(whole, first);
+    a = _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(first, bias), 23)));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(second, bias), 23)));
+}
+inline F16 ldexp(F16 a, F16 n) { return {ldexp_half(a.lo, n.lo), ldexp_half(a.hi, n.hi)}; }
+
+#else
+
+struct Mask { bool v[LANES]; };
+
+inline Mask less(F16 a, F16 b) {
+    Mask m;
+    for (int i = 0; i < LANES; i++) m.v[i] = a.v[i] < b.v[i];
+    return m;
+}
+inline F16 choose(Mask m, F16 a, F16 b) {
+    for (int i = 0; i < LANES; i++) a.v[i] = m.v[i] ? a.v[i] : b.v[i];
+    return a;
+}
+inline F16 absolute(F16 a) { return each(a, a, [](float x, float) { return std::fabs(x); }); }
+inline F16 with_sign(F16 size, F16 sign) { return each(size, sign, [](float x, float y) { return std::copysign(x, y); }); }
+inline F16 ldexp(F16 a, F16 n) {
+    return each(a, n, [](float x, float power) { return std::ldexp(x, power == power ? (int)power : 0); });
+}
+
+#endif
+
+// The first n of sixteen, 0 <= n <= 16; the others are zeros, and not touched in memory.
+inline F16 load_part(const float *p, int64_t n) {
+    alignas(64) float v[LANES] = {};
+    std::memcpy(v, p, (size_t)n * sizeof *p);
+    return load(v);
+}
+inline void store_part(float *p, F16 a, int64_t n) {
+    alignas(64) float v[LANES];
+    store(v, a);
+    std::memcpy(p, v, (size_t)n * sizeof *p);
+}
+inline F16 from_half_part(const uint16_t *p, int64_t n) {
+    uint16_t v[LANES] = {};
+    std::memcpy(v, p, (size_t)n * sizeof *p);
+    return from_half(v);
+}
+inline void to_half_part(uint16_t *p, F16 a, int64_t n) {
+    uint16_t v[LANES];
+    to_half(v, a);
+    std::memcpy(p, v, (size_t)n * sizeof *p);
+}
+
+// Ask for the line that holds p; any address will do.
+inline void prefetch(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace GK_ISA
 }  // namespace gk
