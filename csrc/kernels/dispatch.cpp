@@ -4,6 +4,8 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "attention.h"
+
 namespace gk {
 namespace {
 
@@ -40,6 +42,10 @@ const Kernels *best_kernels() {
         return portable_kernels();
     }();
     return best;
+}
+
+size_t attend_scratch_bytes(int32_t tokens, int32_t group, int32_t head_dim) {
+    return portable::scratch_bytes(tokens, group, head_dim);
 }
 
 #if !defined(GK_X86)

@@ -1,8 +1,11 @@
 // The table of kernels of whichever instruction set this is compiled for.
 #pragma once
 
+#include "attention.h"
+#include "elementwise.h"
 #include "linear.h"
-// attention.h, elementwise.h and recurrence.h are included here, and their fields filled below.
+#include "recurrence.h"
+#include "sketch.h"
 
 namespace gk {
 namespace GK_ISA {
@@ -13,6 +16,23 @@ inline Kernels kernels(const char *name) {
     k.quantize = quantize;
     k.linear = any_linear;
     k.row = any_row;
+    k.sketch = sketch;
+    k.rms_norm = rms_norm;
+    k.rope = rope;
+    k.gelu = gelu;
+    k.geglu = geglu;
+    k.softcap = softcap;
+    k.add = add;
+    k.mul = mul;
+    k.magnitude = magnitude;
+    k.put_key = put_key;
+    k.put_value = put_value;
+    k.attend = attend;
+    k.merge = merge;
+    k.finish = finish;
+    k.conv1d = conv1d;
+    k.block_linear = block_linear;
+    k.rg_lru = rg_lru;
     return k;
 }
 

@@ -15,8 +15,11 @@ from gemkit.ops.symbolic import Shape, Symbol
 from gemkit.program.ir import BATCH, Memory, Node, Program, Value, Weight
 
 
-def trace(module: Decoder) -> Program:
+def trace(module: Decoder, *, sees: bool = False) -> Program:
     """The forward pass of a decoder for any batch.
+
+    Args:
+        sees: image features may take the place of embeddings: E of them, an input beside the rows they go to.
 
     Raises:
         ModelError: if the module does something with an array that is no op; names it.
@@ -24,7 +27,8 @@ def trace(module: Decoder) -> Program:
     recorder = _Recorder(module)
     batch = _SymbolicBatch(recorder)
     try:
-        output = module(batch, _SymbolicState(module.config), batch.rows)
+        state, features = _SymbolicState(module.config), batch.features(module.config.width) if sees else None
+        output = module(batch, state, batch.rows, features)
     except (AttributeError, TypeError, IndexError) as error:  # a symbol was asked for what only an array has
         done = recorder.nodes[-1].op if recorder.nodes else "its beginning"
         raise ModelError(f"{type(module).__name__} cannot be traced after {done}: {error}") from error
@@ -88,16 +92,26 @@ class _SymbolicBatch(Batch):
     """A batch whose tokens are symbols and whose boundaries nobody has drawn."""
 
     def __init__(self, recorder: _Recorder):
+        self.recorder = recorder
         self.symbols = {name: recorder.new(("T",)) for name in ("tokens", "positions")}
         self.symbols["rows"] = self.rows = recorder.new(("R",))  # type: ignore[misc]  # hides the class method
-        for name in ("tokens", "positions"):
-            object.__setattr__(self, name, self.symbols[name])
+        self.tokens, self.positions = self.symbols["tokens"], self.symbols["positions"]  # type: ignore[misc]
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:  # a batch is frozen
         object.__setattr__(self, name, value)
+
+    def features(self, width: int) -> Symbol:
+        """Image features, whose number is the rows' that they go to."""
+        self.symbols["image_rows"] = self.image_rows = self.recorder.new(("E",))
+        self.symbols["features"] = self.recorder.new(("E", width))
+        return self.symbols["features"]
 
     def spans(self):
         return iter(())
+
+    def expect_features(self, features_ED: Any) -> None: ...
+
+    def expect_causal(self) -> None: ...
 
 
 class _SymbolicState:
