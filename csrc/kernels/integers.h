@@ -67,6 +67,9 @@ constexpr bool SIGNED8 = false;  // are 8-bit codes multiplied as signed numbers
 
 #elif defined(__AVX2__)
 
+// Keeps a sum in its register here and now: gcc otherwise multiplies first, stores all products, and adds them later.
+#define GK_KEEP(x) [&] { asm("" : "+x"(x)); }()
+
 struct B64 { __m256i lo, hi; };
 struct I16 { __m256i lo, hi; };
 
@@ -123,6 +126,7 @@ template <int BITS, int FIRST, int CHUNKS, int M> inline void dots(const B64 *w,
                 const __m256i p_lo = _mm256_maddubs_epi16(lo, x_lo), p_hi = _mm256_maddubs_epi16(hi, x_hi);
                 pairs[t].lo = c == run ? p_lo : _mm256_add_epi16(pairs[t].lo, p_lo);
                 pairs[t].hi = c == run ? p_hi : _mm256_add_epi16(pairs[t].hi, p_hi);
+                GK_KEEP(pairs[t].lo), GK_KEEP(pairs[t].hi);
             }
         }
         GK_UNROLL

@@ -226,10 +226,15 @@ void multiply(const uint8_t *p, int64_t cols, int64_t rows, const Group *x, int6
         decode_scales<K>(p, supers, minima, n, s);
         p += scale_bytes(K, n);
         for (int64_t g = 0; g < n; g++, p += code_bytes(K), x += width) {
+            for (int64_t i = 0; i < code_bytes(K); i += 64) __builtin_prefetch(p + 2048 + i);
             B64 w[8];
             decode<K>(p, w);
+            if constexpr (N > M && LANES_A_REGISTER == 8) asm volatile("" : "+m"(w));
             GK_UNROLL
-            for (int t = 0; t + M <= N; t += M) add_products<K, M>(w, s, g, x + t, y + t);
+            for (int t = 0; t + M <= N; t += M) {
+                add_products<K, M>(w, s, g, x + t, y + t);
+                if constexpr (N > M && LANES_A_REGISTER == 8) asm volatile("" : "+m"(w), "+m"(y));
+            }
             if constexpr (N % M) add_products<K, N % M>(w, s, g, x + N / M * M, y + N / M * M);
         }
     }
