@@ -1,6 +1,7 @@
 #include "executor.h"
 
 #include "kernels/sketch.h"
+#include "sketch.h"
 #include "weights.h"
 
 #include <algorithm>
@@ -467,22 +468,13 @@ bool Executor::screen(Run &run, const Step &s) {
     if (call.n_rows != 1 || !call.wanted || !call.wanted[0].best || call.wanted[0].best > tiles / 8) return false;
     const Wanted &wanted = call.wanted[0];
 
-    // The rotation of the table (program/sketch.py): signs, then a Walsh-Hadamard transform of blocks; and to int8.
+    // turned as the table was, and rounded to int8
     const float *x = run.at(*this, s.in[1], 0), *signs = (const float *)table_[s.n[2] - 1].data;
     std::vector<float> turned(cols);
-    const int64_t block = cols & -cols;
-    double squares = 0;
-    for (int64_t i = 0; i < cols; i++) turned[i] = x[i] * signs[i], squares += (double)x[i] * x[i];
-    for (int64_t first = 0; first < cols; first += block)
-        for (int64_t width = 1; width < block; width *= 2)
-            for (int64_t i = first; i < first + block; i += 2 * width)
-                for (int64_t k = i; k < i + width; k++) {
-                    const float a = turned[k], b = turned[k + width];
-                    turned[k] = a + b, turned[k + width] = a - b;
-                }
-    const float unit = 1 / std::sqrt((float)block);
+    rotate(x, signs, cols, turned.data());
     float most = 0;
-    for (float &value : turned) value *= unit, most = std::max(most, std::fabs(value));
+    double squares = 0;
+    for (const float value : turned) most = std::max(most, std::fabs(value)), squares += (double)value * value;
     if (!(most > 0) || !std::isfinite(most)) return false;
     std::vector<int8_t> q((cols + 15) / 16 * 16);
     int32_t sum = 0;

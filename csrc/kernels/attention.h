@@ -16,7 +16,7 @@
 namespace gk {
 namespace GK_ISA {
 
-constexpr int BLOCK = 32;  // rows that pass over a panel of columns while it is in the nearest cache
+constexpr int PASS = 32;  // rows that pass over a panel of columns while it is in the nearest cache
 constexpr int REGISTERS = PAGE / LANES;
 
 inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -24,7 +24,7 @@ inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / 
 // The same for every instruction set: attend_scratch_bytes returns it.
 inline size_t scratch_bytes(int64_t tokens, int64_t group, int64_t head_dim) {
     const int64_t width = up_to(head_dim, LANES);
-    const int64_t floats = up_to(tokens * group, 16) * head_dim + PAGE * head_dim + PAGE * width + BLOCK * (PAGE + 1);
+    const int64_t floats = up_to(tokens * group, 16) * head_dim + PAGE * head_dim + PAGE * width + PASS * (PAGE + 1);
     return (size_t)floats * sizeof(float) + 64;
 }
 
@@ -94,8 +94,8 @@ struct Rows {
     const Attend *a;
     Partial p;
     const float *q;  // scaled, ROWS side by side
-    float *scores;   // (BLOCK, PAGE), then weights
-    float *factor;   // (BLOCK)
+    float *scores;   // (PASS, PAGE), then weights
+    float *factor;   // (PASS)
     int64_t token(int64_t row) const { return row / a->group; }
     Range sees(int64_t row, int64_t first) const {  // slots of the page that begins at position first
         const Range all = visible(*a, a->position + token(row));
@@ -175,7 +175,7 @@ inline void gather(const Rows &rows, const Page<Cell> &page, int64_t row, const 
     for (; r < registers; r++) columns(r, Number<1>());
 }
 
-// Rows row0 .. row1, at most BLOCK and from a multiple of ROWS or the first that sees anything on.
+// Rows row0 .. row1, at most PASS and from a multiple of ROWS or the first that sees anything on.
 template <class Cell> inline void advance(const Rows &rows, const Page<Cell> &page, int64_t row0, int64_t row1) {
     const auto panels = [&](auto f) {
         for (int64_t row = row0; row < row1;) {
@@ -221,7 +221,7 @@ inline void attend(const Attend &a, const Pages &pages, int64_t page0, int64_t p
     float *room = (float *)(((uintptr_t)scratch + 63) / 64 * 64);
     float *q = room, *keys = q + up_to(rows, ROWS) * head_dim, *values = keys + PAGE * head_dim;
     float *scores = values + PAGE * up_to(head_dim, LANES);
-    const Rows all_rows = {&a, p, q, scores, scores + BLOCK * PAGE};
+    const Rows all_rows = {&a, p, q, scores, scores + PASS * PAGE};
 
     for (int64_t row = 0; row < rows; row++) {
         const float *from = a.q + row / a.group * a.q_stride + row % a.group * head_dim;
@@ -263,7 +263,7 @@ inline void attend(const Attend &a, const Pages &pages, int64_t page0, int64_t p
         widen_values(pages.values[i], head_dim, lo, hi, values);
         const Page<float> page = {{keys, LANES * head_dim, 0}, {values, LANES * PAGE, 0}, nullptr, nullptr, i * PAGE};
         for (int64_t row = row0; row < row1;) {
-            const int64_t end = row / BLOCK * BLOCK + BLOCK < row1 ? row / BLOCK * BLOCK + BLOCK : row1;
+            const int64_t end = row / PASS * PASS + PASS < row1 ? row / PASS * PASS + PASS : row1;
             advance(all_rows, page, row, end);
             row = end;
         }

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "simd.h"
+#include "table.h"
 
 namespace gk {
 

@@ -33,8 +33,12 @@ _DONE, _STOPPED, _NO_MEMORY, _TOO_LARGE = range(4)
 
 
 @cache
-def library() -> ctypes.PyDLL:
+def library(*, free: bool = False) -> ctypes.CDLL:
     """The native library.
+
+    Args:
+        free: whether its functions are called without Python's lock, so that several threads can. A run is called with
+            it: it gives the lock up itself, and takes it to let signals be seen.
 
     Raises:
         ModelError: if the installation has none, or one of another version.
@@ -46,7 +50,7 @@ def library() -> ctypes.PyDLL:
             "Install one (g++ 11 or newer) and reinstall gemkit, or use the executor torch"
         )
     try:
-        loaded = ctypes.PyDLL(str(path))  # a run gives up the GIL itself, and takes it to let signals be seen
+        loaded = (ctypes.CDLL if free else ctypes.PyDLL)(str(path))
         version = loaded.gk_version()
     except (OSError, AttributeError) as error:
         raise ModelError(f"{path} cannot be used as the native executor: {error}") from error
@@ -66,13 +70,14 @@ def _installed() -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def _declare(loaded: ctypes.PyDLL) -> None:
+def _declare(loaded: ctypes.CDLL) -> None:
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     for name, result, arguments in (
         ("gk_error", ctypes.c_char_p, []),
         ("gk_isa", ctypes.c_char_p, []),
         ("gk_packed_bytes", ctypes.c_size_t, [i32, i64, i64]),
         ("gk_pack", i32, [i32, i64, i64, pointer, pointer, i64, i64]),
+        ("gk_make_sketch", i32, [i32, pointer, i64, i64, pointer, pointer, i64, i64]),
         ("gk_executor_new", pointer, [pointer, i64] * 4),
         ("gk_executor_free", None, [pointer]),
         ("gk_executor_bytes", i64, [pointer]),

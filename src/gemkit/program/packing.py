@@ -21,7 +21,7 @@ from gemkit.program import sketch
 from gemkit.program.ir import Weight
 from gemkit.program.lower import Frequencies, Plain, Signs, Sketch, lower, packed_weights, plain_weights
 from gemkit.program.native import library, threads
-from gemkit.program.pack import KINDS, PLAIN, Pack, Writer
+from gemkit.program.pack import KINDS, PLAIN, Entry, Pack, Writer
 from gemkit.program.trace import trace
 
 PLANES = ("codes", "high", "scales", "mins", "super_scales", "super_mins")
@@ -69,12 +69,13 @@ def pack(module: Decoder, target: Path | None, source: str, notes: list[str]) ->
 
 def _written(module: Decoder, writer: Writer, target: Path) -> Pack:
     with writer.file(target) as whole, ThreadPoolExecutor(threads()) as pool:
+        places = {entry.name: entry for entry in writer.entries}
         for weight, entry in zip(writer.order, writer.entries, strict=True):
             room = writer.room(whole, entry)
             if isinstance(weight, Weight) and entry.kind != PLAIN:
                 _pack_one(weight, _held(module, weight.name), room, pool.map)
             elif isinstance(weight, Sketch):
-                _sketch(_held(module, weight.table.name), room)
+                _sketch(places[weight.table.name], writer.room(whole, places[weight.table.name]), room, pool.map)
             else:
                 room[:] = _values(module, weight).view(np.uint8)
     return Pack(target)
@@ -97,10 +98,22 @@ def _pack_one(weight: Weight, value: Any, room: np.ndarray, each: Callable[..., 
 
     def part(start: int) -> None:
         end = min(rows, start + step)
-        if not library().gk_pack(_kind(weight), rows, cols, ctypes.byref(given), room.ctypes.data, start, end):
+        if not library(free=True).gk_pack(_kind(weight), rows, cols, ctypes.byref(given), room.ctypes.data, start, end):
             raise WeightsError(f"{weight.name} of kind {weight.kind} and shape {weight.shape} cannot be packed")
 
     list(each(part, range(0, rows, step)))
+
+
+def _sketch(table: Entry, packed: np.ndarray, room: np.ndarray, each: Callable[..., Any]) -> None:
+    signs = sketch.signs(table.cols)
+    tiles = -(-table.rows // sketch.TILE)
+
+    def part(start: int) -> None:
+        given = table.kind, packed.ctypes.data, table.rows, table.cols, signs.ctypes.data, room.ctypes.data
+        made = library(free=True).gk_make_sketch(*given, start, min(tiles, start + 256))
+        assert made, "the library was found to have kernels before"
+
+    list(each(part, range(0, tiles, 256)))
 
 
 def _held(module: Decoder, name: str) -> Any:
@@ -130,10 +143,3 @@ def _values(module: Decoder, plain: Plain) -> np.ndarray:
             value: Tensor = _held(module, name)
             return value.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1)
     raise AssertionError(f"{plain} is packed elsewhere")
-
-
-def _sketch(table: Tensor | ops.Quantized, room: np.ndarray) -> None:
-    at = 0
-    for tiles in sketch.sketch(table):
-        room[at : at + tiles.nbytes] = tiles.reshape(-1)
-        at += tiles.nbytes
