@@ -1,6 +1,7 @@
 """The kernels, compiled for each instruction set that runs here."""
 
 import pytest
+
 from unit.native import built
 
 
