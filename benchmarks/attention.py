@@ -5,9 +5,12 @@
 
 Decode: one token after 4,096, heads of 256, many layers in turn so that no cache holds their keys and values; the share
 is that of a plain read of memory. Prefill: a prompt from its start, the share that of independent fused multiply-adds;
-only pairs of a query and a key that it sees are counted. Each figure, and each limit, is the best of three medians of the
-slowest thread's processor time: others may use the machine at the same time, and waiting for them is not counted, though
-what they do to the caches and to memory is. The last line is one JSON object.
+only pairs of a query and a key that it sees are counted.
+
+Each figure, and each limit, is the best of three medians of the slowest thread's processor time: others may use the
+machine at the same time, and waiting for them is not counted, though what they do to caches and memory is. With two
+threads on a busy machine the two may not run at the same moment, and then share less than they would. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -196,8 +199,18 @@ def decode(lib, threads: int, depth: int, kv_heads: int, group: int, softcap: fl
         other, keep_too = partial(group, head_dim)
         out, scratch = np.zeros(group * head_dim, np.float32), np.zeros(scratch_bytes(group, head_dim), np.uint8)
         held += [keep, keep_too, out, scratch, whole, other]
-        call = (ctypes.addressof(attend), ctypes.addressof(heads.pages) + first * ctypes.sizeof(Pages), part, page0,
-                page1, SEGMENT, ctypes.addressof(whole), ctypes.addressof(other), address(out), address(scratch))  # fmt: skip
+        layers_heads = ctypes.addressof(heads.pages) + first * ctypes.sizeof(Pages)
+        partials = ctypes.addressof(whole), ctypes.addressof(other)
+        call = (
+            ctypes.addressof(attend),
+            layers_heads,
+            part,
+            page0,
+            page1,
+            SEGMENT,
+            *partials,
+            *map(address, (out, scratch)),
+        )
         works.append(lambda call=call: lib.attend_all(*call))
     return timed(works, 5) / layers, kv_heads * depth * head_dim * 4
 

@@ -51,14 +51,22 @@ inline void block_linear(const float *x, int64_t tokens, int64_t blocks, int64_t
                 });
         };
         int64_t column = 0;
-        if (tokens == 1)  // a single row has registers to spare, and too few sums to hide how long each step takes
-            for (; column + 4 * LANES <= width; column += 4 * LANES) {
-                float *out = y + block * width + column;
-                product<1, 4>(
-                    x + block * width, 0, Number<1>(), w + column, width, width,
-                    [&](int, int v) { return load(first + column + v * LANES); },
-                    [&](int, int v, F16 sum) { store(out + v * LANES, sum); });
-            }
+        if (tokens == 1) {  // bound by memory: a few inputs at a time for all columns, while the next weights are fetched
+            constexpr int64_t INPUTS = 16, COLUMNS = 4 * LANES;
+            const float *in = x + block * width;
+            float *out = y + block * width;
+            for (int64_t i = 0; i < width; i += INPUTS)
+                for (column = 0; column + COLUMNS <= width; column += COLUMNS) {
+                    const float *next = w + (i + INPUTS < width ? i + INPUTS : i) * width + column * INPUTS;
+                    product<1, 4>(
+                        in + i, 0, Number<1>(), w + i * width + column, width, width - i < INPUTS ? width - i : INPUTS,
+                        [&](int, int v) { return load((i ? out : first) + column + v * LANES); },
+                        [&](int, int v, F16 sum) { store(out + column + v * LANES, sum); },
+                        [&](int64_t k) {
+                            for (int line = 0; line < 4; line++) prefetch(next + k * COLUMNS + line * LANES);
+                        });
+                }
+        }
         for (; column + WIDE * LANES <= width; column += WIDE * LANES) columns(column, Number<WIDE>());
         for (; column + LANES <= width; column += LANES) columns(column, Number<1>());
         if (const int64_t left = width - column)
