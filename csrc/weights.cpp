@@ -36,8 +36,10 @@ template <class T> void scatter(const T *from, T *to, int64_t stride, int rows, 
 }
 
 // Walks a tile's parts with one function for a plane's piece: place(plane, element size, elements a row, first of these,
-// count, packed bytes). Scales of fewer than 8 bits have functions of their own.
-template <class Place, class Small> bool walk(Kind kind, int64_t cols, const Planes &p, uint8_t *tile, Place place, Small small) {
+// count, packed bytes). Scales of fewer than 8 bits and codes of 6 have functions of their own: small(block, packed bytes)
+// and six(group, packed bytes).
+template <class Place, class Small, class Six>
+bool walk(Kind kind, int64_t cols, const Planes &p, uint8_t *tile, Place place, Small small, Six six) {
     const Format f = format(kind);
     const int64_t groups = cols / GROUP, blocks = groups / BLOCK;
     uint8_t *at = tile;
@@ -58,8 +60,9 @@ template <class Place, class Small> bool walk(Kind kind, int64_t cols, const Pla
         }
         at += scale_bytes(kind, n);
         for (int64_t i = g; i < g + n; i++) {
-            place(p.codes, 4, groups * f.low, i * f.low, (int64_t)f.low, at);
-            if (f.high) place(p.high, 4, groups * f.high, i * f.high, (int64_t)f.high, at + 64 * f.low);
+            if (kind == Q6_K) six(i, at);
+            else place(p.codes, 4, groups * f.low, i * f.low, (int64_t)f.low, at);
+            if (f.high && kind != Q6_K) place(p.high, 4, groups * f.high, i * f.high, (int64_t)f.high, at + 64 * f.low);
             at += code_bytes(kind);
         }
     }
@@ -101,6 +104,26 @@ void split_scales(Kind kind, const uint8_t *from, int64_t step, uint8_t *s, uint
             s[j] = (uint8_t)((from[j * step] & 15) | high(j % 4, j / 4 * 4));
             m[j] = (uint8_t)(from[j * step] >> 4 | high(j % 4, j / 4 * 4 + 2));
         }
+    }
+}
+
+// A row's group of 6-bit codes: four words of low bits and two of high bits, to the six that weights.h describes, and back.
+void join_six(const uint32_t *low, const uint32_t *high, uint32_t *to) {
+    uint32_t chunk[8];
+    for (int c = 0; c < 8; c++)
+        chunk[c] = (low[c % 4] >> (c / 4 * 4) & 0x0F0F0F0F) | (high[c % 2] >> (c / 2 * 2) & 0x03030303) << 4;
+    for (int v = 0; v < 6; v++) to[v] = chunk[v / 3 * 4 + v % 3] | (chunk[v / 3 * 4 + 3] >> (v % 3 * 2) & 0x03030303) << 6;
+}
+void split_six(const uint32_t *from, uint32_t *low, uint32_t *high) {
+    uint32_t chunk[8] = {};
+    for (int v = 0; v < 6; v++) {
+        chunk[v / 3 * 4 + v % 3] = from[v] & 0x3F3F3F3F;
+        chunk[v / 3 * 4 + 3] |= (from[v] >> 6 & 0x03030303) << (v % 3 * 2);
+    }
+    low[0] = low[1] = low[2] = low[3] = high[0] = high[1] = 0;
+    for (int c = 0; c < 8; c++) {
+        low[c % 4] |= (chunk[c] & 0x0F0F0F0F) << (c / 4 * 4);
+        high[c % 2] |= (chunk[c] >> 4 & 0x03030303) << (c / 2 * 2);
     }
 }
 
@@ -173,8 +196,6 @@ bool pack(Kind kind, int64_t rows, int64_t cols, const Planes &planes, uint8_t *
             if (size == 1) gather(from, stride, n, count, to);
             if (size == 2) gather((const uint16_t *)from, stride, n, count, (uint16_t *)to);
             if (size == 4) gather((const uint32_t *)from, stride, n, count, (uint32_t *)to);
-            if (size == 4 && f.low == 8)
-                for (int64_t i = 0; i < count * 64; i++) to[i] ^= 128;
         };
         const int64_t many = cols / f.group;
         const auto small = [&](int64_t block, uint8_t *to) {
@@ -187,7 +208,17 @@ bool pack(Kind kind, int64_t rows, int64_t cols, const Planes &planes, uint8_t *
             }
             return good;
         };
-        if (!walk(kind, cols, planes, tile, place, small)) return false;
+        const auto six = [&](int64_t group, uint8_t *to) {
+            std::memset(to, 0, 6 * 64);
+            for (int r = 0; r < n; r++) {
+                uint32_t low[4], high[2], words[6];
+                std::memcpy(low, (const uint8_t *)planes.codes + ((row + r) * groups + group) * 16, 16);
+                std::memcpy(high, (const uint8_t *)planes.high + ((row + r) * groups + group) * 8, 8);
+                join_six(low, high, words);
+                for (int v = 0; v < 6; v++) std::memcpy(to + 64 * v + 4 * r, &words[v], 4);
+            }
+        };
+        if (!walk(kind, cols, planes, tile, place, small, six)) return false;
     }
     return true;
 }
@@ -209,12 +240,7 @@ bool unpack(Kind kind, int64_t rows, int64_t cols, const uint8_t *packed, const 
             uint8_t *to = (uint8_t *)plane + (row * stride + first) * size;
             if (size == 1) scatter(from, to, stride, n, count);
             if (size == 2) scatter((const uint16_t *)from, (uint16_t *)to, stride, n, count);
-            if (size == 4 && f.low < 8) scatter((const uint32_t *)from, (uint32_t *)to, stride, n, count);
-            if (size == 4 && f.low == 8) {
-                uint8_t group[512];
-                for (int64_t i = 0; i < count * 64; i++) group[i] = from[i] ^ 128;
-                scatter((const uint32_t *)group, (uint32_t *)to, stride, n, count);
-            }
+            if (size == 4) scatter((const uint32_t *)from, (uint32_t *)to, stride, n, count);
         };
         const int64_t many = cols / f.group;
         const auto small = [&](int64_t block, const uint8_t *from) {
@@ -225,7 +251,16 @@ bool unpack(Kind kind, int64_t rows, int64_t cols, const uint8_t *packed, const 
             }
             return true;
         };
-        walk(kind, cols, planes, tile, place, small);
+        const auto six = [&](int64_t group, const uint8_t *from) {
+            for (int r = 0; r < n; r++) {
+                uint32_t low[4], high[2], words[6];
+                for (int v = 0; v < 6; v++) std::memcpy(&words[v], from + 64 * v + 4 * r, 4);
+                split_six(words, low, high);
+                std::memcpy((uint8_t *)planes.codes + ((row + r) * (cols / GROUP) + group) * 16, low, 16);
+                std::memcpy((uint8_t *)planes.high + ((row + r) * (cols / GROUP) + group) * 8, high, 8);
+            }
+        };
+        walk(kind, cols, planes, tile, place, small, six);
     }
     return true;
 }

@@ -10,13 +10,16 @@
 //
 // A group of codes is eight chunks of 4 columns; chunk c, byte 4 r + j is the code of row r, column 4 c + j:
 //
-//     8 bits      vector c is chunk c, with 128 added: kernels multiply unsigned codes by signed activations
+//     8 bits      vector c is chunk c, signed as it is
 //     4 bits      vector c holds chunk c in the low half of each byte, chunk c + 4 in the high half      (c = 0 .. 3)
 //     2 bits      vector v holds chunk 2 i + v at bit 2 i of each byte                                   (v = 0, 1)
 //     1 bit       the vector holds chunk c at bit c of each byte
+//     6 bits      vector v holds a chunk in the low bits of each byte: 0, 1, 2, then 4, 5, 6; the high bits of the first
+//                 three hold chunk 3, two bits each, low ones first; those of the others chunk 7    (v = 0 .. 5; Q6_K)
 //
-// the low bits' vectors first, then those of the high bits. These are the planes' own 32-bit words, transposed. Scales (S)
-// and minima (M) of a block, for each of the 16 rows:
+// Where a kind has two planes, the low bits' vectors come first, then those of the high bits, except for Q6_K: 4 and 2
+// bits would take twice as long to put together. All others are the planes' own 32-bit words, transposed. Scales (S) and
+// minima (M) of a block, for each of the 16 rows:
 //
 //     Q4_0 Q5_0 Q8_0    float16 S of each group
 //     Q4_1 Q5_1         float16 S of each group, then M of each
@@ -40,7 +43,7 @@ constexpr int BLOCK = 8;  // groups
 struct Format {
     int low, high;  // bits of the two planes of codes; 0: none
     int group;  // columns that share a scale; 0: not quantized
-    int zero;  // the code that stands for 0, here: as the kernels see it
+    int zero;  // the code that stands for 0
     bool minima, super;
 };
 
@@ -50,7 +53,7 @@ constexpr Format format(Kind kind) {
         case Q4_1: return {4, 0, 32, 0, true, false};
         case Q5_0: return {4, 1, 32, 16, false, false};
         case Q5_1: return {4, 1, 32, 0, true, false};
-        case Q8_0: return {8, 0, 32, 128, false, false};
+        case Q8_0: return {8, 0, 32, 0, false, false};
         case Q2_K: return {2, 0, 16, 0, true, true};
         case Q3_K: return {2, 1, 16, 4, false, true};
         case Q4_K: return {4, 0, 32, 0, true, true};

@@ -37,6 +37,7 @@ inline B64 bytes(const uint8_t *p) { return {_mm512_loadu_si512(p)}; }
 inline void put(uint8_t *p, B64 a) { _mm512_storeu_si512(p, a.v); }
 inline B64 operator&(B64 a, uint8_t mask) { return {_mm512_and_si512(a.v, _mm512_set1_epi8((char)mask))}; }
 inline B64 operator|(B64 a, B64 b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline B64 operator^(B64 a, uint8_t mask) { return {_mm512_xor_si512(a.v, _mm512_set1_epi8((char)mask))}; }
 // Bits go over the borders of bytes: a mask must follow.
 inline B64 operator>>(B64 a, int n) { return {_mm512_srli_epi16(a.v, (unsigned)n)}; }
 inline B64 operator<<(B64 a, int n) { return {_mm512_slli_epi16(a.v, (unsigned)n)}; }
@@ -51,6 +52,9 @@ inline F16 from_i8(const uint8_t *p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)))};
 }
 
+// Multiplies unsigned by signed bytes alone: signed codes are decoded 128 higher, and dots counts from there.
+constexpr int ABOVE = 128;
+
 // sums[t] += codes of chunks FIRST .. FIRST + CHUNKS times those of token t, for M tokens from x. Codes have BITS bits.
 template <int BITS, int FIRST, int CHUNKS, int M> inline void dots(const B64 *w, const Group *x, I16 *sums) {
     GK_UNROLL
@@ -63,7 +67,6 @@ template <int BITS, int FIRST, int CHUNKS, int M> inline void dots(const B64 *w,
         }
     }
 }
-constexpr bool SIGNED8 = false;  // are 8-bit codes multiplied as signed numbers, without a zero point?
 
 #elif defined(__AVX2__)
 
@@ -82,6 +85,10 @@ inline B64 operator&(B64 a, uint8_t mask) {
     return {_mm256_and_si256(a.lo, m), _mm256_and_si256(a.hi, m)};
 }
 inline B64 operator|(B64 a, B64 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+inline B64 operator^(B64 a, uint8_t mask) {
+    const __m256i m = _mm256_set1_epi8((char)mask);
+    return {_mm256_xor_si256(a.lo, m), _mm256_xor_si256(a.hi, m)};
+}
 inline B64 operator>>(B64 a, int n) { return {_mm256_srli_epi16(a.lo, n), _mm256_srli_epi16(a.hi, n)}; }
 inline B64 operator<<(B64 a, int n) { return {_mm256_slli_epi16(a.lo, n), _mm256_slli_epi16(a.hi, n)}; }
 
@@ -100,6 +107,8 @@ inline F16 from_i8(const uint8_t *p) {
     return to_float({_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))});
 }
 
+constexpr int ABOVE = 0;  // signed codes stay as they are
+
 template <int BITS, int FIRST, int CHUNKS, int M> inline void dots(const B64 *w, const Group *x, I16 *sums) {
     // A pair of products of codes of n bits by at most 127 stays below 2^(n + 8): this many pairs fit 16 bits.
     constexpr int FIT = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
@@ -110,18 +119,15 @@ template <int BITS, int FIRST, int CHUNKS, int M> inline void dots(const B64 *w,
         I16 pairs[M];
         GK_UNROLL
         for (int c = run; c < run + RUN; c++) {
-            __m256i lo = w[c].lo, hi = w[c].hi, sign_lo = lo, sign_hi = hi;
-            if constexpr (BITS == 8) {
-                sign_lo = _mm256_xor_si256(lo, _mm256_set1_epi8(-128)), sign_hi = _mm256_xor_si256(hi, _mm256_set1_epi8(-128));
-                lo = _mm256_abs_epi8(sign_lo), hi = _mm256_abs_epi8(sign_hi);
-            }
+            __m256i lo = w[c].lo, hi = w[c].hi;
+            if constexpr (BITS == 8) lo = _mm256_abs_epi8(lo), hi = _mm256_abs_epi8(hi);
             GK_UNROLL
             for (int t = 0; t < M; t++) {
                 int32_t four;
                 std::memcpy(&four, x[t].codes + 4 * c, 4);
                 __m256i x_lo = _mm256_set1_epi32(four), x_hi = x_lo;
                 if constexpr (BITS == 8) {  // |w| * (sign of w) x: 128 * 127 * 2 fits
-                    x_lo = _mm256_sign_epi8(x_lo, sign_lo), x_hi = _mm256_sign_epi8(x_hi, sign_hi);
+                    x_lo = _mm256_sign_epi8(x_lo, w[c].lo), x_hi = _mm256_sign_epi8(x_hi, w[c].hi);
                 }
                 const __m256i p_lo = _mm256_maddubs_epi16(lo, x_lo), p_hi = _mm256_maddubs_epi16(hi, x_hi);
                 pairs[t].lo = c == run ? p_lo : _mm256_add_epi16(pairs[t].lo, p_lo);
@@ -136,7 +142,6 @@ template <int BITS, int FIRST, int CHUNKS, int M> inline void dots(const B64 *w,
         }
     }
 }
-constexpr bool SIGNED8 = true;
 
 #else
 
@@ -159,6 +164,9 @@ inline B64 operator&(B64 a, uint8_t mask) {
 inline B64 operator|(B64 a, B64 b) {
     for (int i = 0; i < 64; i++) a.v[i] |= b.v[i];
     return a;
+}
+inline B64 operator^(B64 a, uint8_t mask) {
+    return each_byte(a, [mask](int x) { return x ^ mask; });
 }
 inline B64 operator>>(B64 a, int n) {
     return each_byte(a, [n](int x) { return x >> n; });
@@ -189,13 +197,14 @@ inline F16 from_i8(const uint8_t *p) {
     return r;
 }
 
+constexpr int ABOVE = 128;  // bytes are unsigned here too
+
 template <int BITS, int FIRST, int CHUNKS, int M> inline void dots(const B64 *w, const Group *x, I16 *sums) {
     for (int c = FIRST; c < FIRST + CHUNKS; c++)
         for (int t = 0; t < M; t++)
             for (int r = 0; r < LANES; r++)
                 for (int j = 0; j < 4; j++) sums[t].v[r] += w[c].v[4 * r + j] * x[t].codes[4 * c + j];
 }
-constexpr bool SIGNED8 = false;
 
 #endif
 

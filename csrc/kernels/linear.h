@@ -17,6 +17,8 @@ namespace GK_ISA {
 
 constexpr int TOKENS = 16;  // of a block of activations
 constexpr int FLOATS = LANES_A_REGISTER == 16 ? 8 : 4;  // tokens at once of kinds that multiply floats: their sums stay in registers
+// From this many tokens on, weights are asked for ahead of their use; for fewer, the processor does so better by itself.
+constexpr int AHEAD = 3;
 constexpr int64_t PANEL = 384 << 10;  // bytes of weights that stay in the second cache
 
 // ---- activations ----------------------------------------------------------------------------------------------------
@@ -76,12 +78,22 @@ inline void quantize(const Activations &a, int64_t token0, int64_t token1) {
 
 // ---- decoding -------------------------------------------------------------------------------------------------------
 
-// A group's codes as eight chunks.
+// A group's codes as eight chunks; signed ones ABOVE higher.
 template <Kind K> inline void decode(const uint8_t *p, B64 *w) {
     constexpr Format f = format(K);
     if constexpr (f.low == 8) {
         GK_UNROLL
-        for (int c = 0; c < 8; c++) w[c] = bytes(p + 64 * c);
+        for (int c = 0; c < 8; c++) {
+            w[c] = bytes(p + 64 * c);
+            if constexpr (ABOVE) w[c] = w[c] ^ ABOVE;
+        }
+    } else if constexpr (K == Q6_K) {
+        GK_UNROLL
+        for (int c = 0; c < 8; c += 4) {
+            const B64 v[3] = {bytes(p + 48 * c), bytes(p + 48 * c + 64), bytes(p + 48 * c + 128)};
+            w[c] = v[0] & 63, w[c + 1] = v[1] & 63, w[c + 2] = v[2] & 63;
+            w[c + 3] = ((v[0] >> 6) & 3) | ((v[1] >> 4) & 12) | ((v[2] >> 2) & 48);
+        }
     } else if constexpr (f.low == 4) {
         GK_UNROLL
         for (int c = 0; c < 4; c++) {
@@ -93,15 +105,7 @@ template <Kind K> inline void decode(const uint8_t *p, B64 *w) {
         GK_UNROLL
         for (int c = 0; c < 8; c++) w[c] = (v[c % 2] >> (c / 2 * 2)) & 3;
     }
-    if constexpr (f.high == 2) {
-        const B64 v[2] = {bytes(p + 64 * f.low), bytes(p + 64 * f.low + 64)};
-        GK_UNROLL
-        for (int c = 0; c < 8; c++) {
-            const int at = c / 2 * 2;
-            const B64 moved = at < f.low ? v[c % 2] << (f.low - at) : v[c % 2] >> (at - f.low);
-            w[c] = w[c] | (moved & (3 << f.low));
-        }
-    } else if constexpr (f.high == 1) {
+    if constexpr (f.high == 1) {
         const B64 v = bytes(p + 64 * f.low);
         GK_UNROLL
         for (int c = 0; c < 8; c++) {
@@ -168,7 +172,7 @@ constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 // Group g of a block times that of M tokens, into their sums.
 template <Kind K, int M> inline void add_products(const B64 *w, const Scales &s, int64_t g, const Group *x, F16 *y) {
     constexpr Format f = format(K);
-    constexpr int BITS = f.low + f.high, ZERO = BITS == 8 && SIGNED8 ? 0 : f.zero;
+    constexpr int BITS = f.low + f.high, ZERO = BITS == 8 ? ABOVE : f.zero;
     I16 n[M], m[M];
     GK_UNROLL
     for (int t = 0; t < M; t++) {
@@ -226,7 +230,8 @@ void multiply(const uint8_t *p, int64_t cols, int64_t rows, const Group *x, int6
         decode_scales<K>(p, supers, minima, n, s);
         p += scale_bytes(K, n);
         for (int64_t g = 0; g < n; g++, p += code_bytes(K), x += width) {
-            for (int64_t i = 0; i < code_bytes(K); i += 64) __builtin_prefetch(p + 2048 + i);
+            if constexpr (N >= AHEAD)
+                for (int64_t i = 0; i < code_bytes(K); i += 64) __builtin_prefetch(p + 2048 + i);
             B64 w[8];
             decode<K>(p, w);
             if constexpr (N > M && LANES_A_REGISTER == 8) asm volatile("" : "+m"(w));
@@ -334,7 +339,8 @@ template <Kind K> void row(const Weight &w, int64_t index, float *out) {
                 for (int c = 0; c < 8; c++) {
                     const int64_t at = f.group == 32 ? g : 2 * g + c / 4;
                     for (int j = 0; j < 4; j++) {
-                        float value = (float)(codes[c][4 * r + j] - f.zero) * s.scale[at][r];
+                        const int code = f.low == 8 ? (int8_t)(codes[c][4 * r + j] ^ ABOVE) : codes[c][4 * r + j] - f.zero;
+                        float value = (float)code * s.scale[at][r];
                         if constexpr (f.minima) value = value + s.minus[at][r];
                         out[4 * c + j] = value;
                     }
