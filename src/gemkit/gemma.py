@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from gemkit import generate as loop
 from gemkit import images, sight
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gemkit.weights.load import Report
 
 MAX_TOKENS = 256
-Shown = Source | tuple[Source, ...]  # one prompt's images: one, or several in a tuple
+Shown: TypeAlias = "Source | tuple[Source, ...]"  # one prompt's images: one, or several in a tuple
 Executor = Literal["auto", "torch"]
 
 
