@@ -344,6 +344,13 @@ def test_what_a_text_model_is_told(error, models, picture, monkeypatch):
     assert "no image tower" in error("explain-prompt", "--image", "-m", models / "random", "x")
 
 
+def test_doctor_says_whether_images_can_be_read(run, monkeypatch, mask_file):
+    monkeypatch.delenv(sight.VARIABLE, raising=False)
+    assert "boxes without masks: GEMKIT_MASKS is not set" in run("doctor", "-m", "gemma-2b")[1]
+    monkeypatch.setenv(sight.VARIABLE, str(mask_file))
+    assert f"masks by {mask_file}" in json.loads(run("doctor", "--json")[1])["images"]
+
+
 def png(width: int, height: int) -> bytes:
     """A file of a few bytes that promises a picture of any size."""
 
