@@ -3,6 +3,7 @@
 import io
 import json
 import zlib
+from typing import get_args
 
 import numpy as np
 import PIL.Image
@@ -14,11 +15,13 @@ from hypothesis import strategies as st
 import gemkit
 import mask_weights
 from gemkit import images, sight
+from gemkit.cli import caption
 from gemkit.errors import ConfigError, ImageError, ModelError, TextError, WeightsError
 from gemkit.generate import Chunk, Result, Timings
 from gemkit.images import masks as placing
 from gemkit.program.eager import Eager
 from gemkit.text import places
+from gemkit.text.tasks import CaptionStyle
 from gemkit.weights.mask_decoder import load_mask_decoder
 
 WIDTH, HEIGHT = 300, 200
@@ -284,6 +287,10 @@ def test_caption_goes_on_after_a_bad_file(run, models, picture, tmp_path, says):
     code, out, err = run("caption", "-m", models / "image", "-q", "--json", "--style", "cap", picture)
     assert (code, err) == (0, "")
     assert json.loads(out)["finish_reason"] == "stop"
+
+
+def test_the_styles_of_captions_are_the_tasks():
+    assert get_args(CaptionStyle) == caption.STYLES
 
 
 def test_detect(run, models, picture, tmp_path, says):
