@@ -442,6 +442,7 @@ class Gemma:
         images: Sequence[Any] = (),
     ) -> Request:
         """A prompt, after the ids of a `history`, and options as a request to the loop; `images` are preprocessed."""
+        assert not (history and prompt.prefix), "a prefix begins its sequence"
         known: dict[str, Any] = {field: value for field, value in options.items() if field in _SAMPLING_FIELDS}
         if unknown := sorted(set(options) - set(Options.__annotations__)):
             raise ConfigError(f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}")
