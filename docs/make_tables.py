@@ -36,7 +36,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def shapes() -> str:
     """One row for each architecture: members with the same decoder share it."""
-    headings = "member", ">parameters", ">D", ">F", "N x H", ">K", "layers", ">window", ">V", ">context", "runs"
+    headings = "member", ">parameters", ">D", ">F", "N x H", ">K", "layers", ">window", ">V", ">context"
     rows = []
     for member in _architectures():
         d, count = member.decoder, cost.count(member.decoder, member.vision)
@@ -53,7 +53,6 @@ def shapes() -> str:
                 ", ".join(map(units.exact, windows)),
                 units.exact(d.vocab_size),
                 units.exact(d.max_context),
-                "yes" if member.vision is None else "shown only",
             ]
         )
     return table(headings, rows)
@@ -117,6 +116,37 @@ def releases() -> str:
                 ]
             )
     return table(headings, rows)
+
+
+def images() -> str:
+    """What an image costs, one row for each resolution, with the cache of each decoder."""
+    seeing = [member for member in _architectures() if member.vision is not None]
+    costs = [cost.images(member.decoder, member.vision) for member in seeing if member.vision]
+    headings = (
+        ">pixels",
+        ">tokens",
+        ">of the context",
+        ">tower and projection",
+        *(f">cache, {_size(m)}" for m in seeing),
+    )
+    return table(
+        headings,
+        [
+            [
+                f"{first.size} x {first.size}",
+                units.exact(first.tokens),
+                f"{first.tokens / seeing[0].decoder.max_context:.1%}",
+                units.flops(first.flops),
+                *(units.memory(image.state_bytes) for image in (first, *others)),
+            ]
+            for first, *others in zip(*costs, strict=True)
+        ],
+    )
+
+
+def _size(member: Member) -> str:
+    """`PaliGemma 2 10B`."""
+    return f"{member.family} {member.name.split('-')[1].upper()}"
 
 
 def _architectures() -> list[Member]:
@@ -184,6 +214,7 @@ MAKERS = {
     "details": details,
     "costs": costs,
     "releases": releases,
+    "images": images,
     "verbs": verbs,
 }
 

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 import transformers
 
+from gemkit import family
 from gemkit.text import Tokenizer
-from gemkit.text.vocabulary import BYTES, INFILL, PieceType
-from tiny import reference, save_reference, tiny
+from gemkit.text.vocabulary import BYTES, IMAGE, INFILL, PieceType
+from tiny import TOWER, reference, save_reference, tiny
 
 LETTERS = string.ascii_letters + string.digits + ".,:;!?<>|_()\n"
 
@@ -40,7 +41,8 @@ def write(
     parrot: bool = False,
     context: int = 256,
 ) -> transformers.PreTrainedModel:
-    """Write the member's tiny twin with random weights to `folder`; Transformers' model of it.
+    """Write the member's tiny twin with random weights to `folder`; Transformers' model of it. A member with an image
+    tower has a tiny one, and a vocabulary with places.
 
     Args:
         chat: leave a chat template beside it, by which a folder shows that it was tuned for chat.
@@ -48,8 +50,11 @@ def write(
             attention and MLP add nothing, so the hidden state is the embedding, and no other row of the tied head is
             as long in its direction.
     """
-    vocabulary = tokenizer(code=code)
-    model = reference(replace(tiny(name), vocab_size=len(vocabulary), max_context=context))
+    vocabulary, tower = tokenizer(code=code), None
+    if family.get(name).vision is not None:
+        vocabulary = vocabulary.with_places()
+        tower = replace(TOWER, image_token=vocabulary.id(IMAGE))
+    model = reference(replace(tiny(name), vocab_size=len(vocabulary), max_context=context), tower)
     if parrot:
         with torch.no_grad():
             for parameter_name, weight in model.named_parameters():

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
 from gemkit import generate as loop
 from gemkit import images, sight
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from gemkit.weights.load import Report
 
 MAX_TOKENS = 256
-Shown = Source | tuple[Source, ...]  # one prompt's images: one, or several in a tuple
+Shown: TypeAlias = "Source | tuple[Source, ...]"  # one prompt's images: one, or several in a tuple
 Executor = Literal["auto", "torch"]
 
 
@@ -442,6 +442,7 @@ class Gemma:
         images: Sequence[Any] = (),
     ) -> Request:
         """A prompt, after the ids of a `history`, and options as a request to the loop; `images` are preprocessed."""
+        assert not (history and prompt.prefix), "a prefix begins its sequence"
         known: dict[str, Any] = {field: value for field, value in options.items() if field in _SAMPLING_FIELDS}
         if unknown := sorted(set(options) - set(Options.__annotations__)):
             raise ConfigError(f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}")

@@ -12,13 +12,15 @@ from tiny_models import write
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
     """Folders of tiny models: "parrot" says the last token of its prompt over and over, the others have random weights.
-    "chat" and "parrot-chat" were tuned for chat, "code" to fill in."""
+    "chat" and "parrot-chat" were tuned for chat, "code" to fill in, "image" and "image-2" see images."""
     root = tmp_path_factory.mktemp("models")
     write(root / "parrot", parrot=True)
     write(root / "parrot-chat", parrot=True, chat=True)
     write(root / "random", "gemma-2-2b")
     write(root / "chat", "gemma-3-1b", chat=True)
     write(root / "code", code=True)
+    write(root / "image", "paligemma-3b-mix-224")
+    write(root / "image-2", "paligemma2-3b-mix-224")
     return root
 
 

@@ -60,13 +60,6 @@ def test_a_name_of_nothing(error, monkeypatch, verb, name, message):
     assert message in line
 
 
-def test_a_member_that_is_data_so_far(error):
-    for member in family.members():
-        if member.vision is not None:
-            line = error("generate", "-m", member.name, "hi")
-            assert line.startswith(f"ModelError: {member.name} can be shown")
-
-
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from gemkit import family
 from gemkit.errors import ConfigError, WeightsError
+from gemkit.family import Global
 from gemkit.nn import Batch, PaliGemma
 from gemkit.weights import configs
 from gemkit.weights.maps import name_map
@@ -157,6 +158,32 @@ def test_gradients_of_a_suffix_loss_match(name, tmp_path):
             assert p.grad.abs().max() < 1e-6
             continue
         assert_close(p.grad, grads[their_name], 2e-4)
+
+
+def test_the_other_published_reading_is_a_field_away(tmp_path):
+    """google-research/big_vision attends everywhere and has no final cap in training and prefill."""
+    decoder = tiny("paligemma2-3b-pt-224")
+    decoder = replace(decoder, layers=(Global(),) * len(decoder.layers), final_softcap=None)
+    theirs = reference(decoder, TOWER)
+    ours = load(save_reference(theirs, tmp_path))
+    assert ours.config == decoder
+    (sequence,), pixels, prefix = ids(5 + 2 * WINDOW), images(1), PATCHES + 5
+    with torch.inference_mode():
+        got = ours(one(sequence, prefix), pixels_ICSS=pixels)
+        assert_close(got, logits_of(theirs, sequence, prefix, pixels), TOLERANCE)
+
+
+def test_bfloat16_agrees_within_its_rounding(tmp_path):
+    """As of the text members: each rounds in other places, ours no worse than theirs."""
+    theirs = reference(tiny("paligemma2-3b-pt-224"), TOWER).bfloat16()
+    ours = load(save_reference(theirs, tmp_path))
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    (sequence,), pixels, prefix = ids(5 + 2 * WINDOW), images(1), PATCHES + 5
+    with torch.inference_mode():
+        exact = load(tmp_path, dtype="float32")(one(sequence, prefix), pixels_ICSS=pixels)
+        ours_off = (ours(one(sequence, prefix), pixels_ICSS=pixels).float() - exact).abs().mean()
+        theirs_off = (logits_of(theirs, sequence, prefix, pixels.bfloat16()).float() - exact).abs().mean()
+    assert ours_off <= 1.5 * theirs_off
 
 
 @pytest.mark.parametrize("change", ["causal prefix", "shorter prefix", "longer prefix", "scaled features", "tower eps"])

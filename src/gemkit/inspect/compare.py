@@ -403,7 +403,15 @@ _QUANTITIES = (
         units.memory,
         True,
     ),
+    _Quantity("image_size", "Images", "pixels on a side", _of_vision(lambda _, v: v.image_size), units.exact),
     _Quantity("image_tokens", "Images", "tokens an image", _of_vision(lambda _, v: v.num_patches), units.exact, True),
+    _Quantity(
+        "image_share",
+        "Images",
+        "of the context",
+        _of_vision(lambda d, v: v.num_patches / d.max_context),
+        "{:.1%}".format,
+    ),
     _Quantity("image_flops", "Images", "FLOP an image", _of_vision(cost.image_flops), units.flops, True),
     _Quantity(
         "image_state",

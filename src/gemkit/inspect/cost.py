@@ -7,7 +7,7 @@ decoded included; contexts beyond `max_context` are arithmetic like any other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -160,6 +160,37 @@ def image_flops(decoder: Decoder, vision: Vision) -> int:
     )
     patches = vision.num_patches
     return 2 * weights * patches + 4 * vision.width * patches * patches * vision.depth
+
+
+RESOLUTIONS = (224, 448, 896)  # that members with an image tower are released for
+
+
+@dataclass(frozen=True)
+class Image:
+    """What one image costs at a resolution."""
+
+    size: int  # pixels on a side
+    tokens: int  # of the context
+    state_bytes: int  # kept for the rest of the sequence
+    flops: int  # of tower and projection
+
+
+def images(decoder: Decoder, vision: Vision) -> list[Image]:
+    """What an image costs at the resolution of this tower, and then at the other published ones, for comparison.
+
+    Each resolution is a member of its own, with its own table of positions; all else of the tower is the same.
+    """
+    others = [size for size in RESOLUTIONS if size != vision.image_size and size % vision.patch_size == 0]
+    towers = [replace(vision, image_size=size) for size in (vision.image_size, *others)]
+    return [
+        Image(
+            tower.image_size,
+            tower.num_patches,
+            state_bytes(decoder, tower.num_patches).total,
+            image_flops(decoder, tower),
+        )
+        for tower in towers
+    ]
 
 
 def crossings(a: Decoder, b: Decoder, head_start: int = 0) -> list[int]:

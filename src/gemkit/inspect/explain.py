@@ -126,6 +126,11 @@ EXPLANATIONS = {
     "bytes_full": """
         What is read from memory to decode one token of one sequence: every weight once, and the whole state. Divided
         by the memory bandwidth it is the time of a token on most machines; a batch shares the weights.""",
+    "image_size": """
+        Every image is squeezed into a square of so many pixels, whatever its shape. Each resolution is a model of its
+        own, trained further from the smaller one; only the table of the patches' positions differs in shape.""",
+    "image_share": """
+        What one image takes of the longest context the model was trained on, before a word is said.""",
     "image_tokens": """
         How many places of the context one image takes, one for each patch of 14 by 14 pixels. Twice the resolution is
         four times the tokens, and shows details and small print.""",
@@ -133,7 +138,8 @@ EXPLANATIONS = {
         Arithmetic of the tower and the projection for one image. Patches attend to one another, so this grows faster
         than their number.""",
     "image_state": """
-        What the image's tokens leave in the cache, once and for the rest of the sequence.""",
+        What the image's tokens leave in the cache, once and for the rest of the sequence. They have seen the
+        question too, so that another question on the same image computes them anew.""",
 }
 
 

@@ -44,8 +44,10 @@ class Batch:
             )
         if len(self.prefixes) != len(self.offsets):
             raise ConfigError(f"{len(self.offsets)} sequences and {len(self.prefixes)} prefixes: must agree")
-        begins, ends = self.offsets < self.prefixes, self.offsets + starts[1:] - starts[:-1]
-        if (begins & ((self.offsets > 0) | (ends < self.prefixes))).any():
+        if not (within := self.offsets < self.prefixes).any():  # nearly always: then nothing more is computed
+            return
+        ends = self.offsets + starts[1:] - starts[:-1]
+        if (within & ((self.offsets > 0) | (ends < self.prefixes))).any():
             raise ConfigError(
                 f"prefixes={self.prefixes.tolist()} are cut by tokens from positions {self.offsets.tolist()} to "
                 f"{ends.tolist()}: a prefix is computed whole, in one batch, for each of its tokens sees all others"

@@ -114,6 +114,14 @@ def test_of_an_animation_it_is_the_first_frame(format):
     np.testing.assert_array_equal(read(data).pixels, PIXELS)
 
 
+def test_of_a_jpeg_with_several_pictures_it_is_the_first():
+    """Cameras write such files (MPO) under the name .jpg: a preview or a depth map follows the picture."""
+    grey = PIL.Image.new("RGB", (16, 16), GREY)
+    picture = read(file_of(grey, "MPO", save_all=True, append_images=[PIL.Image.new("RGB", (8, 8), RED)]))
+    assert np.abs(picture.pixels.astype(int) - GREY).max() <= 1
+    assert picture.width == 16
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
 def test_the_camera_is_set_upright(format, orientation):

@@ -217,3 +217,13 @@ def test_recurrentgemma_needs_less_than_gemma_from():
 
 def test_a_model_does_not_cross_itself():
     assert cost.crossings(decoder_of("gemma-2-2b"), decoder_of("gemma-2-2b")) == []
+
+
+def test_an_image_at_every_resolution():
+    """A patch is 14 pixels; a token of Gemma 1 2B keeps a key and a value of 256 in each of 18 layers, in bfloat16."""
+    member = get("paligemma-3b-mix-448")
+    found = cost.images(member.decoder, member.vision)
+    assert [(image.size, image.tokens) for image in found] == [(448, 1024), (224, 256), (896, 4096)]
+    assert [image.state_bytes for image in found] == [tokens * 18 * 2 * 256 * 2 for tokens in (1024, 256, 4096)]
+    assert found[0].flops == cost.image_flops(member.decoder, member.vision)
+    assert found[1].flops < found[0].flops / 4 < found[2].flops / 16  # patches attend to one another

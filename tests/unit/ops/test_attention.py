@@ -1,5 +1,7 @@
 """Attention against the dense definition of its mask, written out by hand where a hand can."""
 
+import sys
+
 import pytest
 import torch
 
@@ -113,6 +115,23 @@ def test_gradients_agree_with_the_whole_mask(softcap):
     theirs = torch.autograd.grad((dense(*leaves, 130, **options) * weights).sum(), leaves)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_no_mask_is_built_of_a_prefix(monkeypatch):
+    """The patches of an image of 896 pixels and a question: the only mask is that of the answer's one tile."""
+    attention = sys.modules["gemkit.ops.attention"]
+    built, real = [], attention._visible
+
+    def visible(*args):
+        mask = real(*args)
+        built.append(None if mask is None else tuple(mask.shape))
+        return mask
+
+    monkeypatch.setattr(attention, "_visible", visible)
+    rows = 4096 + 20
+    q, kv = torch.zeros(rows, 2, 4), torch.zeros(rows, 1, 4)
+    ops.attention(q, kv, kv, Batch.of([range(rows)], prefixes=[rows - 5]), scale=1.0)
+    assert built == [(5, rows)]
 
 
 def test_image_rows_must_be_rows():
