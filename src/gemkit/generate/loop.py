@@ -8,6 +8,7 @@ alone, in any batch, with any chunk size, and from a state that holds a part of 
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -210,7 +211,7 @@ class _Answer:
     def __init__(self, index: int, request: Request, slot: int, state: State, limit: int | None, stream: TextStream):
         self.index, self.request, self.slot, self.state = index, request, slot, state
         self.sampling = request.sampling.seeded()
-        self.ids = [int(i) for i in request.ids]  # prompt and answer
+        self.ids = array("q", request.ids)  # prompt and answer, in the form that NumPy reads without a copy
         self.cached = self.in_state
         self.limit = limit
         self.stream, self.stops = stream, StopStrings(request.stop_strings)
@@ -243,7 +244,7 @@ class _Answer:
         return self.limit is not None and len(self.ids) >= self.limit
 
     def chunk(self, count: int) -> Chunk:
-        part = self.ids[self.in_state : self.in_state + count]
+        part = self.ids[self.in_state : self.in_state + count].tolist()
         return Chunk(self.slot, part, rows=int(count == self.pending))
 
     def accept(self, logits_V: np.ndarray) -> Event:
