@@ -59,6 +59,9 @@ class Options(TypedDict, total=False):
     stop: Sequence[str]  # texts that end the answer, and are not part of it
     logprobs: int | None  # log-probabilities of the tokens, and of so many alternatives to each
     beyond_context: bool  # go on past the context the model was trained with; quality is undefined there
+    speculate: (
+        int | bool
+    )  # draft up to so many tokens from what was there before: the same answer, sooner if it repeats
 
 
 def load(
@@ -482,6 +485,7 @@ class Gemma:
         return {
             "text_stream": self.tokenizer.stream,
             "beyond_context": options.get("beyond_context", False),
+            "speculate": options.get("speculate", False),
         }
 
 
@@ -560,7 +564,7 @@ class Conversation:
         self.ids: list[int] = []  # the whole conversation as the model has seen and written it
         self._system = system
         self._options = options
-        self._state = model.executor.new_state(1)
+        self._state = model.executor.new_state(1, loop.room_for(options.get("speculate", False)))
         self._known = True  # whether the state holds the beginning of `ids` and nothing else
 
     def say(self, words: str) -> Result:

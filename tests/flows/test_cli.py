@@ -70,6 +70,22 @@ def test_generate_json(run, models):
     assert second["logprob"] < first["logprob"] <= 0
 
 
+def test_guessing_changes_the_figures_and_nothing_else(run, models):
+    asked = ("generate", "-m", models / "parrot", "-n", 20, "--json", "xxxxxx")
+    _, plain, quiet = run(*asked)
+    code, guessed, err = run(*asked, "--speculate")
+    (plain,), (guessed,) = (json.loads(out)["answers"] for out in (plain, guessed))
+    assert code == 0
+    assert guessed["ids"] == plain["ids"]
+    assert guessed["timings"]["drafted_tokens"] >= guessed["timings"]["accepted_tokens"] > 0
+    assert plain["timings"]["drafted_tokens"] == 0
+    assert "guesses right" in err
+    assert "guesses right" not in quiet
+    code, _, err = run(*asked, "--speculate", -2)
+    assert code != 0
+    assert "speculate=-2" in err
+
+
 def test_the_same_seed_gives_the_same_text(run, models):
     def text(*argv):
         code, out, _ = run("generate", "-m", models / "random", "-n", 12, "--json", *argv, "hello")

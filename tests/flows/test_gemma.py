@@ -120,6 +120,9 @@ def test_options(plain, parrot):
     assert set(plain.generate("x", **hot, logit_bias=banned).ids).isdisjoint(banned)
     assert len(plain.generate("x", max_tokens=2, logprobs=3).logprobs[0].top) == 3
     assert parrot.generate("x" * 250, max_tokens=None, stop=["no such text"]).text == "xxxxx"
+    guessed = parrot.generate("x" * 30, max_tokens=20, speculate=True)
+    assert guessed.text == "x" * 20
+    assert guessed.timings.drafted_tokens > 0
 
 
 @pytest.mark.parametrize(
@@ -134,6 +137,7 @@ def test_options(plain, parrot):
         ({"logit_bias": {10**9: 1.0}}, "no token id"),
         ({"logprobs": -1}, "logprobs=-1"),
         ({"seed": 1.5}, "seed=1.5"),
+        ({"speculate": -1}, "speculate=-1"),
         ({"beyond_context": True, "max_tokens": None}, "max_tokens must be set"),
     ],
 )
@@ -205,6 +209,14 @@ def test_a_turn_that_failed_never_was(talker, letters):
     answer = talk.say("cd")
     assert answer.ids == talker.chat(history("ab", first.text, "cd"), **letters).ids
     assert answer.timings.cached_tokens > 0
+
+
+def test_a_conversation_that_speculates_says_the_same(talker, letters):
+    letters = {**letters, "max_tokens": 20}
+    plain, guessing = talker.conversation(**letters), talker.conversation(**letters, speculate=True)
+    for words in ("abc", "abc", "abc"):
+        assert guessing.say(words).text == plain.say(words).text
+        assert guessing.ids == plain.ids
 
 
 def test_a_conversation_goes_on_after_eos(talker):

@@ -65,6 +65,15 @@ def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = 256) -> N
     group.add_argument(
         "--beyond-context", action="store_true", help="go on past the trained context; quality is undefined there"
     )
+    group.add_argument(
+        "--speculate",
+        nargs="?",
+        type=int,
+        const=True,
+        default=False,
+        metavar="N",
+        help="guess up to N tokens a step from text before them: the same answer, sooner where it repeats",
+    )
 
 
 def options(args: argparse.Namespace) -> Options:
@@ -73,7 +82,7 @@ def options(args: argparse.Namespace) -> Options:
     Raises:
         ConfigError: for a value out of its range, before anyone waits for a model to be loaded.
     """
-    from gemkit.generate import Sampling
+    from gemkit.generate import Sampling, room_for
     from gemkit.generate.stops import StopStrings
 
     sampling: dict[str, Any] = {}
@@ -86,7 +95,13 @@ def options(args: argparse.Namespace) -> Options:
         raise ConfigError(f"--max-tokens {args.max_tokens} must be at least 1; to rate a text as it is, use score")
     if args.beyond_context:
         say(BEYOND_CONTEXT)
-    plain: Options = {"max_tokens": args.max_tokens, "stop": args.stop, "beyond_context": args.beyond_context}
+    room_for(args.speculate)
+    plain: Options = {
+        "max_tokens": args.max_tokens,
+        "stop": args.stop,
+        "beyond_context": args.beyond_context,
+        "speculate": args.speculate,
+    }
     return {**plain, **sampling}  # type: ignore[typeddict-item]  # its keys are those of Sampling
 
 
@@ -230,6 +245,8 @@ def figures(result: Result, tokenizer: Tokenizer) -> str:
         parts.append(f"first token after {t.first_token_seconds:.2f} s")
     rate = t.decode_tokens_per_second
     parts.append(count(t.generated_tokens, "token") + (f" at {rate:.1f} tok/s" if rate is not None else ""))
+    if t.drafted_tokens:
+        parts.append(f"{t.accepted_tokens:,} of {t.drafted_tokens:,} guesses right")
     return "; ".join([*parts, why])
 
 
@@ -259,5 +276,7 @@ def result_json(result: Result, tokenizer: Tokenizer) -> dict[str, Any]:
             "first_token_seconds": t.first_token_seconds,
             "prompt_tokens_per_second": t.prompt_tokens_per_second,
             "decode_tokens_per_second": t.decode_tokens_per_second,
+            "drafted_tokens": t.drafted_tokens,
+            "accepted_tokens": t.accepted_tokens,
         },
     }

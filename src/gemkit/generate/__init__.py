@@ -1,8 +1,9 @@
-"""Ids in, ids and text out: the sampler, stop strings and the plain loop. Needs NumPy and no torch."""
+"""Ids in, ids and text out: the sampler, stop strings, speculation and the loop. Needs NumPy and no torch."""
 
 from gemkit.generate.loop import Chunk, Executor, Request, State, TextStream, complete, generate, score
 from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, TokenLogprob
 from gemkit.generate.sampler import GREEDY, INSTRUCTION_TUNED, Sampling, sample
+from gemkit.generate.speculate import room_for
 from gemkit.generate.stops import StopStrings
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "TokenLogprob",
     "complete",
     "generate",
+    "room_for",
     "sample",
     "score",
 ]

@@ -9,9 +9,10 @@ it already.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Sequence
+from array import array
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from gemkit.errors import ConfigError, ContextError, StateError
 from gemkit.family.schema import Decoder
 from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, TokenLogprob
 from gemkit.generate.sampler import GREEDY, Sampling, check_ids, sample, token_logprob
+from gemkit.generate.speculate import Drafts, Pace, draft_limit, room_for
 from gemkit.generate.stops import StopStrings
 
 
@@ -34,11 +36,25 @@ class Chunk:
 
 
 class State(Protocol):
-    """What a model remembers of several sequences. The loop reads nothing of it but how much that is."""
+    """What a model remembers of several sequences. The loop reads nothing of it but how much that is.
+
+    Only speculation goes back, to a mark that it made before a step, or to a token of that step.
+    """
 
     @property
     def lengths(self) -> Sequence[int]:
         """Tokens remembered, for each slot."""
+        ...
+
+    @property
+    def room(self) -> int:
+        """How many tokens can be taken back."""
+        ...
+
+    def mark(self, slot: int) -> Any: ...
+
+    def rollback(self, mark: Any, keep: int = 0) -> None:
+        """Forget all tokens since the mark but the first `keep`, or those as well; `lengths` then say so."""
         ...
 
 
@@ -51,8 +67,8 @@ class Executor(Protocol[S]):
     @property
     def decoder(self) -> Decoder: ...
 
-    def new_state(self, slots: int) -> S:
-        """An empty memory for so many sequences."""
+    def new_state(self, slots: int, room: int = 0) -> S:
+        """An empty memory for so many sequences, of which `room` tokens can be taken back."""
         ...
 
     def run(self, chunks: Sequence[Chunk], state: S) -> np.ndarray:
@@ -107,6 +123,7 @@ def generate(
     state: S | None = None,
     chunk: int = 512,
     beyond_context: bool = False,
+    speculate: int | bool = False,
 ) -> Generator[Event, None, None]:
     """Continue all requests as one batch; events come as tokens are drawn, the last of each request with its `Result`.
 
@@ -124,11 +141,15 @@ def generate(
             the whole of them; a fresh slot holds nothing. Without a state the batch makes and drops its own.
         chunk: prompt tokens a call at most, over all requests. A longer prefix is a call of its own.
         beyond_context: do not stop at the context the model was trained on; every request then needs `max_tokens`.
+        speculate: draft up to so many tokens from what was there before and verify them in one step, where that pays
+            (`generate.speculate`); True leaves the number to us. The answers are the same. A state that is passed
+            must have the room to take a draft back (`room_for`).
 
     Raises:
         ConfigError: a request or setting that cannot be.
         ContextError: a prompt longer than the context.
-        StateError: a slot that does not exist, already holds as much as the request, or ends inside of its prefix.
+        StateError: a slot that does not exist, already holds as much as the request, or ends inside of its prefix; no
+            room to speculate.
         ModelError: while iterating, logits that nothing can be drawn from.
     """
     if chunk < 1:
@@ -139,14 +160,17 @@ def generate(
         except (ConfigError, ContextError) as error:
             raise type(error)(f"request {index}: {error}" if len(requests) > 1 else str(error)) from None
     slots = _slots(requests, state)
-    state = executor.new_state(max(1, len(requests))) if state is None else state
+    most, room = draft_limit(speculate), room_for(speculate)
+    state = executor.new_state(max(1, len(requests)), room) if state is None else state
+    if room and state.room < room:
+        raise StateError(f"speculate={most} takes back up to {room} tokens: make the state with room={room} or more")
     limit = None if beyond_context else executor.decoder.max_context
     stream = text_stream or _NoText
     answers = [
-        _Answer(i, request, slot, state, limit, stream())
+        _Answer(i, request, slot, state, limit, stream(), most)
         for i, (request, slot) in enumerate(zip(requests, slots, strict=True))
     ]
-    return _run(executor, state, answers, chunk)
+    return _run(executor, state, answers, chunk, Pace(most) if most else None)
 
 
 def complete(executor: Executor[S], requests: Sequence[Request], **options) -> list[Result]:
@@ -196,7 +220,9 @@ def score(
     return Score(tuple(entries))
 
 
-def _run(executor: Executor[S], state: S, answers: list[_Answer], chunk: int) -> Generator[Event, None, None]:
+def _run(
+    executor: Executor[S], state: S, answers: list[_Answer], chunk: int, pace: Pace | None
+) -> Generator[Event, None, None]:
     started = time.perf_counter()
     for answer in answers:
         answer.started = started
@@ -205,15 +231,22 @@ def _run(executor: Executor[S], state: S, answers: list[_Answer], chunk: int) ->
             if answer.is_full:
                 yield answer.finish("context")
         while live := [answer for answer in answers if not answer.finished]:
-            parts = [(answer, answer.chunk(count)) for answer, count in _share(live, chunk)]
-            logits = iter(executor.run([part for _, part in parts], state))
+            most = pace.most if pace else 0
+            parts = [(answer, answer.chunk(count, most)) for answer, count in _share(live, chunk)]
+            run = pace.timed(executor.run) if pace and parts[0][0].first is not None else executor.run
+            logits_RV, row = run([part for _, part in parts], state), 0
             for answer, part in parts:
-                if part.rows:
-                    yield answer.accept(next(logits))
+                yield from answer.accept(logits_RV[row : row + part.rows])
+                row += part.rows
+            if pace:
+                pace.learn(sum(answer.drafts.taken for answer, _ in parts))
     except KeyboardInterrupt:
         for answer in answers:
             if not answer.finished:
                 yield answer.finish("interrupted")
+    finally:
+        for answer in answers:
+            answer.drafts.settle()
 
 
 def _share(live: list[_Answer], chunk: int) -> list[tuple[_Answer, int]]:
@@ -233,10 +266,19 @@ def _share(live: list[_Answer], chunk: int) -> list[tuple[_Answer, int]]:
 class _Answer:
     """One request on its way: what has been drawn, what of it the state holds, and whether it is over."""
 
-    def __init__(self, index: int, request: Request, slot: int, state: State, limit: int | None, stream: TextStream):
+    def __init__(
+        self,
+        index: int,
+        request: Request,
+        slot: int,
+        state: State,
+        limit: int | None,
+        stream: TextStream,
+        most: int,
+    ):
         self.index, self.request, self.slot, self.state = index, request, slot, state
         self.sampling = request.sampling.seeded()
-        self.ids = [int(i) for i in request.ids]  # prompt and answer
+        self.ids = array("q", request.ids)  # prompt and answer, in the form that NumPy reads without a copy
         self.cached = self.in_state
         self.limit = limit
         self.stream, self.stops = stream, StopStrings(request.stop_strings)
@@ -246,6 +288,7 @@ class _Answer:
         self.first: float | None = None  # when the first and the last token came
         self.last = 0.0
         self.finished = False
+        self.drafts = Drafts(self.ids, state, slot, most)
         if self.pending < 1:
             raise StateError(
                 f"request {index}: slot {slot} holds {self.cached} tokens and the request has {len(self.ids)}; "
@@ -278,12 +321,28 @@ class _Answer:
     def is_full(self) -> bool:
         return self.limit is not None and len(self.ids) >= self.limit
 
-    def chunk(self, count: int) -> Chunk:
-        part = self.ids[self.in_state : self.in_state + count]
+    def chunk(self, count: int, most: int) -> Chunk:
+        """The next `count` tokens, and behind the last of an answer a draft of at most `most`."""
+        part = self.ids[self.in_state : self.in_state + count].tolist()
+        if self.first is None or self.pending > 1:
+            most = 0
+        if self.request.max_tokens is not None:  # what could not be drawn need not be computed
+            most = min(most, self.request.max_tokens - self.drawn - 1)
+        if self.limit is not None:
+            most = min(most, self.limit - len(self.ids) - 1)
+        draft = self.drafts.begin(most)
         images = () if self.in_state else self.request.images
-        return Chunk(self.slot, part, int(count == self.pending), self.request.prefix, images)
+        return Chunk(self.slot, part + draft, int(count == self.pending) + len(draft), self.request.prefix, images)
 
-    def accept(self, logits_V: np.ndarray) -> Event:
+    def accept(self, logits_RV: np.ndarray) -> Iterator[Event]:
+        """Draw from each row for as long as the token that it was computed after is the one that was drawn."""
+        for logits_V in logits_RV:
+            yield self.draw(logits_V)
+            if self.finished or not self.drafts.confirm():
+                break
+        self.drafts.settle()
+
+    def draw(self, logits_V: np.ndarray) -> Event:
         """Draw the next token and see whether it ends the answer."""
         token = sample(logits_V, self.sampling, self.ids)
         logprob = None
@@ -318,6 +377,7 @@ class _Answer:
         rest = self.stops.push(self.stream.finish()) + self.stops.finish()
         self.text += rest
         self.finished = True
+        self.drafts.settle()
         if self.stops.matched is not None:  # also if the last, incomplete character made up a stop string
             reason = "stop"
         first = self.first
@@ -335,6 +395,8 @@ class _Answer:
                 generated_tokens=self.drawn,
                 first_token_seconds=None if first is None else first - self.started,
                 decode_seconds=0.0 if first is None else self.last - first,
+                drafted_tokens=self.drafts.drafted,
+                accepted_tokens=self.drafts.accepted,
             ),
         )
         return Event(self.index, token, text + rest, logprob, result)

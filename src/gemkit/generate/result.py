@@ -26,6 +26,8 @@ class Timings:
     generated_tokens: int
     first_token_seconds: float | None  # from the start of the batch; None if no token was generated
     decode_seconds: float  # from the first token to the last
+    drafted_tokens: int = 0  # by speculation
+    accepted_tokens: int = 0  # of them, those that saved a step each
 
     @property
     def prompt_tokens_per_second(self) -> float | None:
@@ -45,8 +47,8 @@ class Result:
     """All that came of one request.
 
     `request.ids + result.ids` is the whole sequence, and the state's slot holds its first `in_state` ids: all but the
-    last, which was drawn but not run (after an interruption also fewer, or all). To go on, ask for the whole sequence
-    and more from the same slot.
+    last, which was drawn but not run (after an interruption also fewer, or all; after a draft of a recurrent member
+    fewer). To go on, ask for the whole sequence and more from the same slot.
     """
 
     text: str  # without stop strings and what follows them

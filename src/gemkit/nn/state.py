@@ -258,27 +258,34 @@ class State:
         self.decoder = decoder
         self.lengths = [0] * slots  # tokens remembered in each slot: layers may hold fewer
         self.layers: list[Any] = [_entry(decoder, layer, slots, room) for layer in decoder.layers]
-        self._room = room
+        self.room = room
 
     def mark(self, slot: int) -> Mark:
         """A place in `slot` that `rollback` returns to."""
         self._checked(slot)
         return Mark(slot, self.lengths[slot], tuple(entry.mark(slot) for entry in self.layers))
 
-    def rollback(self, mark: Mark) -> None:
-        """Forget everything since `mark`.
+    def rollback(self, mark: Mark, keep: int = 0) -> None:
+        """Forget everything since `mark`, but for its first `keep` tokens.
+
+        A recurrent layer can only be again what it was at the mark: with one, those are forgotten as well. `lengths`
+        say what was kept.
 
         Raises:
             StateError: if the slot has been shorter since, or a sliding layer had no `room` to keep what is needed.
                 Nothing has changed then.
         """
-        if mark.length > self.lengths[self._checked(mark.slot)]:
-            raise StateError(f"slot {mark.slot} holds {self.lengths[mark.slot]} tokens, the mark is at {mark.length}")
+        if any(isinstance(entry, Recurrence) for entry in self.layers):
+            keep = 0
+        length = mark.length + keep
+        if length > self.lengths[self._checked(mark.slot)]:
+            where = f"the mark is at {mark.length}" + (f", {keep} are to be kept after it" if keep else "")
+            raise StateError(f"slot {mark.slot} holds {self.lengths[mark.slot]} tokens, {where}")
         for entry in self.layers:
-            entry.check(mark.slot, mark.length)
+            entry.check(mark.slot, length)
         for entry, held in zip(self.layers, mark.entries, strict=True):
-            entry.rollback(mark.slot, mark.length, held)
-        self.lengths[mark.slot] = mark.length
+            entry.rollback(mark.slot, length, held)
+        self.lengths[mark.slot] = length
 
     def fork(self, source: int, target: int) -> None:
         """Make `target` remember what `source` does; the two go their own ways from here."""
@@ -342,7 +349,7 @@ class State:
             "version": _VERSION,
             "decoder": _fingerprint(self.decoder),
             "lengths": self.lengths,
-            "room": self._room,
+            "room": self.room,
         }
         data = save(tensors, {_MANIFEST: json.dumps(manifest)})
         try:

@@ -30,25 +30,38 @@ def tiny_decoder(max_context: int = 64, vocab_size: int = len(PIECES)) -> Decode
 
 
 class FakeState:
-    def __init__(self, slots: int):
+    """Whole histories; with `recurrent` it can go back to a mark only, and never by more than `room` tokens."""
+
+    def __init__(self, slots: int, room: int = 0, recurrent: bool = False):
         assert slots >= 1
         self.histories: list[list[int]] = [[] for _ in range(slots)]
+        self.room, self.recurrent = room, recurrent
 
     @property
     def lengths(self) -> list[int]:
         return [len(history) for history in self.histories]
 
+    def mark(self, slot: int) -> tuple[int, int]:
+        return slot, len(self.histories[slot])
+
+    def rollback(self, mark: tuple[int, int], keep: int = 0) -> None:
+        slot, length = mark
+        length += 0 if self.recurrent else keep
+        assert 0 <= len(self.histories[slot]) - length <= self.room
+        del self.histories[slot][length:]
+
 
 class HashModel:
     """Its logits are a hash of all ids of the sequence: anything that leaks, is lost or comes twice changes them."""
 
-    def __init__(self, max_context: int = 64):
+    def __init__(self, max_context: int = 64, recurrent: bool = False):
         self.decoder = tiny_decoder(max_context)
+        self.recurrent = recurrent
         self.calls: list[list[Chunk]] = []
         self.longest = 0
 
-    def new_state(self, slots: int) -> FakeState:
-        return FakeState(slots)
+    def new_state(self, slots: int, room: int = 0) -> FakeState:
+        return FakeState(slots, room, self.recurrent)
 
     def logits(self, history: Sequence[int]) -> np.ndarray:
         rng = np.random.default_rng(history)

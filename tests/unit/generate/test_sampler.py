@@ -132,6 +132,31 @@ def test_top_p_keeps_the_shortest_run_of_ranks_that_holds_the_mass(logits, top_p
     assert kept.probabilities.sum() == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 12.0])  # from nearly flat to nearly certain
+@pytest.mark.parametrize("decimals", [1, 7])  # with one, thousands are equal at every cut
+@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.95, 0.999])
+def test_top_p_over_a_whole_vocabulary(spread, decimals, top_p):
+    logits = (spread * np.random.default_rng(7).standard_normal(262_144)).round(decimals).astype(np.float32)
+    kept = candidates(logits, Sampling(temperature=1.0, top_p=top_p))
+    best = np.lexsort((np.arange(logits.size), -logits))
+    assert np.array_equal(kept.ids, np.sort(best[: kept.ids.size]))
+    # the weights are the float32 ones that were summed; sums in blocks of float32 are off by less than 1e-7 of them
+    mass = np.exp(logits[best] - logits[best[0]]).cumsum(dtype=np.float64)
+    assert mass[kept.ids.size - 1] >= (top_p - 1e-7) * mass[-1]
+    assert kept.ids.size == 1 or mass[kept.ids.size - 2] < (top_p + 1e-7) * mass[-1]
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 0.7, 3.0])
+@pytest.mark.parametrize("offset", [0.0, 1e4])  # where neighbouring float32 are 0.001 apart
+def test_min_p_over_a_whole_vocabulary(temperature, offset):
+    logits = (4 * np.random.default_rng(8).standard_normal(262_144) + offset).astype(np.float32)
+    for min_p in (1e-9, 0.05, 0.9999, 1.0):
+        kept = candidates(logits, Sampling(temperature=temperature, min_p=min_p))
+        weights = np.exp((logits - logits.max()) / np.float32(temperature))
+        assert np.array_equal(kept.ids, np.flatnonzero(weights >= min_p))
+        assert np.array_equal(kept.weights, weights[kept.ids])
+
+
 def test_min_p_is_a_share_of_the_best():
     logits = np.log(np.array([0.5, 0.26, 0.2, 0.04], np.float32))
     assert candidates(logits, Sampling(temperature=1.0, min_p=0.5)).ids.tolist() == [0, 1]

@@ -60,8 +60,11 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * expected.abs().max().item())  # sums in another order
 
 
-def feed(state: nn.State, ids: list[int], slot: int = 0) -> torch.Tensor:
-    return MODULE(Batch.of([ids], offsets=[state.lengths[slot]], slots=[slot]), state)
+ATTENTIVE = random_module(replace(CONFIG, layers=(Sliding(WINDOW), Global(Rope(1e6)), Sliding(1))))
+
+
+def feed(state: nn.State, ids: list[int], slot: int = 0, module: nn.Decoder = MODULE) -> torch.Tensor:
+    return module(Batch.of([ids], offsets=[state.lengths[slot]], slots=[slot]), state)
 
 
 sequences = st.lists(st.integers(0, 63), min_size=1, max_size=40)
@@ -105,6 +108,22 @@ def test_a_rolled_back_draft_never_was(ids, draft, after):
         feed(state, [token])
     state.rollback(mark)
     assert_same(feed(state, after), whole(ids + after)[len(ids) :])
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+@given(ids=sequences, draft=st.lists(st.integers(0, 63), min_size=1, max_size=6), after=sequences, data=st.data())
+def test_the_first_tokens_of_a_draft_may_stay(recurrent, ids, draft, after, data):
+    module = MODULE if recurrent else ATTENTIVE
+    state = module.new_state(room=6)
+    feed(state, ids, module=module)
+    mark = state.mark(0)
+    feed(state, draft, module=module)
+    keep = data.draw(st.integers(0, len(draft)))
+    state.rollback(mark, keep)
+    kept = [*ids, *draft[:keep]][: state.lengths[0]]
+    assert len(kept) == len(ids) + (0 if recurrent else keep)  # a recurrent layer cannot stop on the way
+    expected = module(Batch.of([kept + after]))[len(kept) :]
+    assert_same(feed(state, after, module=module), expected)
 
 
 @given(ids=sequences, left=sequences, right=sequences)
