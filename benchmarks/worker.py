@@ -61,7 +61,7 @@ class Ours(Engine):
     def load(self, path: str, context: int) -> None:
         self._model = self._gemkit.load(path, **self._options)
         self.weight_bytes = self._model.report.nbytes
-        dtype = str(self._model.report.dtype).removeprefix("torch.")
+        dtype = self._model.report.dtype
         self.about += f"; executor {self._model.executor.name}, run dtype {dtype}"
 
     def start(self, ids: Sequence[int]) -> int:

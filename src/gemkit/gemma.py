@@ -402,7 +402,7 @@ class Gemma:
 
         counts = cost.count(self.config, self.vision)
         kernel, reason = attention_kernel(self.config.attention_softcap)
-        dtype = str(self.report.dtype).removeprefix("torch.")
+        dtype = self.report.dtype
         lines = [
             f"{self.label}: {counts.total:,} parameters, {len(self.config.layers)} layers of width {self.config.width}",
             f"weights    {self.report.nbytes / 1e6:,.0f} MB, computed in {dtype} on {self.executor.device}, "

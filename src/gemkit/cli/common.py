@@ -129,7 +129,7 @@ def load_model(args: argparse.Namespace) -> Gemma:
             progress=progress,
         )
     if not getattr(args, "quiet", False):
-        dtype = str(model.report.dtype).removeprefix("torch.")
+        dtype = model.report.dtype
         say(f"{model.label}: {model.report.nbytes / 1e6:,.0f} MB, {dtype}, loaded in {model.report.seconds:.1f} s")
         for note in model.report.notes:
             say(f"note: {note}")

@@ -22,6 +22,7 @@ from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, 
 from gemkit.generate.sampler import GREEDY, Sampling, check_ids, sample, token_logprob
 from gemkit.generate.speculate import Drafts, Pace, draft_limit, room_for
 from gemkit.generate.stops import StopStrings
+from gemkit.generate.wanted import Wanted, wanted
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Chunk:
     rows: int = 1  # logits are wanted for the last so many of `ids`: 0 inside a prompt, all for scoring
     prefix: int = 0  # so many of the sequence's tokens, from its first on, see one another; never cut by a chunk
     images: Sequence[np.ndarray] = ()  # (3, S, S) float32 in -1 to 1 each, whose placeholders are among `ids`
+    wanted: Wanted | None = None  # all that will be looked at of each row; None: everything
 
 
 class State(Protocol):
@@ -331,8 +333,10 @@ class _Answer:
         if self.limit is not None:
             most = min(most, self.limit - len(self.ids) - 1)
         draft = self.drafts.begin(most)
+        rows = int(count == self.pending) + len(draft)
         images = () if self.in_state else self.request.images
-        return Chunk(self.slot, part + draft, int(count == self.pending) + len(draft), self.request.prefix, images)
+        some = wanted(self.sampling, self.ids) if rows and self.request.logprobs is None else None
+        return Chunk(self.slot, part + draft, rows, self.request.prefix, images, some)
 
     def accept(self, logits_RV: np.ndarray) -> Iterator[Event]:
         """Draw from each row for as long as the token that it was computed after is the one that was drawn."""

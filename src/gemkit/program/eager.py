@@ -9,25 +9,11 @@ import numpy as np
 import torch
 
 from gemkit import family
-from gemkit.errors import ConfigError, TextError
 from gemkit.nn import Batch, Decoder, PaliGemma, State
+from gemkit.program.chunks import check_ids, image_rows
 
 if TYPE_CHECKING:
-    from typing import Protocol
-
-    class Chunk(Protocol):
-        """The next tokens of one sequence (`generate.Chunk`)."""
-
-        @property
-        def slot(self) -> int: ...
-        @property
-        def ids(self) -> Sequence[int]: ...
-        @property
-        def rows(self) -> int: ...
-        @property
-        def prefix(self) -> int: ...
-        @property
-        def images(self) -> Sequence[np.ndarray]: ...
+    from gemkit.program.chunks import Chunk
 
 
 class Eager:
@@ -57,19 +43,14 @@ class Eager:
             TextError: if a token id is outside the vocabulary.
             ConfigError: if images and the placeholders among the ids do not match, or a chunk cuts its prefix.
         """
-        limit = self.decoder.vocab_size
-        for chunk in chunks:
-            if not 0 <= min(chunk.ids) <= max(chunk.ids) < limit:
-                raise TextError(
-                    f"token ids run from 0 to {limit - 1}; the prompt has {min(chunk.ids)} to {max(chunk.ids)}"
-                )
+        check_ids([token for chunk in chunks for token in chunk.ids], self.decoder)
         slots = [chunk.slot for chunk in chunks]
         batch = Batch.of(
             [chunk.ids for chunk in chunks],
             offsets=[state.lengths[slot] for slot in slots],
             slots=slots,
             prefixes=[chunk.prefix for chunk in chunks],
-            image_rows=self._image_rows(chunks),
+            image_rows=image_rows(chunks, self.module.vision),
             device=self.device,
         )
         ends = batch.starts[1:].tolist()
@@ -82,22 +63,3 @@ class Eager:
         else:
             logits_RV = self.module(batch, state, rows)
         return logits_RV.float().cpu().numpy()
-
-    def _image_rows(self, chunks: Sequence[Chunk]) -> list[int]:
-        """The rows of the placeholders of the chunks that bring images."""
-        found: list[int] = []
-        start = 0
-        for chunk in chunks:
-            if len(chunk.images):
-                vision = self.module.vision
-                if vision is None:
-                    raise ConfigError(f"{len(chunk.images)} images for a model without an image tower")
-                rows = [start + i for i, token in enumerate(chunk.ids) if token == vision.image_token]
-                if len(rows) != len(chunk.images) * vision.num_patches:
-                    raise ConfigError(
-                        f"{len(chunk.images)} images of {vision.num_patches} patches each, and {len(rows)} "
-                        f"placeholders (id {vision.image_token}) for them: must agree"
-                    )
-                found += rows
-            start += len(chunk.ids)
-        return found

@@ -16,16 +16,17 @@ from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from gemkit import family
-from gemkit.errors import ConfigError, ModelError, StateError, TextError
+from gemkit.errors import ConfigError, ModelError, StateError
+from gemkit.program.chunks import check_ids, check_prefix, image_rows
 from gemkit.program.pack import Pack
 
 if TYPE_CHECKING:
-    from gemkit.program.eager import Chunk
+    from gemkit.program.chunks import Chunk
 
 LIBRARY = "libgemkit_native.so"
 _ABI = 1
@@ -121,6 +122,17 @@ def threads() -> int:
     return min(count, 64)
 
 
+class Tower(Protocol):
+    """Whatever turns images into what the decoder sees of them (`weights.native.TorchTower` is one)."""
+
+    @property
+    def vision(self) -> family.Vision: ...
+
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """(I * P, D) float32, from images of (3, S, S) in -1 to 1."""
+        ...
+
+
 class NativeState:
     """What the native executor remembers of sequences: the interface of `nn.State`."""
 
@@ -132,6 +144,7 @@ class NativeState:
         self._handle = self._library.gk_state_new(executor.handle, slots, room)
         self.decoder = executor.decoder
         self.lengths = [0] * slots
+        self.room = room
 
     @property
     def handle(self) -> int:
@@ -142,23 +155,26 @@ class NativeState:
         self._checked(slot)
         return NativeMark(slot, self.lengths[slot], self._recurrent(slot))
 
-    def rollback(self, mark: NativeMark) -> None:
-        """Forget everything since `mark`.
+    def rollback(self, mark: NativeMark, keep: int = 0) -> None:
+        """Forget everything since `mark`, but for its first `keep` tokens; with a recurrent layer, those too.
 
         Raises:
             StateError: if the slot has been shorter since, or a sliding layer had no `room` to keep what is needed.
+                Nothing has changed then.
         """
-        if mark.length > self.lengths[self._checked(mark.slot)]:
-            raise StateError(f"slot {mark.slot} holds {self.lengths[mark.slot]} tokens, the mark is at {mark.length}")
-        if not self._library.gk_state_rollback(self._handle, mark.slot, mark.length):
-            room = self.lengths[mark.slot] - mark.length
+        length = mark.length + (0 if mark.recurrent else keep)
+        if length > self.lengths[self._checked(mark.slot)]:
+            where = f"the mark is at {mark.length}" + (f", {keep} are to be kept after it" if keep else "")
+            raise StateError(f"slot {mark.slot} holds {self.lengths[mark.slot]} tokens, {where}")
+        if not self._library.gk_state_rollback(self._handle, mark.slot, length):
+            room = self.lengths[mark.slot] - length
             raise StateError(
-                f"cannot go back to position {mark.length}: a layer with a window has dropped what its next token must "
+                f"cannot go back to position {length}: a layer with a window has dropped what its next token must "
                 f"see; make the state with room={room} or more"
             )
         for layer, values in mark.recurrent.items():
             self._library.gk_state_keep(self._handle, layer, mark.slot, values.ctypes.data)
-        self.lengths[mark.slot] = mark.length
+        self.lengths[mark.slot] = length
 
     def fork(self, source: int, target: int) -> None:
         """Make `target` remember what `source` does; the two go their own ways from here."""
@@ -206,13 +222,17 @@ class Native:
     name = "native"
     device = "cpu"
 
-    def __init__(self, decoder: family.Decoder, pack: Pack):
+    def __init__(self, decoder: family.Decoder, pack: Pack, tower: Tower | None = None):
         """
+        Args:
+            tower: makes the features of images; None: the model sees none.
+
         Raises:
             ModelError: if there is no native library, or the packed model cannot run.
         """
         self.decoder = decoder
         self.pack = pack
+        self.tower = tower
         self.threads = threads()
         self._library = library()
         base = pack.address
@@ -247,6 +267,7 @@ class Native:
 
         Raises:
             TextError: if a token id is outside the vocabulary.
+            ConfigError: if images and the placeholders among the ids do not match, or a chunk cuts its prefix.
             ModelError: if memory runs out, or keys or values are too large for float16.
         """
         ids: list[int] = []
@@ -255,13 +276,12 @@ class Native:
         for chunk in chunks:
             first = len(ids)
             ids += chunk.ids
-            spans.append((first, len(ids), chunk.slot, state.lengths[chunk.slot], getattr(chunk, "prefix", 0)))
+            check_prefix(chunk, state.lengths[chunk.slot])
+            spans.append((first, len(ids), chunk.slot, state.lengths[chunk.slot], chunk.prefix))
             rows += range(len(ids) - chunk.rows, len(ids))
-        if not 0 <= min(ids) <= max(ids) < self.decoder.vocab_size:
-            raise TextError(
-                f"token ids run from 0 to {self.decoder.vocab_size - 1}; the prompt has {min(ids)} to {max(ids)}"
-            )
+        check_ids(ids, self.decoder)
         wanted, kept = _wanted(chunks)
+        features, image_rows = self._features(chunks)
         self.computed = np.zeros(len(rows), np.int64)
         logits = np.empty((len(rows), self._logits_width), np.float32)
         given: list[Any] = [np.array(ids, np.int64), np.array(spans, np.int64), np.array(rows, np.int64)]
@@ -270,9 +290,9 @@ class Native:
             state.handle,
             self.threads,
             *[part for array in given for part in (array.ctypes.data, len(array))],
-            None,
-            None,
-            0,
+            features.ctypes.data,
+            image_rows.ctypes.data,
+            len(image_rows),
             logits.ctypes.data,
             wanted.ctypes.data,
             kept.ctypes.data,
@@ -291,6 +311,15 @@ class Native:
             state.lengths[slot] = position + end - first
         return logits
 
+    def _features(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
+        """What the decoder sees of the images of a call, float32 (E, D), and the rows of their placeholders."""
+        images = [image for chunk in chunks for image in chunk.images]
+        if not images:
+            return np.empty((0, self.decoder.width), np.float32), np.empty(0, np.int64)
+        rows = image_rows(chunks, None if self.tower is None else self.tower.vision)
+        assert self.tower is not None, "image_rows refuses images without a tower"
+        return np.ascontiguousarray(self.tower.features(images), np.float32), np.array(rows, np.int64)
+
     def __del__(self):
         if getattr(self, "_handle", None):
             self._library.gk_executor_free(self._handle)
@@ -301,17 +330,17 @@ _WANTED = np.dtype([("best", np.int32), ("drop", np.float32), ("kept0", np.int64
 
 def _wanted(chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
     """What will be looked at of each row of logits, and the ids of which it is certain, one list after the other."""
-    wanted, kept = [], []
+    wanted: list[tuple[int, float, int, int]] = []
+    kept: list[np.ndarray] = []
     for chunk in chunks:
         for _ in range(chunk.rows):
-            some = getattr(chunk, "wanted", None)
-            if some is None:
+            if (some := chunk.wanted) is None:
                 wanted.append((0, -1.0, 0, 0))
                 continue
-            first = len(kept)
-            kept += some.kept
-            wanted.append((some.best, -1.0 if some.drop is None else some.drop, first, len(kept)))
-    return np.array(wanted, _WANTED), np.array(kept, np.int64)
+            first = sum(map(len, kept))
+            kept.append(some.kept)
+            wanted.append((some.best, -1.0 if some.drop is None else some.drop, first, first + len(some.kept)))
+    return np.array(wanted, _WANTED), np.concatenate(kept) if kept else np.empty(0, np.int64)
 
 
 def _layer(layer: family.Layer, decoder: family.Decoder) -> tuple[int, int, int, int, int, int]:

@@ -7,7 +7,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,19 +19,10 @@ from gemkit.nn import Decoder, PaliGemma, build
 from gemkit.ops import Quantized
 from gemkit.weights.checkpoint import FLOATS, TIED_HEADS, Checkpoint
 from gemkit.weights.maps import Part
+from gemkit.weights.report import Report
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Progress = Callable[[int, int], Any]  # (bytes read, bytes in all)
-
-
-@dataclass
-class Report:
-    """What loading did."""
-
-    dtype: torch.dtype = torch.float32  # of activations and dense weights
-    seconds: float = 0.0
-    nbytes: int = 0  # held in memory
-    notes: list[str] = field(default_factory=list)  # everything that was changed on the way
 
 
 def load_module(
@@ -41,6 +31,7 @@ def load_module(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device = "cpu",
     quantized: bool = True,
+    only: tuple[str, ...] = ("",),
     progress: Progress | None = None,
 ) -> tuple[Decoder | PaliGemma, Report]:
     """The model of a checkpoint with its weights, which record no gradients.
@@ -49,6 +40,7 @@ def load_module(
         dtype: run dtype, "float32" or "bfloat16". None: bfloat16 where the file has it, else float32.
         device: any torch device.
         quantized: keep quantized weights as they are. False makes them dense in the run dtype.
+        only: beginnings of the names of the weights that are read; the others stay on the meta device.
         progress: is called as bytes are read.
 
     Raises:
@@ -57,9 +49,9 @@ def load_module(
     """
     start = time.perf_counter()
     entries = checkpoint.reader.entries
-    parts = checkpoint.parts
+    parts = [part for part in checkpoint.parts if part.ours.startswith(only)]
     run_dtype = _run_dtype(dtype, {entries[part.theirs].dtype for part in parts})
-    report = Report(dtype=run_dtype, notes=list(checkpoint.notes))
+    report = Report(dtype=str(run_dtype).removeprefix("torch."), notes=list(checkpoint.notes))
     _check_room(checkpoint, run_dtype, torch.device(device), quantized)
     with torch.device("meta"):
         module = build(checkpoint.decoder, checkpoint.vision)
@@ -88,11 +80,11 @@ def load_module(
         if progress is not None:
             progress(done, total)
     module.embed_tokens.run_dtype = run_dtype
-    _check_tied_heads(checkpoint, module)
+    if only == ("",):
+        _check_tied_heads(checkpoint, module)
     if dense:
         report.notes.append(f"{dense} quantized weights were made dense")
-    name = str(run_dtype).removeprefix("torch.")
-    report.notes += [f"{count} weights were rounded from {stored} to {name}" for stored, count in rounded.items()]
+    report.notes += [f"{count} weights were rounded from {stored} to {report.dtype}" for stored, count in rounded.items()]
     report.nbytes = weight_bytes(module)
     report.seconds = time.perf_counter() - start
     return module.eval(), report
