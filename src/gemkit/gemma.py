@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
@@ -24,21 +25,24 @@ from gemkit import text as formats
 from gemkit.errors import ConfigError, ModelError
 from gemkit.generate import INSTRUCTION_TUNED, Event, Request, Result, Sampling, Score
 from gemkit.images.read import Picture, Source
+from gemkit.program import native
+from gemkit.program.native import Native
 from gemkit.sight import Sight
 from gemkit.text import Prompt, Tokenizer, tasks
 from gemkit.text.tasks import CaptionStyle
-from gemkit.weights.checkpoint import Checkpoint, find
+from gemkit.weights.checkpoint import Checkpoint, find, open_path
 
 if TYPE_CHECKING:
     import torch
 
     from gemkit.nn import Decoder, PaliGemma
     from gemkit.nn.mask_decoder import MaskDecoder
-    from gemkit.weights.load import Report
+    from gemkit.program.eager import Eager
+    from gemkit.weights.report import Report
 
 MAX_TOKENS = 256
 Shown: TypeAlias = "Source | tuple[Source, ...]"  # one prompt's images: one, or several in a tuple
-Executor = Literal["auto", "torch"]
+Executor = Literal["auto", "native", "torch"]
 
 
 class Options(TypedDict, total=False):
@@ -79,21 +83,43 @@ def load(
         name: a member ("gemma-2-2b-it"), a hub id, a folder, a .gguf or .ckpt file; None: the starter model.
         device: any torch device.
         dtype: "bfloat16" or "float32". None: bfloat16 where the file has it, else float32.
-        executor: what computes it. "auto" takes the fastest there is, today "torch".
-        quantized: keep quantized weights as they are in memory. False makes them dense: faster in torch, larger.
+        executor: what computes it: "native" (C++, on a CPU), or "torch" (any device, any dtype). "auto" takes native
+            where it is installed and nothing is asked for that only torch has.
+        quantized: keep quantized weights as they are in memory. False makes them dense, for torch.
         progress: is called with (bytes read, bytes in all).
 
     Raises:
         GemkitError: one of its kinds, with what to do about it.
     """
-    if executor not in ("auto", "torch"):
-        raise ConfigError(f"executor={executor!r} is not one of auto, torch")
+    if executor not in ("auto", "native", "torch"):
+        raise ConfigError(f"executor={executor!r} is not one of auto, native, torch")
+    only_torch = _only_torch(device, dtype, quantized)
+    if executor == "native" and only_torch:
+        raise ConfigError(f"executor='native' cannot do {only_torch}: use executor='torch'")
     with find(name) as checkpoint:
+        if executor == "native" or (executor == "auto" and not only_torch and native.available()[0]):
+            from gemkit.weights.packed import load_native
+
+            runner, report = load_native(checkpoint, progress=progress)
+            return Gemma(checkpoint, runner, report)
+        from gemkit.program.eager import Eager
         from gemkit.weights.load import load_module  # imports torch: a wrong name is told without waiting for it
 
         _check_device(device)
         module, report = load_module(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
-        return Gemma(checkpoint, module, report)
+        return Gemma(checkpoint, Eager(module), report)
+
+
+def _only_torch(device: str, dtype: Any, quantized: bool) -> str:
+    """What is asked for that only the torch executor has; empty: nothing."""
+    asked = []
+    if device != "cpu":
+        asked.append(f"device={device!r}")
+    if dtype is not None:
+        asked.append(f"dtype={str(dtype).removeprefix('torch.')}")
+    if not quantized:
+        asked.append("quantized=False")
+    return ", ".join(asked)
 
 
 def _check_device(device: str) -> None:
@@ -110,24 +136,41 @@ def _check_device(device: str) -> None:
 class Gemma:
     """A loaded model. `load` makes it."""
 
-    def __init__(self, checkpoint: Checkpoint, module: Decoder | PaliGemma, report: Report):
-        from gemkit.program.eager import Eager
-
+    def __init__(self, checkpoint: Checkpoint, executor: Eager | Native, report: Report):
         self.label = checkpoint.label
         self.member = checkpoint.member
         self.config = checkpoint.decoder
         self.vision = checkpoint.vision  # None: it sees no images
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill, image
-        self.module = module
         self.report = report
-        self.executor = Eager(module)
+        self.executor: Any = executor
+        self._path, self._member = checkpoint.path, checkpoint.member
 
     def __repr__(self) -> str:
         return f"Gemma({self.label!r})"
 
     def __str__(self) -> str:
-        return str(self.module)
+        from gemkit.inspect.tree import tree
+
+        return str(tree(self.config, self.vision))
+
+    @cached_property
+    def module(self) -> Decoder | PaliGemma:
+        """The model as torch modules, with its weights. The native executor opens them from the same files when they
+        are first asked for; what is changed in them is for `use_torch` to run."""
+        if not isinstance(self.executor, Native):
+            return self.executor.module
+        from gemkit.weights.load import load_module
+
+        with open_path(self._path, self.label, self._member) as checkpoint:
+            return load_module(checkpoint)[0]
+
+    def use_torch(self) -> None:
+        """Compute with `module` from now on, as it stands then: after its weights were changed, for example."""
+        from gemkit.program.eager import Eager
+
+        self.executor = Eager(self.module)
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -398,10 +441,8 @@ class Gemma:
     def summary(self) -> str:
         """What was loaded, how large it is, what computes it and why."""
         from gemkit.inspect import cost
-        from gemkit.ops import attention_kernel
 
         counts = cost.count(self.config, self.vision)
-        kernel, reason = attention_kernel(self.config.attention_softcap)
         dtype = self.report.dtype
         lines = [
             f"{self.label}: {counts.total:,} parameters, {len(self.config.layers)} layers of width {self.config.width}",
@@ -410,8 +451,7 @@ class Gemma:
             f"context    {self.config.max_context:,} tokens",
             f"trained to {', '.join(self.prompts)}",
             *self._images_line(),
-            f"executor   {self.executor.name}",
-            f"attention  {kernel}: {reason}",
+            f"executor   {self.executor.name}: {self.executor.about()}",
         ]
         lines += [f"note       {note}" for note in self.report.notes]
         return "\n".join(lines)

@@ -10,6 +10,7 @@ import torch
 
 from gemkit import family
 from gemkit.nn import Batch, Decoder, PaliGemma, State
+from gemkit.ops import attention_kernel
 from gemkit.program.chunks import check_ids, image_rows
 
 if TYPE_CHECKING:
@@ -28,6 +29,11 @@ class Eager:
     @property
     def decoder(self) -> family.Decoder:
         return self.module.config
+
+    def about(self) -> str:
+        """How it computes, for people."""
+        kernel, reason = attention_kernel(self.decoder.attention_softcap)
+        return f"on {self.device}; attention {kernel}: {reason}"
 
     def new_state(self, slots: int, room: int = 0) -> State:
         return self.module.new_state(slots, room)

@@ -146,7 +146,9 @@ class _Lowering:
                 self.last[self._root(value.number)] = i
         self.last[self._root(program.output.number)] = len(program.nodes)
         self.final = {program.output.number}  # values that are in the caller's own array of logits: also what is capped
-        self.final |= {n.operands["x"].number for n in program.nodes if n.op == "softcap" and n.result == program.output}
+        self.final |= {
+            n.operands["x"].number for n in program.nodes if n.op == "softcap" and n.result == program.output
+        }
         self.sharing: dict[int, list[Node]] = {}  # the linears that read a value
         for node in program.nodes:
             if node.op == "linear":
@@ -300,7 +302,9 @@ class _Lowering:
         self._step("remember", k, v, to=None, nodes=[], numbers=(layer,))
         scalars = (node.operands["scale"], node.operands["softcap"] or 0.0)
         heads = int(node.operands["q_TNH"].shape[1])
-        self._step("attend", q, k, v, to=self._place(node.result), nodes=[node], numbers=(layer, heads), scalars=scalars)
+        self._step(
+            "attend", q, k, v, to=self._place(node.result), nodes=[node], numbers=(layer, heads), scalars=scalars
+        )
 
     def _geglu(self, i: int, node: Node) -> None:
         gate, up = self._at(node.operands["gate_TF"]), self._at(node.operands["up_TF"])
@@ -347,9 +351,7 @@ class _Lowering:
     def _rg_lru(self, i: int, node: Node) -> None:
         reads = [self._at(node.operands[name]) for name in ("x_TR", "input_gate_TR", "recurrent_gate_TR")]
         plain = (node.operands["param_R"],)
-        self._step(
-            "rg_lru", *reads, to=self._place(node.result), nodes=[node], plain=plain, numbers=(_layer(node),)
-        )
+        self._step("rg_lru", *reads, to=self._place(node.result), nodes=[node], plain=plain, numbers=(_layer(node),))
 
 
 def _layer(node: Node) -> int:

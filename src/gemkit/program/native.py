@@ -253,6 +253,11 @@ class Native:
     def handle(self) -> int:
         return self._handle
 
+    def about(self) -> str:
+        """How it computes, for people."""
+        count = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        return f"{available()[1]} kernels, {count}; int8 activations, keys and values in float16"
+
     def new_state(self, slots: int, room: int = 0) -> NativeState:
         return NativeState(self, slots, room)
 

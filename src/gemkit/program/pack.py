@@ -159,7 +159,9 @@ class Writer:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
             try:
-                os.posix_fallocate(file.fileno(), 0, self.base + self.total)  # a full disk says so here, not by a signal
+                os.posix_fallocate(
+                    file.fileno(), 0, self.base + self.total
+                )  # a full disk says so here, not by a signal
                 yield self._begun(mmap.mmap(file.fileno(), self.base + self.total))  # unmapped with its last array
                 os.replace(file.name, target)
             except BaseException:

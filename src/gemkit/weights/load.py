@@ -84,7 +84,9 @@ def load_module(
         _check_tied_heads(checkpoint, module)
     if dense:
         report.notes.append(f"{dense} quantized weights were made dense")
-    report.notes += [f"{count} weights were rounded from {stored} to {report.dtype}" for stored, count in rounded.items()]
+    report.notes += [
+        f"{count} weights were rounded from {stored} to {report.dtype}" for stored, count in rounded.items()
+    ]
     report.nbytes = weight_bytes(module)
     report.seconds = time.perf_counter() - start
     return module.eval(), report
