@@ -9,6 +9,7 @@ the environment variable GEMKIT_ISA names (avx512, avx2, portable).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -64,10 +65,8 @@ def library(*, free: bool = False) -> ctypes.CDLL:
 def _installed() -> Path | None:
     """Beside this package, or, of an editable installation, where its built files are."""
     places = [Path(__file__).parents[1] / LIBRARY]
-    try:
+    with contextlib.suppress(PackageNotFoundError):
         places.append(Path(str(distribution("gemkit").locate_file(f"gemkit/{LIBRARY}"))))
-    except PackageNotFoundError:
-        pass
     return next((place for place in places if place.is_file()), None)
 
 

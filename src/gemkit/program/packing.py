@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ class _Planes(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_void_p) for name in (*PLANES, "dense")), ("dense_type", ctypes.c_int32)]
 
 
-def pack(module: Decoder, target: Path | None, source: str, notes: list[str]) -> Pack:
+def pack(
+    module: Decoder, target: Path | None = None, source: str = "", notes: Sequence[str] = (), *, sees: bool = False
+) -> Pack:
     """The packed model of a decoder.
 
     Args:
@@ -40,12 +42,13 @@ def pack(module: Decoder, target: Path | None, source: str, notes: list[str]) ->
             given back with the result.
         source: what it was made from; a file that says something else is not this one.
         notes: what a user should know of how the weights were read.
+        sees: image features may take the place of embeddings.
 
     Raises:
         ModelError: if the native executor cannot run the module.
         WeightsError: if there is no room for the file anywhere.
     """
-    lowered = lower(trace(module))
+    lowered = lower(trace(module, sees=sees))
     sizes: dict[Any, tuple[int, int, int, int]] = {}
     for weight in packed_weights(lowered):
         kind = _kind(weight)
@@ -54,6 +57,7 @@ def pack(module: Decoder, target: Path | None, source: str, notes: list[str]) ->
     for plain in plain_weights(lowered):
         count = _floats(plain)
         sizes[plain] = PLAIN, 1, count, 4 * count
+    notes = list(notes)
     writer = Writer(lowered, sizes, source, notes)
     if target is not None:
         try:

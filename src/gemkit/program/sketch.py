@@ -2,9 +2,9 @@
 
 Of the 262,144 rows of a table a few hundred can still be the best for a given hidden state; reading 2 bits a weight of
 all of them tells which. The copy is of the table turned by a random rotation: signs, then a Walsh-Hadamard transform of
-blocks, which is its own inverse up to the signs and leaves every inner product as it is. What rounding to 2 bits leaves of
-a row then has no direction of its own, so for a hidden state x the product's error is close to a normal variable of
-standard deviation |x| |left| / sqrt(columns).
+blocks, which leaves every inner product as it is. What rounding to 2 bits leaves of a row then has no direction of its
+own, so for a hidden state x the product's error is close to a normal variable of standard deviation
+|x| |left| / sqrt(columns).
 """
 
 from __future__ import annotations

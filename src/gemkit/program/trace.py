@@ -102,7 +102,7 @@ class _SymbolicBatch(Batch):
 
     def features(self, width: int) -> Symbol:
         """Image features, whose number is the rows' that they go to."""
-        self.symbols["image_rows"] = self.image_rows = self.recorder.new(("E",))
+        self.symbols["image_rows"] = self.image_rows = self.recorder.new(("E",))  # type: ignore[misc]
         self.symbols["features"] = self.recorder.new(("E", width))
         return self.symbols["features"]
 

@@ -10,6 +10,7 @@ where all of them together are larger than the limit.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,15 +50,17 @@ def load_native(checkpoint: Checkpoint, *, progress: Progress | None = None) -> 
     path = cache_folder() / (hashlib.sha256(source.encode()).hexdigest()[:32] + ".gkpack")
     pack, tower = _kept(path, source), None
     if pack is None:
+        from gemkit.nn import PaliGemma
         from gemkit.program.packing import pack as make
         from gemkit.weights.load import load_module
 
         module, report = load_module(checkpoint, progress=progress)
         target = path if _has_room(report.nbytes) else None
         notes = list(report.notes)
-        if checkpoint.vision is not None:
-            tower = TorchTower(module)
-        pack = make(module.language_model if checkpoint.vision is not None else module, target, source, notes)
+        decoder = module
+        if isinstance(module, PaliGemma):
+            tower, decoder = TorchTower(module), module.language_model
+        pack = make(decoder, target, source, notes, sees=tower is not None)
         if target is not None:
             _drop_oldest(path)
     elif checkpoint.vision is not None:
@@ -98,10 +101,8 @@ def _kept(path: Path, source: str) -> Pack | None:
         return None
     if pack.source != source:
         return None
-    try:
+    with contextlib.suppress(OSError):  # a cache that is only read, such as another user's
         os.utime(path)  # used now
-    except OSError:
-        pass  # a cache that is only read, such as another user's
     return pack
 
 
