@@ -1,10 +1,17 @@
 """Settings for every test: no network, few threads, and properties that are the same each run."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would download fails instead
 os.environ["OMP_WAIT_POLICY"] = "passive"  # before torch is imported: spinning threads are slow on a busy machine
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+if "GEMKIT_CACHE" not in os.environ:  # packed models of tests are nobody's
+    os.environ["GEMKIT_CACHE"] = tempfile.mkdtemp(prefix="gemkit-tests-")
+    atexit.register(shutil.rmtree, os.environ["GEMKIT_CACHE"], ignore_errors=True)
 
 import hypothesis
 

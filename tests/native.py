@@ -1,17 +1,12 @@
-"""The native library, built from csrc/ as it is, and its test functions on NumPy arrays."""
+"""The native library that is installed (or that GEMKIT_NATIVE names), and its test functions on NumPy arrays."""
 
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
-SOURCES = Path(__file__).parents[1] / "csrc"
+from gemkit.program import native
+
 ISAS = ("portable", "avx2", "avx512")
 KINDS = "F32 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K".split()  # enum Kind of csrc/kernels/table.h
 DENSE = {"float32": 0, "bfloat16": 1, "float16": 2}  # enum Dense of csrc/weights.h
@@ -22,29 +17,9 @@ class Planes(ctypes.Structure):
     _fields_ = [*((name, ctypes.c_void_p) for name in PLANES), ("dense_type", ctypes.c_int32)]
 
 
-def build(folder: Path | None = None) -> Path:
-    """The library's path. Built once for each state of the sources, into a folder of the user's temporary files."""
-    if ready := os.environ.get("GEMKIT_NATIVE_LIBRARY"):
-        return Path(ready)
-    files = sorted(path for path in SOURCES.rglob("*") if path.suffix in {".h", ".cpp", ".txt"})
-    state = hashlib.sha256(b"\0".join(str(path).encode() + path.read_bytes() for path in files)).hexdigest()[:16]
-    folder = folder or Path(tempfile.gettempdir()) / f"gemkit-native-{os.getuid()}"
-    library = folder / state / "libgemkit_native.so"
-    if not library.exists():
-        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as work:
-            generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-            subprocess.run(["cmake", "-S", SOURCES, "-B", work, *generator], check=True, stdout=subprocess.DEVNULL)
-            subprocess.run(["cmake", "--build", work], check=True, stdout=subprocess.DEVNULL)
-            half = library.with_suffix(f".{os.getpid()}")  # another process may build the same: the last one wins
-            shutil.copy(Path(work) / library.name, half)
-            half.rename(library)
-    return library
-
-
 @functools.cache
 def library() -> ctypes.CDLL:
-    lib = ctypes.CDLL(str(build()))
+    lib = native.library(free=True)
     p, i, n, s = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p
     lib.gk_packed_bytes.argtypes, lib.gk_packed_bytes.restype = (i, n, n), ctypes.c_size_t
     lib.gk_activation_bytes.argtypes, lib.gk_activation_bytes.restype = (i, n, n), ctypes.c_size_t

@@ -57,7 +57,7 @@ def load_native(checkpoint: Checkpoint, *, progress: Progress | None = None) -> 
         module, report = load_module(checkpoint, progress=progress)
         target = path if _has_room(report.nbytes) else None
         notes = list(report.notes)
-        decoder = module
+        decoder: Any = module
         if isinstance(module, PaliGemma):
             tower, decoder = TorchTower(module), module.language_model
         pack = make(decoder, target, source, notes, sees=tower is not None)

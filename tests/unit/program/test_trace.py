@@ -80,8 +80,8 @@ def test_what_is_no_op_cannot_be_traced():
     module = randomised("gemma-2b")
 
     class Doubled(nn.Decoder):
-        def forward(self, batch, state=None, rows=None):
-            return super().forward(batch, state, rows) * 2
+        def forward(self, batch, state=None, rows=None, features_ED=None):
+            return super().forward(batch, state, rows, features_ED) * 2
 
     module.__class__ = Doubled
     with pytest.raises(ModelError, match="Doubled cannot be traced after linear"):
