@@ -21,7 +21,7 @@
 //                 and above them two bits of chunk 3, low ones first, then of chunk 7
 //
 // 5 and 6 bits are two planes put together: decoding them from vectors of 4 bits and of 1 or 2 takes half as many steps
-// again. Q3_K keeps its planes apart, 2 bits first. All but 5 and 6 bits are the planes' own 32-bit words, transposed.
+// more. Q3_K keeps its planes apart, 2 bits first. All but 5 and 6 bits are the planes' own 32-bit words, transposed.
 //
 // Scales (S) and minima (M) of a block, for each of the 16 rows:
 //
