@@ -228,6 +228,8 @@ void multiply(const uint8_t *p, int64_t cols, int64_t rows, const Group *x, int6
     for (int t = 0; t < N; t++) y[t] = zero();
     const int64_t groups = cols / GROUP, minima = groups / BLOCK * TILE * 2;
     const uint8_t *supers = p;
+    // Skipped by the stream and read bit by bit later: each line would be waited for.
+    for (int64_t i = 0; i < super_bytes(K, cols); i += 64) __builtin_prefetch(p + i);
     p += super_bytes(K, cols);
     Scales s;
     for (int64_t first = 0; first < groups; first += BLOCK, supers += TILE * 2) {
