@@ -36,10 +36,10 @@ template <class T> void scatter(const T *from, T *to, int64_t stride, int rows, 
 }
 
 // Walks a tile's parts with one function for a plane's piece: place(plane, element size, elements a row, first of these,
-// count, packed bytes). Scales of fewer than 8 bits and codes of 6 have functions of their own: small(block, packed bytes)
-// and six(group, packed bytes).
-template <class Place, class Small, class Six>
-bool walk(Kind kind, int64_t cols, const Planes &p, uint8_t *tile, Place place, Small small, Six six) {
+// count, packed bytes). Scales of fewer than 8 bits and codes of 5 and 6 have functions of their own:
+// small(block, packed bytes) and joined(group, packed bytes).
+template <class Place, class Small, class Joined>
+bool walk(Kind kind, int64_t cols, const Planes &p, uint8_t *tile, Place place, Small small, Joined joined) {
     const Format f = format(kind);
     const int64_t groups = cols / GROUP, blocks = groups / BLOCK;
     uint8_t *at = tile;
@@ -60,9 +60,12 @@ bool walk(Kind kind, int64_t cols, const Planes &p, uint8_t *tile, Place place, 
         }
         at += scale_bytes(kind, n);
         for (int64_t i = g; i < g + n; i++) {
-            if (kind == Q6_K) six(i, at);
-            else place(p.codes, 4, groups * f.low, i * f.low, (int64_t)f.low, at);
-            if (f.high && kind != Q6_K) place(p.high, 4, groups * f.high, i * f.high, (int64_t)f.high, at + 64 * f.low);
+            if (f.low + f.high == 5 || f.low + f.high == 6) {
+                joined(i, at);
+            } else {
+                place(p.codes, 4, groups * f.low, i * f.low, (int64_t)f.low, at);
+                if (f.high) place(p.high, 4, groups * f.high, i * f.high, (int64_t)f.high, at + 64 * f.low);
+            }
             at += code_bytes(kind);
         }
     }
@@ -107,23 +110,43 @@ void split_scales(Kind kind, const uint8_t *from, int64_t step, uint8_t *s, uint
     }
 }
 
-// A row's group of 6-bit codes: four words of low bits and two of high bits, to the six that weights.h describes, and back.
-void join_six(const uint32_t *low, const uint32_t *high, uint32_t *to) {
-    uint32_t chunk[8];
-    for (int c = 0; c < 8; c++)
-        chunk[c] = (low[c % 4] >> (c / 4 * 4) & 0x0F0F0F0F) | (high[c % 2] >> (c / 2 * 2) & 0x03030303) << 4;
-    for (int v = 0; v < 6; v++) to[v] = chunk[v / 3 * 4 + v % 3] | (chunk[v / 3 * 4 + 3] >> (v % 3 * 2) & 0x03030303) << 6;
-}
-void split_six(const uint32_t *from, uint32_t *low, uint32_t *high) {
-    uint32_t chunk[8] = {};
-    for (int v = 0; v < 6; v++) {
-        chunk[v / 3 * 4 + v % 3] = from[v] & 0x3F3F3F3F;
-        chunk[v / 3 * 4 + 3] |= (from[v] >> 6 & 0x03030303) << (v % 3 * 2);
+// A row's group of codes of 5 or 6 bits: four words of low bits and `more` = 1 or 2 of high bits to the 4 + more words that
+// weights.h describes, and back. A word is four columns of a chunk.
+constexpr uint32_t each(uint32_t byte) { return byte * 0x01010101; }
+
+void join_codes(int more, const uint32_t *low, const uint32_t *high, uint32_t *to) {
+    uint32_t c[8];
+    for (int i = 0; i < 8; i++) {
+        const uint32_t top = more == 1 ? high[0] >> i & each(1) : high[i % 2] >> (i / 2 * 2) & each(3);
+        c[i] = (low[i % 4] >> (i / 4 * 4) & each(15)) | top << 4;
     }
-    low[0] = low[1] = low[2] = low[3] = high[0] = high[1] = 0;
-    for (int c = 0; c < 8; c++) {
-        low[c % 4] |= (chunk[c] & 0x0F0F0F0F) << (c / 4 * 4);
-        high[c % 2] |= (chunk[c] >> 4 & 0x03030303) << (c / 2 * 2);
+    if (more == 1) {
+        for (int v = 0; v < 3; v++) to[v] = c[v] | (c[5 + v] & each(7)) << 5;
+        to[3] = c[3] | (c[5] >> 3 & each(3)) << 5 | (c[6] >> 3 & each(1)) << 7;
+        to[4] = c[4] | (c[6] >> 4 & each(1)) << 5 | (c[7] >> 3 & each(3)) << 6;
+    } else {
+        for (int v = 0; v < 6; v++) to[v] = c[v / 3 * 4 + v % 3] | (c[v / 3 * 4 + 3] >> (v % 3 * 2) & each(3)) << 6;
+    }
+}
+void split_codes(int more, const uint32_t *from, uint32_t *low, uint32_t *high) {
+    uint32_t c[8] = {};
+    if (more == 1) {
+        for (int v = 0; v < 5; v++) c[v] = from[v] & each(31);
+        for (int v = 0; v < 3; v++) c[5 + v] = from[v] >> 5 & each(7);
+        c[5] |= (from[3] >> 5 & each(3)) << 3;
+        c[6] |= (from[3] >> 7 & each(1)) << 3 | (from[4] >> 5 & each(1)) << 4;
+        c[7] |= (from[4] >> 6 & each(3)) << 3;
+    } else {
+        for (int v = 0; v < 6; v++) {
+            c[v / 3 * 4 + v % 3] = from[v] & each(63);
+            c[v / 3 * 4 + 3] |= (from[v] >> 6 & each(3)) << (v % 3 * 2);
+        }
+    }
+    for (int i = 0; i < 4; i++) low[i] = (c[i] & each(15)) | (c[i + 4] & each(15)) << 4;
+    for (int v = 0; v < more; v++) high[v] = 0;
+    for (int i = 0; i < 8; i++) {
+        if (more == 1) high[0] |= (c[i] >> 4 & each(1)) << i;
+        else high[i % 2] |= (c[i] >> 4 & each(3)) << (i / 2 * 2);
     }
 }
 
@@ -208,17 +231,17 @@ bool pack(Kind kind, int64_t rows, int64_t cols, const Planes &planes, uint8_t *
             }
             return good;
         };
-        const auto six = [&](int64_t group, uint8_t *to) {
-            std::memset(to, 0, 6 * 64);
+        const auto joined = [&](int64_t group, uint8_t *to) {
+            std::memset(to, 0, (size_t)code_bytes(kind));
             for (int r = 0; r < n; r++) {
-                uint32_t low[4], high[2], words[6];
+                uint32_t low[4], high[2] = {}, words[6];
                 std::memcpy(low, (const uint8_t *)planes.codes + ((row + r) * groups + group) * 16, 16);
-                std::memcpy(high, (const uint8_t *)planes.high + ((row + r) * groups + group) * 8, 8);
-                join_six(low, high, words);
-                for (int v = 0; v < 6; v++) std::memcpy(to + 64 * v + 4 * r, &words[v], 4);
+                std::memcpy(high, (const uint8_t *)planes.high + ((row + r) * groups + group) * 4 * f.high, 4 * (size_t)f.high);
+                join_codes(f.high, low, high, words);
+                for (int v = 0; v < 4 + f.high; v++) std::memcpy(to + 64 * v + 4 * r, &words[v], 4);
             }
         };
-        if (!walk(kind, cols, planes, tile, place, small, six)) return false;
+        if (!walk(kind, cols, planes, tile, place, small, joined)) return false;
     }
     return true;
 }
@@ -251,16 +274,17 @@ bool unpack(Kind kind, int64_t rows, int64_t cols, const uint8_t *packed, const 
             }
             return true;
         };
-        const auto six = [&](int64_t group, const uint8_t *from) {
+        const auto joined = [&](int64_t group, const uint8_t *from) {
+            const int64_t at = row * (cols / GROUP) + group, step = cols / GROUP;
             for (int r = 0; r < n; r++) {
-                uint32_t low[4], high[2], words[6];
-                for (int v = 0; v < 6; v++) std::memcpy(&words[v], from + 64 * v + 4 * r, 4);
-                split_six(words, low, high);
-                std::memcpy((uint8_t *)planes.codes + ((row + r) * (cols / GROUP) + group) * 16, low, 16);
-                std::memcpy((uint8_t *)planes.high + ((row + r) * (cols / GROUP) + group) * 8, high, 8);
+                uint32_t low[4], high[2] = {}, words[6];
+                for (int v = 0; v < 4 + f.high; v++) std::memcpy(&words[v], from + 64 * v + 4 * r, 4);
+                split_codes(f.high, words, low, high);
+                std::memcpy((uint8_t *)planes.codes + (at + r * step) * 16, low, 16);
+                std::memcpy((uint8_t *)planes.high + (at + r * step) * 4 * f.high, high, 4 * (size_t)f.high);
             }
         };
-        walk(kind, cols, planes, tile, place, small, six);
+        walk(kind, cols, planes, tile, place, small, joined);
     }
     return true;
 }

@@ -14,12 +14,16 @@
 //     4 bits      vector c holds chunk c in the low half of each byte, chunk c + 4 in the high half      (c = 0 .. 3)
 //     2 bits      vector v holds chunk 2 i + v at bit 2 i of each byte                                   (v = 0, 1)
 //     1 bit       the vector holds chunk c at bit c of each byte
-//     6 bits      vector v holds a chunk in the low bits of each byte: 0, 1, 2, then 4, 5, 6; the high bits of the first
-//                 three hold chunk 3, two bits each, low ones first; those of the others chunk 7    (v = 0 .. 5; Q6_K)
+//     5 bits      vector v holds chunk v in the low bits of each byte                                    (v = 0 .. 4)
+//                 and above them: v = 0, 1, 2 the low three bits of chunks 5, 6, 7; v = 3 the high two of 5, then bit 3 of
+//                 6; v = 4 bit 4 of 6, then the high two of 7
+//     6 bits      vector v holds a chunk in the low bits of each byte: 0, 1, 2, then 4, 5, 6             (v = 0 .. 5)
+//                 and above them two bits of chunk 3, low ones first, then of chunk 7
 //
-// Where a kind has two planes, the low bits' vectors come first, then those of the high bits, except for Q6_K: 4 and 2
-// bits would take twice as long to put together. All others are the planes' own 32-bit words, transposed. Scales (S) and
-// minima (M) of a block, for each of the 16 rows:
+// 5 and 6 bits are two planes put together: decoding them from vectors of 4 bits and of 1 or 2 takes half as many steps
+// more. Q3_K keeps its planes apart, 2 bits first. All but 5 and 6 bits are the planes' own 32-bit words, transposed.
+//
+// Scales (S) and minima (M) of a block, for each of the 16 rows:
 //
 //     Q4_0 Q5_0 Q8_0    float16 S of each group
 //     Q4_1 Q5_1         float16 S of each group, then M of each

@@ -87,13 +87,20 @@ template <Kind K> inline void decode(const uint8_t *p, B64 *w) {
             w[c] = bytes(p + 64 * c);
             if constexpr (ABOVE) w[c] = w[c] ^ ABOVE;
         }
-    } else if constexpr (K == Q6_K) {
+    } else if constexpr (f.low + f.high == 6) {
         GK_UNROLL
         for (int c = 0; c < 8; c += 4) {
             const B64 v[3] = {bytes(p + 48 * c), bytes(p + 48 * c + 64), bytes(p + 48 * c + 128)};
             w[c] = v[0] & 63, w[c + 1] = v[1] & 63, w[c + 2] = v[2] & 63;
             w[c + 3] = ((v[0] >> 6) & 3) | ((v[1] >> 4) & 12) | ((v[2] >> 2) & 48);
         }
+    } else if constexpr (f.low + f.high == 5) {
+        const B64 v[5] = {bytes(p), bytes(p + 64), bytes(p + 128), bytes(p + 192), bytes(p + 256)};
+        GK_UNROLL
+        for (int c = 0; c < 5; c++) w[c] = v[c] & 31;
+        w[5] = ((v[0] >> 5) & 7) | ((v[3] >> 2) & 24);
+        w[6] = ((v[1] >> 5) & 7) | ((v[3] >> 4) & 8) | ((v[4] >> 1) & 16);
+        w[7] = ((v[2] >> 5) & 7) | ((v[4] >> 3) & 24);
     } else if constexpr (f.low == 4) {
         GK_UNROLL
         for (int c = 0; c < 4; c++) {
@@ -105,13 +112,10 @@ template <Kind K> inline void decode(const uint8_t *p, B64 *w) {
         GK_UNROLL
         for (int c = 0; c < 8; c++) w[c] = (v[c % 2] >> (c / 2 * 2)) & 3;
     }
-    if constexpr (f.high == 1) {
-        const B64 v = bytes(p + 64 * f.low);
+    if constexpr (f.low + f.high == 3) {
+        const B64 v = bytes(p + 128);
         GK_UNROLL
-        for (int c = 0; c < 8; c++) {
-            const B64 moved = c < f.low ? v << (f.low - c) : v >> (c - f.low);
-            w[c] = w[c] | (moved & (1 << f.low));
-        }
+        for (int c = 0; c < 8; c++) w[c] = w[c] | ((c < 2 ? v << (2 - c) : v >> (c - 2)) & 4);
     }
 }
 
@@ -218,11 +222,14 @@ template <Kind K, int N>
 void multiply(const uint8_t *p, int64_t cols, int64_t rows, const Group *x, int64_t width, float *out, int64_t stride) {
     constexpr Format f = format(K);
     constexpr int M = N < 4 ? N : 4;
+    constexpr bool SPILL = N > M && LANES_A_REGISTER == 8;  // few registers: codes and sums in memory, products in registers
     F16 y[N];
     GK_UNROLL
     for (int t = 0; t < N; t++) y[t] = zero();
     const int64_t groups = cols / GROUP, minima = groups / BLOCK * TILE * 2;
     const uint8_t *supers = p;
+    // Skipped by the stream and read bit by bit later: each line would be waited for.
+    for (int64_t i = 0; i < super_bytes(K, cols); i += 64) __builtin_prefetch(p + i);
     p += super_bytes(K, cols);
     Scales s;
     for (int64_t first = 0; first < groups; first += BLOCK, supers += TILE * 2) {
@@ -234,11 +241,15 @@ void multiply(const uint8_t *p, int64_t cols, int64_t rows, const Group *x, int6
                 for (int64_t i = 0; i < code_bytes(K); i += 64) __builtin_prefetch(p + 2048 + i);
             B64 w[8];
             decode<K>(p, w);
-            if constexpr (N > M && LANES_A_REGISTER == 8) asm volatile("" : "+m"(w));
-            GK_UNROLL
-            for (int t = 0; t + M <= N; t += M) {
-                add_products<K, M>(w, s, g, x + t, y + t);
-                if constexpr (N > M && LANES_A_REGISTER == 8) asm volatile("" : "+m"(w), "+m"(y));
+            if constexpr (SPILL) {
+                asm volatile("" : "+m"(w));
+                for (int t = 0; t + M <= N; t += M) {
+                    add_products<K, M>(w, s, g, x + t, y + t);
+                    asm volatile("" : "+m"(w), "+m"(y));
+                }
+            } else {
+                GK_UNROLL
+                for (int t = 0; t + M <= N; t += M) add_products<K, M>(w, s, g, x + t, y + t);
             }
             if constexpr (N % M) add_products<K, N % M>(w, s, g, x + N / M * M, y + N / M * M);
         }

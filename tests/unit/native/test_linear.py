@@ -6,12 +6,13 @@ The dense weights come from `Quantized.dequantize`, which tests of its own hold 
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-import native
 import numpy as np
 import pytest
 import torch
 
+import native_library as native
 from gemkit.ops.quantized import KINDS, Quantized
 
 QUANTIZED = [kind for kind in native.KINDS if kind in KINDS]
@@ -269,7 +270,8 @@ def test_scales_at_the_ends_of_float16(kind):
         sample = Sample(kind, 17, cols, scale=scale)
         x_TD = sample_activations(4, cols)
         found = sample.linear("portable", x_TD)
-        assert np.isfinite(found).all() and np.abs(found).max() > 0
+        assert np.isfinite(found).all()
+        assert np.abs(found).max() > 0
         for isa in native.isas():
             assert np.array_equal(found, sample.linear(isa, x_TD))
             assert np.array_equal(native.row(isa, kind, sample.packed, 17, cols, 16), sample.floats[16])
@@ -291,7 +293,7 @@ def test_what_is_not_finite_stays_so_in_its_token_alone(kind, isa):
 
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 2.0**-100, 1e-20, 1e30, 3.4e38])
 def test_activations_of_any_size(size, isa):
-    """Zeros, denormals (they count as zero) and the largest: the result follows its size without overflow on the way."""
+    """Zeros, denormals (they count as zero) and the largest: the result follows without overflow on the way."""
     sample = Sample("Q4_0", 16, 64, scale=(1e-4, 1e-3))
     shape = np.linspace(-1, 1, 64, dtype=np.float32)[None]
     x_TD = shape * np.float32(size)
@@ -302,8 +304,8 @@ def test_activations_of_any_size(size, isa):
 
 def test_the_environment_names_the_instruction_set():
     """A set that is not there is reported, by no name, and not run."""
-    code = "import native; name = native.library().gk_isa(); print(name.decode() if name else None)"
+    code = "import native_library as native; name = native.library().gk_isa(); print(name.decode() if name else None)"
     for forced, expected in (("", native.isas()[-1]), ("portable", "portable"), ("neon", "None")):
-        env = {**os.environ, "GEMKIT_ISA": forced, "PYTHONPATH": os.path.dirname(native.__file__)}
+        env = {**os.environ, "GEMKIT_ISA": forced, "PYTHONPATH": str(Path(native.__file__).parent)}
         ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
         assert ran.stdout.strip() == expected

@@ -8,7 +8,8 @@ import numpy as np
 from gemkit.program import native
 
 ISAS = ("portable", "avx2", "avx512")
-KINDS = "F32 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K".split()  # enum Kind of csrc/kernels/table.h
+# enum Kind of csrc/kernels/table.h
+KINDS = ["F32", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 DENSE = {"float32": 0, "bfloat16": 1, "float16": 2}  # enum Dense of csrc/weights.h
 PLANES = ("codes", "high", "scales", "mins", "super_scales", "super_mins", "dense")
 
@@ -80,7 +81,9 @@ def quantize(isa: str, x_TD: np.ndarray, cuts=()) -> np.ndarray:
     return out
 
 
-def linear(isa: str, kind: str, packed: np.ndarray, rows: int, x_TD: np.ndarray, cuts=(), offset: int = 0) -> np.ndarray:
+def linear(
+    isa: str, kind: str, packed: np.ndarray, rows: int, x_TD: np.ndarray, cuts=(), offset: int = 0
+) -> np.ndarray:
     """(T, rows): `x_TD @ weight.T`, computed in the ranges of tiles that `cuts` makes."""
     tokens, cols = x_TD.shape
     quantized = quantize(isa, x_TD) if kind not in ("F32", "BF16") else None
