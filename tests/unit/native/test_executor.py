@@ -31,13 +31,13 @@ from tiny import WINDOW, tiny, tokens
 MEMBERS = ["gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-27b", "gemma-3-1b", "gemma-3-4b", "recurrentgemma-2b"]
 
 
-def randomised(name: str, quantized: bool = False) -> nn.Decoder:
+def randomised(name: str, quantized: bool = False, depth: int | None = None) -> nn.Decoder:
     """A member at test size with the weights that `tiny.reference` gives it; quantized ones have random codes."""
     generator = torch.Generator().manual_seed(0)
     config = tiny(name)
     if quantized:  # rows of whole blocks
         config = replace(config, width=128, ffw_width=256, head_dim=32, query_scale=32**-0.5)
-    module = nn.Decoder(config)
+    module = nn.Decoder(replace(config, layers=config.layers[:depth]))
     for path, weight in list(module.named_parameters()):
         gain = 1.5 if "q_proj" in path or "k_proj" in path else 1
         small = "norm" in path or "bias" in path
@@ -101,8 +101,9 @@ def rounded_to_int8(module: torch.nn.Module, given: tuple[torch.Tensor]) -> tupl
 
 
 def test_quantized_weights_are_multiplied_with_int8_activations(halves):
-    """3e-2: a code that is rounded to the other side moves by 1/127 of its group's largest."""
-    module = randomised("gemma-2-2b", quantized=True)
+    """1e-2: a code that is rounded to the other side moves by 1/127 of its group's largest. Few layers, which amplify
+    little of that: the error of not rounding at all is ten times as large."""
+    module = randomised("gemma-2-2b", quantized=True, depth=4)
     ours, theirs = Native(module.config, pack(module)), Eager(module)
     for linear in module.modules():
         if isinstance(getattr(linear, "weight", None), Quantized) and not isinstance(linear, nn.weighted.Embedding):
@@ -110,7 +111,7 @@ def test_quantized_weights_are_multiplied_with_int8_activations(halves):
     (prompt,) = ids(40)
     got = ours.run([Chunk(0, prompt, rows=40)], ours.new_state(1))
     expected = theirs.run([Chunk(0, prompt, rows=40)], theirs.new_state(1))
-    assert_close(got, expected, 3e-2)
+    assert_close(got, expected, 1e-2)
 
 
 def one_by_one(executor: Native, sequence: list[int]) -> np.ndarray:
