@@ -101,9 +101,9 @@ def rounded_to_int8(module: torch.nn.Module, given: tuple[torch.Tensor]) -> tupl
 
 
 def test_quantized_weights_are_multiplied_with_int8_activations(halves):
-    """1e-2: a code that is rounded to the other side moves by 1/127 of its group's largest. Few layers, which amplify
-    little of that: the error of not rounding at all is ten times as large."""
-    module = randomised("gemma-2-2b", quantized=True, depth=4)
+    """5e-3: a code that is rounded to the other side moves by 1/127 of its group's largest. One layer, since layers of
+    random weights amplify that."""
+    module = randomised("gemma-2-2b", quantized=True, depth=1)
     ours, theirs = Native(module.config, pack(module)), Eager(module)
     for linear in module.modules():
         if isinstance(getattr(linear, "weight", None), Quantized) and not isinstance(linear, nn.weighted.Embedding):
@@ -111,7 +111,7 @@ def test_quantized_weights_are_multiplied_with_int8_activations(halves):
     (prompt,) = ids(40)
     got = ours.run([Chunk(0, prompt, rows=40)], ours.new_state(1))
     expected = theirs.run([Chunk(0, prompt, rows=40)], theirs.new_state(1))
-    assert_close(got, expected, 1e-2)
+    assert_close(got, expected, 5e-3)
 
 
 def one_by_one(executor: Native, sequence: list[int]) -> np.ndarray:
