@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cache
 from pathlib import Path
@@ -56,8 +56,7 @@ class Task:
 
     def quick(self) -> Task:
         """The same on a small scale: pages are touched and buffers made, and settings can be compared with it."""
-        few = {"prompt": min(self.prompt, 128), "tokens": min(self.tokens, 8)}
-        return Task(self.kind, **few, sequences=self.sequences, depth=self.depth)
+        return replace(self, prompt=min(self.prompt, 64), tokens=min(self.tokens, 4))
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,14 @@ class Row:
     ours: Side
     rival: Side | None  # None: ours against the size of its file
     notes: str = ""
+
+    def quick(self) -> Row:
+        """The same work on a small scale, whose figures say nothing of the floor."""
+
+        def small(side: Side) -> Side:
+            return replace(side, task=replace(side.task.quick(), depth=min(side.task.depth, 256)))
+
+        return replace(self, ours=small(self.ours), rival=self.rival and small(self.rival))
 
 
 MODELS: dict[str, Callable[[], Path]] = {
@@ -232,15 +239,15 @@ def shares(rate: float, need: dict[str, float], limits: dict[str, float | None])
     return {name: None if not (limit := limits.get(name)) else value / limit for name, value in used.items()}
 
 
-def told(row: Row, pairs: Sequence[Pair], unit: str, more: dict[str, Any]) -> dict[str, Any]:
-    """A row of the result."""
+def told(row: Row, pairs: Sequence[Pair], unit: str, more: dict[str, Any], is_result: bool = True) -> dict[str, Any]:
+    """A row of the result. Few pairs, other words than the rival's, or what is no result at all, meet no floor."""
     ratios = [pair.ratio for pair in pairs]
     return {
         "row": row.name,
         "work": row.work,
         "ratio": median(ratios),
         "floor": row.floor,
-        "met": is_met(ratios, row.floor) and len(pairs) >= PAIRS and more.get("agreed") is not False,
+        "met": is_met(ratios, row.floor) and is_result and len(pairs) >= PAIRS and more.get("agreed") is not False,
         "ratio_range": [min(ratios), max(ratios)],
         "below": sum(ratio < row.floor for ratio in ratios),
         "ours": median(pair.ours for pair in pairs),
@@ -269,7 +276,8 @@ class Floors:
         with ExitStack() as stack:
             limits = Worker("limits", Path(sys.executable), self.args.threads)
             stack.callback(limits.close)
-            for number, row in enumerate(ROW for ROW in ROWS if ROW.name in self.args.only):
+            for number, row in enumerate(row for row in ROWS if row.name in self.args.only):
+                row = row.quick() if self.args.quick else row
                 self._read_limits(limits)
                 say(f"row {number + 1} of {len(self.args.only)}: {row.name}")
                 try:
@@ -329,7 +337,7 @@ class Floors:
                 f"{whose}_weight_bytes": about["weight_bytes"],
                 f"{whose}_need": needs(_decoder(side.model), side.task, about["weight_bytes"]),
             }
-        return told(row, pairs, "tok/s", more)
+        return told(row, pairs, "tok/s", more, not self.args.quick)
 
     def _best(self, side: Side, stack: ExitStack) -> tuple[Worker, dict[str, Any]]:
         """The engine at its best setting, loaded. Several are tried one after the other, none beside another."""
@@ -385,8 +393,9 @@ class Floors:
         """Whether both say the same where that is in no doubt. None: the weights are random, and are never sure."""
         if row.ours.model not in REAL:
             return None
+        prompt = self._prompt(192 if self.args.quick else 512)  # the passage more than twice
         said = [
-            [tokens[0] for tokens in worker.ask("decode", prompts=[self._prompt(512)], tokens=CHECKED)["drawn"]]
+            [tokens[0] for tokens in worker.ask("decode", prompts=[prompt], tokens=CHECKED)["drawn"]]
             for worker in (ours, rival)
         ]
         if said[0] != said[1]:
@@ -438,15 +447,15 @@ class Floors:
             pairs.append(Pair((after["resident"] - before["resident"]) / 1e6, file, True, foreign))
             proportional.append((after["proportional"] - before["proportional"]) / 1e6)
         names = {"ours_name": row.ours.engine, "ours_about": about, "rival_name": f"the file, {path.name}"}
-        return told(row, pairs, "MB", {**names, "ours_proportional": proportional})
+        return told(row, pairs, "MB", {**names, "ours_proportional": proportional}, not self.args.quick)
 
     # ── what came of it
 
     def doubts(self) -> list[str]:
         """Why the figures may be off."""
         doubts = []
-        if self.args.pairs < PAIRS:
-            doubts.append(f"fewer than {PAIRS} pairs: figures for development, and no floor is met")
+        if self.args.pairs < PAIRS or self.args.quick:
+            doubts.append(f"--quick, or fewer than {PAIRS} pairs: figures for development, and no floor is met")
         for row in self.rows:
             name = row["row"]
             if busy := [pair for pair in row["pairs"] if pair["foreign_cpus"] > 0.1 or pair["stolen_cpus"] > 0.05]:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import gguf
 import numpy as np
+from worker import CACHE
 
 from gemkit import family
 from gemkit.family import Decoder, Sliding
@@ -29,7 +30,6 @@ from gemkit.weights.checkpoint import find
 from gemkit.weights.entries import DENSE
 from gemkit.weights.maps import name_map
 
-CACHE = Path(os.environ.get("GEMKIT_BENCH_CACHE", Path(__file__).parents[1] / ".cache" / "bench"))
 SEED = 0
 DEVIATION = 0.02  # of weights: a row of 2,304 turns activations of 1 into ones of 1
 ROWS = 1 << 20  # weights made at a time in a Hugging Face folder

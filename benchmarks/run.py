@@ -4,7 +4,7 @@ python benchmarks/run.py                       the starter model, every engine
 python benchmarks/run.py model.gguf --save     another file, and a file in results/
 python benchmarks/run.py --only gemkit,llama.cpp --quick
 python benchmarks/run.py --suite floors --json what gemkit must reach, row by row, against the best of each rival
-python benchmarks/run.py --suite floors --only decode-270m --pairs 3
+python benchmarks/run.py --suite floors --only decode-270m --pairs 3 --quick
 """
 
 from __future__ import annotations
@@ -423,8 +423,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"--only: {unknown[0]!r} is not one of {', '.join(known)}")
     if min(args.repeat, args.pairs, args.threads) < 1:
         parser.error("--repeat, --pairs and --threads must be at least 1")
-    if args.suite == "floors" and (args.model or args.quick or args.unchecked):
-        parser.error("the rows of --suite floors have models and sizes of their own: no model, --quick or --unchecked")
+    if args.suite == "floors" and (args.model or args.unchecked):
+        parser.error("the rows of --suite floors have models of their own: no model, no --unchecked")
     if args.save and (args.quick or args.repeat < ROUNDS or args.pairs < floors.PAIRS):
         parser.error(f"--save is for results: without --quick, with {ROUNDS} rounds or {floors.PAIRS} pairs at least")
     return args

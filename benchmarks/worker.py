@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+CACHE = Path(os.environ.get("GEMKIT_BENCH_CACHE", Path(__file__).parents[1] / ".cache" / "bench"))
 Prompts = Sequence[Sequence[int]]
 
 
@@ -228,7 +229,7 @@ class LlamaCpp(Engine):
         self.weight_bytes = api.llama_model_size(self._model)
         chosen = ", ".join(f"{key}={value}" for key, value in settings.items()) or "default settings"
         self.about += f"; {chosen}"
-        self._states = Path(f"{path}.{chosen.replace(', ', '.')}.states")
+        self._states = CACHE / f"{Path(path).name}.{chosen.replace(', ', '.')}.states"
 
     def start(self, prompts: Prompts) -> list[int]:
         self._forget(len(prompts))
@@ -241,7 +242,7 @@ class LlamaCpp(Engine):
         return self._best()
 
     def fill(self, depth: int) -> None:
-        """The prompt takes minutes in a 2B, so the memory is kept in a file beside the model, by settings and depth."""
+        """The prompt takes minutes in a 2B, so the memory is kept in a file, by settings and depth."""
         api, file = self._api, self._states.with_name(f"{self._states.name}.{depth}")
         self._forget(1)
         count = ctypes.c_size_t(0)

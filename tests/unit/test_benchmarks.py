@@ -109,6 +109,7 @@ def test_no_floor_is_met_by_few_pairs_or_by_other_words(floors):
     assert floors.told(_row(floors), pairs, "tok/s", {"agreed": None})["met"]  # random weights are never sure
     assert not floors.told(_row(floors), pairs[1:], "tok/s", {"agreed": True})["met"]
     assert not floors.told(_row(floors), pairs, "tok/s", {"agreed": False})["met"]
+    assert not floors.told(_row(floors), pairs, "tok/s", {}, is_result=False)["met"]
 
 
 def test_shares_of_the_limits(floors):
