@@ -134,7 +134,7 @@ def test_shares_of_the_limits(floors):
 
 def test_the_result_is_one_object_and_says_what_is_missing_and_doubtful(floors):
     args = SimpleNamespace(
-        pairs=7, threads=2, only=["decode-270m", "decode-2b"], rivals=Path("nowhere"), llama_bench=None
+        pairs=7, quick=False, threads=2, only=["decode-270m", "decode-2b"], rivals=Path("nowhere"), llama_bench=None
     )
     suite = floors.Floors(args, lambda count: [2] * count)
     suite.limits, suite.reads = {"memory": 20e9, "int8": None, "float32": 1e11}, [20e9, 10e9]
