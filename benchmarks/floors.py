@@ -12,6 +12,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from gemkit.weights.checkpoint import find
 PAIRS = 7  # a result has at least as many
 BELOW = 2  # so many of them may miss a floor that their median meets
 CHECKED = 8  # tokens that real weights must be continued alike by both
+TRIAL = 15  # seconds after which no more is measured of a setting, to choose among several
 AGREES = 0.05  # llama.cpp as it is called here and as its own benchmark calls it differ by this share at most
 
 
@@ -317,7 +319,7 @@ class Floors:
         with ExitStack() as stack:
             rival, rival_about = self._best(row.rival, stack)
             ours, ours_about = self._best(row.ours, stack)
-            own = self._own_bench(rival, row.rival) if rival.name == "llama.cpp" else {}
+            own = self._own_bench(rival, row.rival, rival_about["settings"]) if rival.name == "llama.cpp" else {}
             more = {"agreed": self._agree(row, ours, rival), **own}
             for worker, side in ((ours, row.ours), (rival, row.rival)):
                 say(f"    warming up: {worker.name}")
@@ -333,6 +335,7 @@ class Floors:
             more |= {
                 f"{whose}_name": worker.name,
                 f"{whose}_about": about["about"],
+                f"{whose}_settings": about["settings"],
                 f"{whose}_trials": about["trials"],
                 f"{whose}_weight_bytes": about["weight_bytes"],
                 f"{whose}_need": needs(_decoder(side.model), side.task, about["weight_bytes"]),
@@ -347,8 +350,7 @@ class Floors:
             for engine, settings in tries:
                 worker, _ = self._load(engine, side, settings)
                 try:
-                    self._rate(worker, side.task.quick())
-                    rate = self._rate(worker, side.task)
+                    rate = self._trial(worker, side.task)
                 except Lost as error:
                     trials.append({"engine": engine, **settings, "failed": str(error)})
                     continue
@@ -360,9 +362,17 @@ class Floors:
             if not max(rates):
                 raise Lost(f"{tries[0][0]}: {trials[0]['failed']}")
             tries = [tries[rates.index(max(rates))]]
-        worker, answer = self._load(*tries[0][:1], side, tries[0][1])
+        worker, answer = self._load(tries[0][0], side, tries[0][1])
         stack.callback(worker.close)
-        return worker, {**answer, "trials": trials}
+        return worker, {**answer, "settings": tries[0][1], "trials": trials}
+
+    def _trial(self, worker: Worker, task: Task) -> float:
+        """The median of three, or of as many as fit into a while, after a small one that does not count."""
+        self._rate(worker, task.quick())
+        start, rates = time.perf_counter(), []
+        while len(rates) < 3 and (not rates or time.perf_counter() - start < TRIAL):
+            rates.append(self._rate(worker, task))
+        return median(rates)
 
     def _load(self, engine: str, side: Side, settings: dict[str, Any]) -> tuple[Worker, dict[str, Any]]:
         python = self.args.rivals / "bin" / "python" if engine in RIVALS else Path(sys.executable)
@@ -402,25 +412,29 @@ class Floors:
             say(f"    DISAGREE: {said[0]} and {said[1]}")
         return said[0] == said[1]
 
-    def _own_bench(self, rival: Worker, side: Side) -> dict[str, Any]:
+    def _own_bench(self, rival: Worker, side: Side, settings: dict[str, Any]) -> dict[str, Any]:
         """llama.cpp as it is called here, beside the protocol of llama-bench, and that program where it is given."""
         task = side.task
         if task.sequences > 1 or task.depth:
             return {}  # the same calls, of which the plain rows have shown what they are worth
-        here = self._rate(rival, task)
         prompt, tokens = (task.prompt, 0) if task.kind == "prompt" else (0, task.tokens)
-        seconds = rival.ask("own_bench", prompt=prompt, tokens=tokens)["seconds"]
-        protocol = (prompt or tokens) / seconds
-        again = self._rate(rival, task)
-        found = {"here": (here + again) / 2, "protocol": protocol}
+        here, protocol = [], []
+        for _ in range(3):
+            here.append(self._rate(rival, task))
+            seconds = rival.ask("own_bench", prompt=prompt, tokens=tokens)["seconds"]
+            protocol.append((prompt or tokens) / seconds)
+        found = {"here": median(here), "protocol": median(protocol)}
         if self.args.llama_bench is not None:
-            found["program"] = self._llama_bench(MODELS[side.model](), prompt, tokens)
+            found["program"] = self._llama_bench(MODELS[side.model](), prompt, tokens, settings)
         off = max(abs(value / found["here"] - 1) for value in found.values())
         return {"own_bench": {**found, "off": off, "agrees": off <= AGREES}}
 
-    def _llama_bench(self, path: Path, prompt: int, tokens: int) -> float:
-        sizes = ["-p", str(prompt), "-n", str(tokens), "-r", "3", "-t", str(self.args.threads)]
-        command = [self.args.llama_bench, "-m", path, *sizes, "-o", "json"]
+    def _llama_bench(self, path: Path, prompt: int, tokens: int, settings: dict[str, Any]) -> float:
+        flags = {"-p": prompt, "-n": tokens, "-t": self.args.threads, "-fa": settings["flash"], "-r": 3, "-o": "json"}
+        if "ubatch" in settings:
+            flags["-ub"] = settings["ubatch"]
+        given = [str(part) for flag in flags.items() for part in flag]
+        command = [self.args.llama_bench, "-m", path, *given]
         try:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             return json.loads(done.stdout)[0]["avg_ts"]

@@ -258,26 +258,20 @@ class LlamaCpp(Engine):
         self._lengths, self._tokens = [self._depth], [2]
 
     def own_bench(self, prompt: int, tokens: int) -> dict[str, Any]:
-        """The protocol of llama-bench: random tokens, nothing read of the logits, one run that does not count.
+        """The protocol of llama-bench on an engine that is warm: random tokens, nothing read of the logits.
 
         Source: test_prompt and test_gen in tools/llama-bench/llama-bench.cpp.
         """
-        rng = np.random.default_rng(1)
-
-        def run() -> float:
-            self._forget(1)
-            drawn = rng.integers(0, self._vocab, max(prompt, tokens)).tolist()
-            begin = time.perf_counter()
-            if prompt:
-                self._decode([drawn])
-            for token in drawn[:tokens]:
-                self._decode([[token]])
-                self._api.llama_synchronize(self._context)
+        drawn = np.random.default_rng(1).integers(0, self._vocab, max(prompt, tokens)).tolist()
+        self._forget(1)
+        start = time.perf_counter()
+        if prompt:
+            self._decode([drawn])
+        for token in drawn[:tokens]:
+            self._decode([[token]])
             self._api.llama_synchronize(self._context)
-            return time.perf_counter() - begin
-
-        run()
-        return {"seconds": run()}
+        self._api.llama_synchronize(self._context)
+        return {"seconds": time.perf_counter() - start}
 
     def _forget(self, sequences: int) -> None:
         self._api.llama_memory_clear(self._memory, False)  # forget, do not erase
