@@ -32,9 +32,10 @@ oracles: .venv/dev
 parity-full: .venv/dev
 	$(BIN)/python tests/parity_full.py
 
-# Ours and its rivals side by side. llama.cpp is built from source, so it has an environment of its own.
+# Ours and its rivals side by side, then the floors. llama.cpp is built from source, so it has an environment of its own.
 bench: .venv/dev .venv-bench/ready
 	$(BIN)/python benchmarks/run.py --save
+	$(BIN)/python benchmarks/run.py --suite floors --save --json
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -50,7 +51,7 @@ bench: .venv/dev .venv-bench/ready
 
 .venv-bench/ready:
 	$(PYTHON) -m venv .venv-bench
-	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36 ctranslate2==4.8.5
 	touch $@
 
 clean:

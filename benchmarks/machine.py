@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -37,6 +38,24 @@ def available_memory() -> int:
     """Bytes that a process can take without swapping."""
     found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
     return int(found.group(1)) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def limits_library(cache: Path) -> Path:
+    """limits.c, compiled for this very processor into a cache.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: if there is no C compiler, or it fails.
+    """
+    source = Path(__file__).with_name("limits.c")
+    name = hashlib.sha256(source.read_bytes() + describe(1)["cpu"].encode()).hexdigest()[:12]
+    library = cache / f"limits-{name}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        work = library.with_suffix(f".{os.getpid()}")
+        flags = ["-O3", "-march=native", "-shared", "-fPIC"]
+        subprocess.run(["cc", *flags, source, "-o", work], check=True, capture_output=True)
+        os.replace(work, library)
+    return library
 
 
 def commit() -> str:

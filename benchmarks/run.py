@@ -3,18 +3,17 @@
 python benchmarks/run.py                       the starter model, every engine
 python benchmarks/run.py model.gguf --save     another file, and a file in results/
 python benchmarks/run.py --only gemkit,llama.cpp --quick
+python benchmarks/run.py --suite floors --json what gemkit must reach, row by row, against the best of each rival
+python benchmarks/run.py --suite floors --only decode-270m --pairs 3 --quick
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import re
-import selectors
 import shlex
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -24,18 +23,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
+import floors
 import machine
-from machine import Foreign, Moment
-from worker import ENGINES
+from machine import Foreign
+from workers import HERE, Lost, Worker, say
 
 from gemkit.errors import GemkitError
+from gemkit.text import Tokenizer
 from gemkit.weights import hub
 from gemkit.weights.checkpoint import find
 
-HERE = Path(__file__).parent
 ROUNDS = 5  # a result has at least as many
-PAUSE = 0.05  # seconds before a request: the threads of the engine before may still spin, waiting for work
-SILENCE = 1800  # seconds after which an engine that does not answer is given up
+ENGINES = ("gemkit", "gemkit-dense", "llama.cpp", "transformers-float32", "transformers-bfloat16")  # all read a GGUF
 
 # Said twice, and then again and again: what comes next is never in doubt, so all sound engines continue alike.
 PASSAGE = (
@@ -44,6 +43,7 @@ PASSAGE = (
     "weather before the last rope is tied. "
 )
 CHECKED = 8  # tokens that the engines must continue alike
+ROWS = [row.name for row in floors.ROWS]
 
 
 # ── what is measured ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -77,71 +77,7 @@ def rates(quick: bool) -> list[Work]:
     ]
 
 
-# ── workers ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Lost(Exception):
-    """An engine that is not there, or failed: in words."""
-
-
-class Worker:
-    """An engine in its own process."""
-
-    def __init__(self, name: str, python: Path, threads: int):
-        self.name = name
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "OPENBLAS", "MKL")}
-        command = [python, HERE / "worker.py", name, str(threads)]
-        self.started = time.perf_counter()
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-            )
-        except OSError as error:
-            raise Lost(f"{python} cannot be started: {error.strerror} (`make bench` installs the rivals)") from None
-        try:
-            self.imported_bytes = self._answer()["imported_bytes"]
-        except Lost:
-            self.close()
-            raise
-
-    def ask(self, do: str, foreign: Foreign | None = None, **options: Any) -> dict[str, Any]:
-        """The answer to a request; what others did on the machine meanwhile is added to `foreign`."""
-        time.sleep(PAUSE)
-        before = Moment.now()
-        try:
-            self._process.stdin.write((json.dumps({"do": do, **options}) + "\n").encode())
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise Lost("its process ended") from None
-        answer = self._answer()
-        if foreign is not None:
-            foreign.add(before, Moment.now(), answer["cpu_seconds"])
-        return answer
-
-    def _answer(self) -> dict[str, Any]:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(SILENCE):
-                self._process.kill()  # it may be busy, and would disturb the others
-                raise Lost(f"no answer for {SILENCE} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise Lost(f"its process ended with code {self._process.wait()}")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise Lost(answer["error"])
-        return answer
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it may be gone, with a request unread
-            self._process.stdin.close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+# ── the engines, in turn ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Bench:
@@ -163,7 +99,7 @@ class Bench:
         with open(self.path, "rb") as file:  # into the page cache, for everyone alike
             while file.read(1 << 24):
                 pass
-        memory = Worker("memory", Path(sys.executable), self.args.threads)
+        memory = Worker("limits", Path(sys.executable), self.args.threads)
         workers: dict[str, Worker] = {}
         try:
             self._read_memory(memory)
@@ -218,7 +154,7 @@ class Bench:
             answer = self._load(worker, self.foreign)
             ready = time.perf_counter() - worker.started
             longest = max(work.prompt for work in self.work if not work.decoded)
-            worker.ask("decode", self.foreign, ids=self.ids[:longest], tokens=4)
+            worker.ask("decode", self.foreign, prompts=[self.ids[:longest]], tokens=4)
             self._note(LOAD, name, answer["seconds"])
             self._note(READY, name, ready)
             self._note(PEAK, name, worker.ask("peak")["bytes"] / 1e6)
@@ -236,7 +172,9 @@ class Bench:
         self._load(worker)
         for work in self.work:
             answer = self._ask(worker, work)
-        self.drawn[name] = answer["drawn"][:CHECKED]  # of the last work, whose prompt repeats itself most often
+        self.drawn[name] = [
+            token for (token,) in answer["drawn"][:CHECKED]
+        ]  # of the last work, whose prompt repeats itself most often
 
     def _check_room(self) -> None:
         needed = sum(max(values) * 1e6 for values in self.values[PEAK].values())
@@ -263,10 +201,10 @@ class Bench:
         say(f"note: the engines continue the same text differently: {said}")
 
     def _ask(self, worker: Worker, work: Work, foreign: Foreign | None = None) -> dict[str, Any]:
-        ids = self.ids[: work.prompt]
+        prompts = [self.ids[: work.prompt]]
         if work.decoded:
-            return worker.ask("decode", foreign, ids=ids, tokens=work.decoded)
-        return worker.ask("prompt", foreign, ids=ids)
+            return worker.ask("decode", foreign, prompts=prompts, tokens=work.decoded)
+        return worker.ask("prompt", foreign, prompts=prompts)
 
     def _time(self, worker: Worker, work: Work) -> None:
         answer = self._ask(worker, work, self.foreign)
@@ -437,15 +375,15 @@ def spread(values: list[float]) -> str:
     return f"{median(values):,.{digits}f} [{min(values):,.{digits}f}, {max(values):,.{digits}f}]"
 
 
-def save(text: str, result: dict[str, Any]) -> Path:
-    """A file in results/, named as its README says. One of the same day is not overwritten."""
+def save(text: str, result: dict[str, Any], name: str) -> Path:
+    """A file in results/, named as its README says: `name` is what was measured. Nothing is overwritten."""
 
     def slug(words: str) -> str:
         return re.sub(r"[^a-z0-9.]+", "-", words.lower()).strip("-")
 
     here = result["machine"]
     hardware = slug(f"{here['cpu']} {here['threads']} threads".replace("Processor", ""))
-    stem = f"{slug(Path(result['model']['file']).stem)}_{hardware}_{result['date'].replace('-', '')}"
+    stem = f"{slug(name)}_{hardware}_{result['date'].replace('-', '')}"
     path, number = HERE / "results" / f"{stem}.md", 1
     while path.exists():
         number += 1
@@ -454,15 +392,15 @@ def save(text: str, result: dict[str, Any]) -> Path:
     return path
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", type=Path, help="a .gguf (default: the starter model)")
-    parser.add_argument("--only", metavar="NAMES", default=",".join(ENGINES), help="of: " + ", ".join(ENGINES))
+    parser.add_argument("--suite", choices=("engines", "floors"), default="engines", help="default: engines")
+    parser.add_argument(
+        "--only", metavar="NAMES", help=f"engines, of: {', '.join(ENGINES)}; or rows of the floors: {', '.join(ROWS)}"
+    )
     parser.add_argument("--repeat", type=int, default=ROUNDS, metavar="N", help=f"rounds (default: {ROUNDS})")
+    parser.add_argument("--pairs", type=int, default=floors.PAIRS, metavar="N", help="of a floor's row (default: 7)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="of each engine")
     parser.add_argument("--quick", action="store_true", help="small sizes, for work on the engines; never a result")
     parser.add_argument("--unchecked", action="store_true", help="measure engines that disagree (random weights)")
@@ -475,39 +413,67 @@ def parse() -> argparse.Namespace:
         metavar="FOLDER",
         help="virtual environment with llama-cpp-python (default: $GEMKIT_BENCH_RIVALS, or .venv-bench)",
     )
+    parser.add_argument(
+        "--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's own benchmark, to compare its figures with"
+    )
     args = parser.parse_args()
-    args.only = args.only.split(",")
-    if unknown := sorted(set(args.only) - ENGINES.keys()):
-        parser.error(f"--only: {unknown[0]!r} is not one of {', '.join(ENGINES)}")
-    if args.repeat < 1 or args.threads < 1:
-        parser.error("--repeat and --threads must be at least 1")
-    if args.save and (args.quick or args.repeat < ROUNDS):
-        parser.error(f"--save is for results: without --quick, and with at least {ROUNDS} rounds")
+    known = ENGINES if args.suite == "engines" else ROWS
+    args.only = args.only.split(",") if args.only else list(known)
+    if unknown := sorted(set(args.only) - set(known)):
+        parser.error(f"--only: {unknown[0]!r} is not one of {', '.join(known)}")
+    if min(args.repeat, args.pairs, args.threads) < 1:
+        parser.error("--repeat, --pairs and --threads must be at least 1")
+    if args.suite == "floors" and (args.model or args.unchecked):
+        parser.error("the rows of --suite floors have models of their own: no model, no --unchecked")
+    if args.save and (args.quick or args.repeat < ROUNDS or args.pairs < floors.PAIRS):
+        parser.error(f"--save is for results: without --quick, with {ROUNDS} rounds or {floors.PAIRS} pairs at least")
     return args
+
+
+def measure_engines(args: argparse.Namespace) -> int:
+    path = (args.model or hub.starter()).resolve()
+    with find(path) as checkpoint:
+        if checkpoint.format != "gguf":
+            raise SystemExit(f"{path} is not a GGUF, which is what all engines read")
+        tokenizer = checkpoint.tokenizer
+    longest = max(work.prompt for work in rates(args.quick))
+    bench = Bench(args, path, prompt(tokenizer, longest))
+    bench.run()
+    result = bench.result()
+    tell(args, report(bench, result), result, path.stem)
+    return 0 if not any(map(is_ours, bench.missing)) else 1
+
+
+def measure_floors(args: argparse.Namespace) -> int:
+    with find(hub.starter()) as checkpoint:  # its ids serve every vocabulary: those of the others are cut from it
+        tokenizer = checkpoint.tokenizer
+    suite = floors.Floors(args, lambda count: prompt(tokenizer, count))
+    suite.run()
+    result = suite.result()
+    tell(args, floors.report(result, args.pairs), result, "floors")
+    return 0 if result["met"] == len(args.only) else 1
+
+
+def prompt(tokenizer: Tokenizer, count: int) -> list[int]:
+    """So many ids of the passage, over and over, after a <bos>."""
+    said = tokenizer.encode(PASSAGE)
+    return [tokenizer.bos, *(said * (count // len(said) + 1))][:count]
+
+
+def tell(args: argparse.Namespace, text: str, result: dict[str, Any], name: str) -> None:
+    print(text)
+    if args.save:
+        say(f"saved to {save(text, result, name)}")
+    if args.json:
+        print(json.dumps(result))
 
 
 def main() -> int:
     args = parse()
     try:
-        path = (args.model or hub.starter()).resolve()
-        with find(path) as checkpoint:
-            if checkpoint.format != "gguf":
-                raise SystemExit(f"{path} is not a GGUF, which is what all engines read")
-            tokenizer = checkpoint.tokenizer
+        return measure_floors(args) if args.suite == "floors" else measure_engines(args)
     except GemkitError as error:
         raise SystemExit(str(error)) from None
-    longest = max(work.prompt for work in rates(args.quick))
-    said = tokenizer.encode(PASSAGE)
-    bench = Bench(args, path, [tokenizer.bos, *(said * (longest // len(said) + 1))][:longest])
-    bench.run()
-    result = bench.result()
-    text = report(bench, result)
-    print(text)
-    if args.save:
-        say(f"saved to {save(text, result)}")
-    if args.json:
-        print(json.dumps(result))
-    return 0 if not any(map(is_ours, bench.missing)) else 1
 
 
 if __name__ == "__main__":
