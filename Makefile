@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
-	$(BIN)/gemkit generate --echo --dequantize --max-tokens 64 "Gemma is a family of open models from Google that"
+	$(BIN)/gemkit generate --echo --max-tokens 64 "Gemma is a family of open models from Google that"
 
 test: .venv/dev oracles
 	$(BIN)/python -m pytest
@@ -40,11 +40,14 @@ bench: .venv/dev .venv-bench/ready
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo: pyproject.toml constraints.txt | .venv/bin/python
+# What the installed package is made of besides its Python files, which an editable installation reads in place.
+NATIVE := CMakeLists.txt csrc/CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/kernels/*.cpp csrc/kernels/*.h)
+
+.venv/demo: pyproject.toml constraints.txt $(NATIVE) | .venv/bin/python
 	$(PIP) --editable '.[starter]'
 	touch $@
 
-.venv/dev: pyproject.toml constraints.txt | .venv/bin/python
+.venv/dev: pyproject.toml constraints.txt $(NATIVE) | .venv/bin/python
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps recurrentgemma  # its PyTorch files alone: it would hold NumPy back for JAX's sake
 	touch $@ .venv/demo

@@ -1,9 +1,11 @@
 // What Python calls, by ctypes: plain functions of plain types. Called with the GIL held, as `ctypes.PyDLL` does; a run
 // gives the GIL up while it computes, and takes it now and then to let Python see a signal. The three functions of Python's
 // stable ABI that this takes are found in the process, so that nothing of Python is needed to build.
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "executor.h"
 #include "kernels/dispatch.h"
@@ -49,6 +51,23 @@ GK_API gk::Executor *gk_executor_new(const gk::Step *steps, int64_t n_steps, con
         return nullptr;
     }
     return gk::Executor::make(kernels, steps, n_steps, buffers, n_buffers, table, n_table, layers, n_layers, message);
+}
+
+// Bytes a second that all threads together read from memory: the best of some passes over more than caches hold.
+GK_API double gk_read_limit(int32_t threads) {
+    constexpr int64_t FLOATS = 1 << 26, PIECE = 1 << 16;
+    const gk::Kernels *kernels = gk::best_kernels();
+    const std::vector<float> memory(FLOATS, 1.0f);
+    gk::Pool &pool = gk::pool(threads);
+    const std::lock_guard<std::mutex> turn(pool.turn);
+    double best = 0;
+    for (int pass = 0; pass < 7; pass++) {
+        const auto start = std::chrono::steady_clock::now();
+        pool.each(FLOATS / PIECE, [&](int64_t i, int) { kernels->magnitude(memory.data() + i * PIECE, PIECE); });
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        best = std::max(best, FLOATS * sizeof(float) / seconds.count());
+    }
+    return best;
 }
 
 GK_API void gk_executor_free(gk::Executor *executor) { delete executor; }

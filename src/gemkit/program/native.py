@@ -79,6 +79,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         ("gk_pack", i32, [i32, i64, i64, pointer, pointer, i64, i64]),
         ("gk_make_sketch", i32, [i32, pointer, i64, i64, pointer, pointer, i64, i64]),
         ("gk_executor_new", pointer, [pointer, i64] * 4),
+        ("gk_read_limit", ctypes.c_double, [i32]),
         ("gk_executor_free", None, [pointer]),
         ("gk_executor_bytes", i64, [pointer]),
         ("gk_state_new", pointer, [pointer, i64, i64]),
@@ -119,6 +120,11 @@ def threads() -> int:
     except (OSError, ValueError):
         pass
     return min(count, 64)
+
+
+def read_limit() -> float:
+    """Bytes a second that this machine reads from memory with our threads, measured."""
+    return library(free=True).gk_read_limit(threads())
 
 
 class Tower(Protocol):

@@ -91,6 +91,11 @@ def cache_folder() -> Path:
     return (Path(home) if home else Path.home() / ".cache") / "gemkit"
 
 
+def kept_bytes() -> int:
+    """Bytes of all packed models that are kept."""
+    return sum(size for _, size, _ in _all(cache_folder()))
+
+
 def _kept(path: Path, source: str) -> Pack | None:
     """The packed model at a place, if it is there, whole and of this source."""
     if not path.is_file():
@@ -118,13 +123,7 @@ def _has_room(nbytes: int) -> bool:
 
 def _drop_oldest(newest: Path) -> None:
     """Keep the limit: the files used longest ago go first, the newest never."""
-    found: list[tuple[float, int, Path]] = []
-    for path in newest.parent.glob("*.gkpack"):
-        try:
-            status = path.stat()
-        except OSError:
-            continue
-        found.append((status.st_mtime, status.st_size, path))
+    found = _all(newest.parent)
     total = sum(size for _, size, _ in found)
     for _, size, path in sorted(found):
         if total <= LIMIT:
@@ -132,6 +131,16 @@ def _drop_oldest(newest: Path) -> None:
         if path != newest:
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _all(folder: Path) -> list[tuple[float, int, Path]]:
+    """When each kept file was used last, its bytes, its place."""
+    found = []
+    for path in folder.glob("*.gkpack"):
+        with contextlib.suppress(OSError):  # another process has just dropped it
+            status = path.stat()
+            found.append((status.st_mtime, status.st_size, path))
+    return found
 
 
 class TorchTower:
