@@ -466,6 +466,14 @@ bool Executor::screen(Run &run, const Step &s) {
     if (call.computed)
         for (int64_t r = 0; r < call.n_rows; r++) call.computed[r] = t.rows;
     if (call.n_rows != 1 || !call.wanted || !call.wanted[0].best || call.wanted[0].best > tiles / 8) return false;
+    if (pause_) {
+        pause_--;
+        return false;
+    }
+    const auto in_vain = [&] {  // the sketch was read for nothing: where that goes on, it is left alone for a while
+        if (++misses_ >= 3) misses_ = 0, pause_ = 24;
+        return false;
+    };
     const Wanted &wanted = call.wanted[0];
 
     // turned as the table was, and rounded to int8
@@ -526,7 +534,7 @@ bool Executor::screen(Run &run, const Step &s) {
     if (wanted.drop >= 0) {
         const float cap = s.f[0];  // of the step that follows: the drop is meant after it
         const float capped = cap > 0 ? cap * std::tanh(reach / cap) - wanted.drop : reach - wanted.drop;
-        if (cap > 0 && capped <= -cap) return false;
+        if (cap > 0 && capped <= -cap) return in_vain();
         reach = cap > 0 ? cap * std::atanh(capped / cap) : capped;
     }
     if (!std::isfinite(reach)) return false;
@@ -535,8 +543,9 @@ bool Executor::screen(Run &run, const Step &s) {
         if (best_[tile] >= reach) pick(tile);
     if ((int64_t)picked_.size() > tiles / 2) {  // then reading on is faster than reading here and there
         picked_.clear();
-        return false;
+        return in_vain();
     }
+    misses_ = 0;
     compute(first);
     if (call.computed) call.computed[0] = (int64_t)picked_.size() * TILE;
     return true;

@@ -113,6 +113,7 @@ private:
     std::vector<char> partials_;
     std::vector<std::vector<char>> scratch_;
     std::vector<float> bounds_, best_;
+    int misses_ = 0, pause_ = 0;  // of screening
     std::vector<int64_t> picked_;  // tiles of the output table that were computed, where the rest was screened out
     std::atomic<int> overflow_{0};
 };

@@ -279,7 +279,7 @@ def test_infill(coder, plain):
 
 def test_score_is_what_transformers_says(tmp_path):
     theirs = write(tmp_path, "gemma-2-2b")
-    ours = gemkit.load(tmp_path)
+    ours = gemkit.load(tmp_path, executor="torch")
     score = ours.score("one two three", top=4)
     ids = torch.tensor([ours.tokenizer.with_bos(ours.tokenizer.encode("one two three"))])
     with torch.no_grad():
@@ -302,7 +302,9 @@ def test_what_it_says_of_itself(plain, models):
     count = sum(weight.numel() for weight in plain.module.parameters())
     assert f"{count:,} parameters, 26 layers of width 32" in summary
     assert "computed in float32 on cpu" in summary
-    assert "soft-capped" in summary
+    assert "native: " in summary and "kernels" in summary
+    plain_torch = gemkit.load(models / "random", executor="torch")
+    assert "soft-capped" in plain_torch.summary()
 
 
 def test_saved_and_loaded_again(talker, coder, tmp_path):

@@ -20,6 +20,7 @@ from gemkit.errors import ConfigError, ImageError, ModelError, TextError, Weight
 from gemkit.generate import Chunk, Result, Timings
 from gemkit.images import masks as placing
 from gemkit.program.eager import Eager
+from gemkit.program.native import Native
 from gemkit.text import places
 from gemkit.text.tasks import CaptionStyle
 from gemkit.weights.mask_decoder import load_mask_decoder
@@ -60,20 +61,21 @@ def mask_file(tmp_path_factory):
 @pytest.fixture
 def says(monkeypatch, model):
     """Make the image models answer each prompt with a text: they compute as ever, then its tokens are preferred."""
-    real = Eager.run
+    real = {Executor: Executor.run for Executor in (Eager, Native)}
 
     def says(text: str):
         script = [*model.tokenizer.encode(text), model.tokenizer.eos]
         told: dict[int, int] = {}
 
         def run(self, chunks: list[Chunk], state):
-            logits = real(self, chunks, state)
+            logits = real[type(self)](self, chunks, state)
             for row, chunk in enumerate(chunk for chunk in chunks if chunk.rows):
                 told[chunk.slot] = 0 if len(chunk.images) else told[chunk.slot] + 1
                 logits[row, script[told[chunk.slot]]] = 1e6
             return logits
 
-        monkeypatch.setattr(Eager, "run", run)
+        for Executor in real:
+            monkeypatch.setattr(Executor, "run", run)
 
     return says
 
@@ -399,14 +401,15 @@ def test_options_that_cannot_be(error, models, picture, tmp_path):
 
 
 def test_interrupted_captions_keep_what_there_is(run, models, picture, monkeypatch):
-    real = Eager.run
+    real = {Executor: Executor.run for Executor in (Eager, Native)}
 
     def stop(self, chunks, state):
         if not len(chunks[0].images):
             raise KeyboardInterrupt
         return real(self, chunks, state)
 
-    monkeypatch.setattr(Eager, "run", stop)
+    for Executor in (Eager, Native):
+        monkeypatch.setattr(Executor, "run", stop)
     code, out, _ = run("caption", "-m", models / "image", picture, picture)
     assert code == 130
     assert len(out.splitlines()) == 1

@@ -20,7 +20,7 @@ TIE = 2e-5 * 30
 
 @pytest.fixture(scope="module")
 def ours():
-    return gemkit.load()
+    return gemkit.load(executor="torch")
 
 
 @pytest.fixture(scope="module")

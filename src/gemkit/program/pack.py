@@ -103,6 +103,10 @@ class Pack:
         self._check(offset, rows * columns * 4)
         return np.frombuffer(self._map, np.int32, rows * columns, offset).reshape(rows, columns)
 
+    def bytes_of(self, entry: Entry) -> np.ndarray:
+        """An entry's bytes, which cannot be written."""
+        return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.offset)
+
     @property
     def address(self) -> int:
         """Of the first byte of the mapped file."""

@@ -2,7 +2,7 @@
 
 The first time, the weights are read into torch's modules, traced and packed (`program.packing`), and the result is
 kept; from then on opening the model maps that file, and torch is not even imported. What the file was made from stands
-in it: another file, size, time of change, or version of gemkit makes another.
+in it: another file, size, time of change, or version of the format makes another.
 
 `GEMKIT_CACHE` names the folder (default: `gemkit` in the user's cache folder). The file used longest ago is dropped
 where all of them together are larger than the limit.
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gemkit import __version__, family
+from gemkit import family
 from gemkit.errors import WeightsError
 from gemkit.program import pack as packs
 from gemkit.program.native import Native
@@ -74,13 +74,13 @@ def load_native(checkpoint: Checkpoint, *, progress: Progress | None = None) -> 
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """What decides the packed form: the files as they are, the architecture that they were read as, our version."""
+    """What decides the packed form: the files as they are, the architecture that they were read as, the format."""
     files = []
     for path in sorted({entry.path for entry in checkpoint.reader.entries.values()}):
         status = path.stat()
         files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
     decoder = hashlib.sha256(repr(checkpoint.decoder).encode()).hexdigest()
-    return json.dumps([__version__, packs.VERSION, files, decoder])
+    return json.dumps([packs.VERSION, files, decoder])
 
 
 def cache_folder() -> Path:
