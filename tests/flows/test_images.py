@@ -406,7 +406,7 @@ def test_interrupted_captions_keep_what_there_is(run, models, picture, monkeypat
     def stop(self, chunks, state):
         if not len(chunks[0].images):
             raise KeyboardInterrupt
-        return real(self, chunks, state)
+        return real[type(self)](self, chunks, state)
 
     for Executor in (Eager, Native):
         monkeypatch.setattr(Executor, "run", stop)
