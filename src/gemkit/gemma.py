@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from gemkit.nn import Decoder
     from gemkit.weights.load import Report
+    from gemkit.weights.quantize import Weights
 
 MAX_TOKENS = 256
 Executor = Literal["auto", "torch"]
@@ -60,6 +61,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     executor: Executor = "auto",
     quantized: bool = True,
+    weights: Weights | None = None,
+    calibrate: bool | str = True,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Gemma:
     """A model, ready to run.
@@ -70,6 +73,9 @@ def load(
         dtype: "bfloat16" or "float32". None: bfloat16 where the file has it, else float32.
         executor: what computes it. "auto" takes the fastest there is, today "torch".
         quantized: keep quantized weights as they are in memory. False makes them dense: faster in torch, larger.
+        weights: "int8" or "int4" quantizes them on the way; those that are stored in no more bits stay as they are.
+        calibrate: int4 is rounded by what the model computes from a text of ours (True), which takes a while, or from
+            this text; False rounds each weight by itself, at once and worse.
         progress: is called with (bytes read, bytes in all).
 
     Raises:
@@ -81,7 +87,15 @@ def load(
         from gemkit.weights.load import load_decoder  # imports torch: a wrong name is told without waiting for it
 
         _check_device(device)
-        module, report = load_decoder(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
+        module, report = load_decoder(
+            checkpoint,
+            dtype=dtype,
+            device=device,
+            quantized=quantized,
+            weights=weights,
+            calibrate=calibrate,
+            progress=progress,
+        )
         return Gemma(checkpoint, module, report)
 
 
@@ -227,11 +241,16 @@ class Gemma:
         lines += [f"note       {note}" for note in self.report.notes]
         return "\n".join(lines)
 
-    def save(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
-        """Write a folder that Transformers loads unchanged. Quantized weights are made dense, exactly."""
+    def save(
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, quantized: bool = False
+    ) -> Path:
+        """Write a folder that Transformers loads unchanged: quantized weights are made dense, exactly. With `quantized`
+        they are written as they are, which only gemkit reads."""
         from gemkit.weights.save import save_hf
 
-        return save_hf(self.module, folder, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype)
+        return save_hf(
+            self.module, folder, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype, quantized=quantized
+        )
 
     def warn_if_not_tuned_for_chat(self) -> None:
         """Say once per call site that a pretrained model only continues text."""

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from gemkit import __version__
-from gemkit.cli import bench, chat, compare, doctor, explain_prompt, generate, infill, models, score, show
+from gemkit.cli import bench, chat, compare, doctor, explain_prompt, generate, infill, models, quantize, score, show
 from gemkit.cli.common import say
 from gemkit.errors import GemkitError
 
@@ -21,7 +21,7 @@ from gemkit.errors import GemkitError
 # torch's default and 0.4 s with this. It must be set before torch is imported: here, and not in the library.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-_VERBS = (generate, chat, infill, score, show, compare, models, explain_prompt, bench, doctor)
+_VERBS = (generate, chat, infill, score, quantize, show, compare, models, explain_prompt, bench, doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -174,6 +174,8 @@ def _describe(format: Format, path: Path, label: str, reader: Reader, member: Me
                 f"{label}: there is no config.json in {folder}: copy it from where the weights come from"
             )
         config = read_json(folder / "config.json")
+        if (kinds := configs.kinds(config, label)) and isinstance(reader, SafetensorsReader):
+            reader.join(kinds)
         checkpoint = Checkpoint(label, path, format, reader, configs.from_hf(config, label), member)
         if "vision_config" in config:
             checkpoint.notes.append("the image tower is left out: the text decoder alone is loaded")
