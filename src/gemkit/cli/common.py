@@ -43,7 +43,9 @@ def add_model(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
             "--dequantize", action="store_true", help="make quantized weights dense: faster in torch, larger in memory"
         )
         group.add_argument(
-            "--weights", choices=("int8", "int4"), help="quantize them on the way (int4 takes a while: `gemkit quantize`)"
+            "--weights",
+            choices=("int8", "int4"),
+            help="quantize them on the way (int4 takes a while: `gemkit quantize`)",
         )
 
 

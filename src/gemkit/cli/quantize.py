@@ -23,7 +23,10 @@ _EXAMPLES = """\
 def add(subparsers: Any) -> None:
     parser = verb(subparsers, "quantize", "save a model with its weights in 8 or 4 bits", _EXAMPLES)
     parser.add_argument(
-        "model", nargs="?", metavar="MODEL", help="a member, hub id, folder, .gguf or .ckpt (default: the starter model)"
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a member, hub id, folder, .gguf or .ckpt (default: the starter model)",
     )
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="a new folder; gemkit -m opens it")
     parser.add_argument(
@@ -36,7 +39,9 @@ def add(subparsers: Any) -> None:
     )
     parser.add_argument("--calibration", metavar="FILE", help="the text for that (default: one of our own)")
     parser.add_argument("--evaluate", metavar="FILE", help="perplexity of this text before and after")
-    parser.add_argument("--dtype", metavar="TYPE", help="of what stays dense: bfloat16 or float32 (default: the file's)")
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help="of what stays dense: bfloat16 or float32 (default: the file's)"
+    )
     parser.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
     parser.add_argument(
         "--dequantize", action="store_true", help="quantize again what is stored in as few bits, instead of keeping it"
@@ -96,7 +101,5 @@ def _print(roundings: list[Rounding]) -> None:
         errors = [rounding.error for rounding in of]
         before, after = (sum(sizes) / 1e6 for sizes in zip(*((r.nbytes_before, r.nbytes) for r in of), strict=True))
         mean = (sum(error**2 for error in errors) / len(errors)) ** 0.5
-        rows.append(
-            [name, str(len(of)), kind, f"{mean:.2%}", f"{max(errors):.2%}", f"{before:,.1f}", f"{after:,.1f}"]
-        )
+        rows.append([name, str(len(of)), kind, f"{mean:.2%}", f"{max(errors):.2%}", f"{before:,.1f}", f"{after:,.1f}"])
     print_table(columns, [("root mean square of the change over that of the weight", rows)])

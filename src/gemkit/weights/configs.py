@@ -119,7 +119,7 @@ def kinds(config: Mapping[str, Any], where: str) -> Mapping[str, str]:
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
     if method != QUANT_METHOD:
         raise WeightsError(
-            f"{where}: its weights were quantized by {method!r}, which is not read; take the model as it was published, "
+            f"{where}: its weights were quantized by {method!r}, which is not read; take the published model, "
             "or a .gguf of it, and quantize it here (`gemkit quantize`)"
         )
     found = settings.get("kinds")

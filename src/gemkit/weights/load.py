@@ -76,7 +76,7 @@ def load_decoder(
         module = Decoder(checkpoint.decoder)
     kinds = {} if weights is None else _kinds(checkpoint, module, weights, quantized)
     _check_room(checkpoint, run_dtype, torch.device(device), quantized, kinds)
-    fitted = [name for name, kind in kinds.items() if calibrate and kind is quantize.INT4]
+    fitted = [name for name, kind in kinds.items() if calibrate is not False and kind is quantize.INT4]
     total = sum(entries[name].nbytes for name in {part.theirs for part in parts.values()})
     done, dense = 0, 0
     rounded: Counter[str] = Counter()

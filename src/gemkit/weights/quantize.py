@@ -30,6 +30,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Batch, Decoder
@@ -43,6 +44,7 @@ GROUP = 32  # of both
 # Few weights, and attention has little to even their errors out with: in 4 bits they alone cost as much perplexity as
 # all other matrices of Gemma 3 270M together, and are 6 % of the weights of its layers.
 _SENSITIVE = ("k_proj.weight", "v_proj.weight")
+_INTO_NORMS = ("o_proj.weight", "down_proj.weight", "linear_out.weight")  # where the decoder has post norms
 _OUTSIDE = ("vision_tower.", "multi_modal_projector.")  # of the decoder
 
 _PIECE = 1 << 22  # elements looked at together, where a weight need not be dense as a whole
@@ -204,14 +206,22 @@ def fitted(weight_OI: Tensor, moments: Sequence[Tensor], name: str = "the weight
     return quantized
 
 
-def second_moments(x_TI: Tensor) -> list[Tensor]:
+def second_moments(x_TI: Tensor, y_TO: Tensor | None = None) -> list[Tensor]:
     """H = X^T X of inputs, damped, for each run of `_RUN` columns.
+
+    Args:
+        y_TO: the outputs, where a norm follows. It divides each token's error by the size of its output, so each
+            token counts by the inverse square of that; otherwise a few tokens with outputs a hundred times as large as
+            all others, such as `<bos>`, would decide alone.
 
     Raises:
         WeightsError: if the inputs are not finite.
     """
     moments = []
-    for run_TI in x_TI.float().split(_RUN, -1):
+    x_TI = x_TI.float()
+    if y_TO is not None:
+        x_TI = x_TI * torch.rsqrt(y_TO.float().square().mean(-1, keepdim=True) + 1e-12)
+    for run_TI in x_TI.split(_RUN, -1):
         h_II = run_TI.T @ run_TI
         mean = h_II.diagonal().mean().item()
         if not 0 <= mean < float("inf"):
@@ -314,21 +324,25 @@ def calibrate(
     inputs: Tensor | None = None
     moments: list[Tensor] = []
 
-    def quantize(name: str, linear: Linear, x_TI: Tensor) -> None:
-        nonlocal inputs, moments
-        if inputs is not x_TI:  # gate and up see the same
-            inputs, moments = x_TI, [h_II.cpu() for h_II in second_moments(x_TI)]
-        before = take(name)
-        after = fitted(dense(before), moments, name)
-        roundings.append(rounding(name, before, after))
-        linear.hold("weight", after.to(x_TI.device))
+    def before_it_computes(name: str) -> Callable[[Module, tuple[Tensor]], None]:
+        def quantize(linear: Module, inputs_of_it: tuple[Tensor]) -> None:
+            nonlocal inputs, moments
+            (x_TI,) = inputs_of_it
+            before = take(name)
+            if inputs is not x_TI:  # gate and up see the same
+                normed = decoder.config.post_norms and name.endswith(_INTO_NORMS)
+                y_TO = x_TI.float() @ dense(before).float().T.to(x_TI.device) if normed else None
+                inputs, moments = x_TI, [h_II.cpu() for h_II in second_moments(x_TI, y_TO)]
+            after = fitted(dense(before), moments, name)
+            roundings.append(rounding(name, before, after))
+            decoder.hold(name, after.to(x_TI.device))
 
-    hooks = []
-    for name in names:
-        linear = decoder.get_submodule(name.removesuffix(".weight"))
-        hooks.append(
-            linear.register_forward_pre_hook(lambda module, args, name=name: quantize(name, module, args[0]))
-        )
+        return quantize
+
+    hooks = [
+        decoder.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(before_it_computes(name))
+        for name in names
+    ]
     try:
         with torch.no_grad():  # not inference_mode, whose tensors nothing could ever be trained around
             sequences = [[bos, *ids[start : start + SEQUENCE]] for start in range(0, len(ids), SEQUENCE)]

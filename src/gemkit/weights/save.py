@@ -145,14 +145,12 @@ def _write_weights(
     return str(widest).removeprefix("torch.")
 
 
-def _published(
-    module: Decoder, dtype: torch.dtype | None, kinds: Mapping[str, str]
-) -> Iterator[tuple[str, Tensor]]:
+def _published(module: Decoder, dtype: torch.dtype | None, kinds: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its published name, on the CPU: the planes of those in `kinds`, the others dense."""
     shapes = dict(family.parameters(module.config))
     for part in name_map("safetensors", module.config).parts(module.config, shapes):
         value = weight(module, part.ours)
-        if part.theirs in kinds:
+        if isinstance(value, Quantized) and part.theirs in kinds:
             for plane, codes in value.planes.items():
                 yield f"{part.theirs}.{plane}", codes.cpu().contiguous()
             continue
