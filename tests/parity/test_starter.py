@@ -70,3 +70,13 @@ def test_a_text_longer_than_the_window_agrees(ours, dense, theirs):
             assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
     nll = torch.nn.functional.cross_entropy(expected[:-1], torch.tensor(ids[1:])).item()
     assert ours.score(text).perplexity == pytest.approx(math.exp(nll), rel=1e-3)  # the promise; found: 3e-5
+
+
+@pytest.mark.timeout(1800)  # int4 takes about a minute of two cores; a busy machine has less
+@pytest.mark.parametrize(("weights", "floor"), [("int8", 0.005), ("int4", 0.05)])
+def test_quantized_perplexity(dense, weights, floor):
+    """Made dense in float32, and quantized again: the perplexity of the fixed text moves by no more than promised."""
+    text = (DATA / "text.txt").read_text()
+    quantized = gemkit.load(quantized=False, weights=weights)
+    assert not quantized.module.norm.weight.requires_grad
+    assert quantized.score(text).perplexity == pytest.approx(dense.score(text).perplexity, rel=floor)
