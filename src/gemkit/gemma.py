@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from gemkit.nn import Decoder, PaliGemma
     from gemkit.nn.mask_decoder import MaskDecoder
     from gemkit.program.eager import Eager
+    from gemkit.weights.quantize import Weights
     from gemkit.weights.report import Report
 
 MAX_TOKENS = 256
@@ -75,6 +76,8 @@ def load(
     dtype: str | torch.dtype | None = None,
     executor: Executor = "auto",
     quantized: bool = True,
+    weights: Weights | None = None,
+    calibrate: bool | str = True,
     progress: Callable[[int, int], Any] | None = None,
 ) -> Gemma:
     """A model, ready to run.
@@ -86,6 +89,9 @@ def load(
         executor: what computes it: "native" (C++, on a CPU), or "torch" (any device, any dtype). "auto" takes native
             where it is installed and nothing is asked for that only torch has.
         quantized: keep quantized weights as they are in memory. False makes them dense, for torch.
+        weights: "int8" or "int4" quantizes them on the way; those that are stored in no more bits stay as they are.
+        calibrate: int4 is rounded by what the model computes from a text of ours (True), which takes a while, or from
+            this text; False rounds each weight by itself, at once and worse.
         progress: is called with (bytes read, bytes in all).
 
     Raises:
@@ -93,21 +99,22 @@ def load(
     """
     if executor not in ("auto", "native", "torch"):
         raise ConfigError(f"executor={executor!r} is not one of auto, native, torch")
-    only_torch = _only_torch(device, dtype, quantized)
+    only_torch = _only_torch(device, dtype, quantized or weights is not None)
+    how: dict[str, Any] = {"quantized": quantized, "weights": weights, "calibrate": calibrate}
     if executor == "native" and only_torch:
         raise ConfigError(f"executor='native' cannot do {only_torch}: use executor='torch'")
     with find(name) as checkpoint:
         if executor == "native" or (executor == "auto" and not only_torch and native.available()[0]):
             from gemkit.weights.packed import load_native
 
-            runner, report = load_native(checkpoint, progress=progress)
-            return Gemma(checkpoint, runner, report)
+            runner, report = load_native(checkpoint, how, progress=progress)
+            return Gemma(checkpoint, runner, report, how)
         from gemkit.program.eager import Eager
         from gemkit.weights.load import load_module  # imports torch: a wrong name is told without waiting for it
 
         _check_device(device)
-        module, report = load_module(checkpoint, dtype=dtype, device=device, quantized=quantized, progress=progress)
-        return Gemma(checkpoint, Eager(module), report)
+        module, report = load_module(checkpoint, dtype=dtype, device=device, **how, progress=progress)
+        return Gemma(checkpoint, Eager(module), report, how)
 
 
 def _only_torch(device: str, dtype: Any, quantized: bool) -> str:
@@ -136,7 +143,7 @@ def _check_device(device: str) -> None:
 class Gemma:
     """A loaded model. `load` makes it."""
 
-    def __init__(self, checkpoint: Checkpoint, executor: Eager | Native, report: Report):
+    def __init__(self, checkpoint: Checkpoint, executor: Eager | Native, report: Report, how: Mapping[str, Any]):
         self.label = checkpoint.label
         self.member = checkpoint.member
         self.config = checkpoint.decoder
@@ -145,7 +152,7 @@ class Gemma:
         self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill, image
         self.report = report
         self.executor: Any = executor
-        self._path, self._member = checkpoint.path, checkpoint.member
+        self._path, self._how = checkpoint.path, how  # to open its modules when they are asked for
 
     def __repr__(self) -> str:
         return f"Gemma({self.label!r})"
@@ -163,8 +170,8 @@ class Gemma:
             return self.executor.module
         from gemkit.weights.load import load_module
 
-        with open_path(self._path, self.label, self._member) as checkpoint:
-            return load_module(checkpoint)[0]
+        with open_path(self._path, self.label, self.member) as checkpoint:
+            return load_module(checkpoint, **self._how)[0]
 
     def use_torch(self) -> None:
         """Compute with `module` from now on, as it stands then: after its weights were changed, for example."""
@@ -462,11 +469,16 @@ class Gemma:
         size, tokens = self.vision.image_size, self.vision.num_patches
         return [f"images     {size} x {size} pixels, {tokens:,} tokens each"]
 
-    def save(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
-        """Write a folder that Transformers loads unchanged. Quantized weights are made dense, exactly."""
+    def save(
+        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, quantized: bool = False
+    ) -> Path:
+        """Write a folder that Transformers loads unchanged: quantized weights are made dense, exactly. With `quantized`
+        they are written as they are, which only gemkit reads."""
         from gemkit.weights.save import save_hf
 
-        return save_hf(self.module, folder, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype)
+        return save_hf(
+            self.module, folder, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype, quantized=quantized
+        )
 
     def warn_if_not_tuned_for_chat(self) -> None:
         """Say once per call site that a pretrained model only continues text."""

@@ -8,6 +8,7 @@ import torch
 from gemkit.ops.quantized import KINDS, Quantized
 from gemkit.weights.blocks import block_bytes, load_blocks, to_blocks
 from gemkit.weights.gguf import REFUSED_TYPES, TYPES, GGUFReader
+from gemkit.weights.quantize import nearest
 
 EVERY_KIND = pytest.mark.parametrize("name", KINDS)
 
@@ -106,3 +107,15 @@ def test_rows_of_every_tensor_of_the_real_file():
                 blocks = np.frombuffer(raw.read(count * row_bytes), np.uint8).reshape(count, row_bytes)
                 assert_same_bits(found.narrow_rows(start, count).dequantize(), theirs(entry.dtype, blocks))
     assert seen == {"F32", "Q5_0", "Q8_0", "Q4_K", "Q6_K"}
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+def test_nearest_codes_are_those_of_the_package(name, scale):
+    """Our quantizer writes what the package's does, zeros, ties of magnitude and halves included."""
+    values = np.random.default_rng(5).standard_normal((64, 640)).astype(np.float32) * np.float32(scale)
+    values[0] = 0
+    values[1, :32] = np.tile(np.float32([1, -1]), 16) * np.float32(scale)
+    values[2, :32] = np.arange(32) * np.float32(scale / 2)  # 15.5 at most: steps of half a code
+    blocks = gguf.quantize(values, gguf.GGMLQuantizationType[name])
+    assert np.array_equal(to_blocks(nearest(torch.from_numpy(values), KINDS[name])), blocks.reshape(-1))

@@ -96,3 +96,13 @@ def test_screening_changes_no_token(native):
             part = native.generate(prompt, max_tokens=40, **options)
             whole = native.generate(prompt, max_tokens=40, logprobs=0, **options)
             assert part.ids == whole.ids
+
+
+@pytest.mark.timeout(1800)  # int4 takes about a minute of two cores; a busy machine has less
+@pytest.mark.parametrize(("weights", "floor"), [("int8", 0.005), ("int4", 0.05)])
+def test_quantized_perplexity(dense, weights, floor):
+    """Made dense in float32, and quantized again: the perplexity of the fixed text moves by no more than promised."""
+    text = (DATA / "text.txt").read_text()
+    quantized = gemkit.load(quantized=False, weights=weights)
+    assert not quantized.module.norm.weight.requires_grad
+    assert quantized.score(text).perplexity == pytest.approx(dense.score(text).perplexity, rel=floor)

@@ -45,6 +45,11 @@ def add_model(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
         group.add_argument(
             "--dequantize", action="store_true", help="make quantized weights dense: faster in torch, larger in memory"
         )
+        group.add_argument(
+            "--weights",
+            choices=("int8", "int4"),
+            help="quantize them on the way (int4 takes a while: `gemkit quantize`)",
+        )
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = 256) -> None:
@@ -118,8 +123,8 @@ def add_output(parser: argparse.ArgumentParser, *, each: str = "") -> None:
     group.add_argument("-q", "--quiet", action="store_true", help="no progress and no figures on stderr")
 
 
-def load_model(args: argparse.Namespace) -> Gemma:
-    """The model that the options name, with progress on stderr."""
+def load_model(args: argparse.Namespace, **options: Any) -> Gemma:
+    """The model that the command line names, with progress on stderr; `options` are further ones of `gemkit.load`."""
     from gemkit.gemma import load
 
     with Progress(enabled=not getattr(args, "quiet", False)) as progress:
@@ -129,7 +134,9 @@ def load_model(args: argparse.Namespace) -> Gemma:
             dtype=args.dtype,
             executor=args.executor,
             quantized=not args.dequantize,
+            weights=args.weights,
             progress=progress,
+            **options,
         )
     if not getattr(args, "quiet", False):
         size = f"{model.report.nbytes / 1e6:,.0f} MB, {model.report.dtype}"

@@ -183,6 +183,8 @@ def _describe(format: Format, path: Path, label: str, reader: Reader, member: Me
                 f"{label}: there is no config.json in {folder}: copy it from where the weights come from"
             )
         config = read_json(folder / "config.json")
+        if (kinds := configs.kinds(config, label)) and isinstance(reader, SafetensorsReader):
+            reader.join(kinds)
         checkpoint = Checkpoint(label, path, format, reader, configs.from_hf(config, label), member)
         checkpoint.vision = configs.vision_from_hf(config, label)
         if checkpoint.vision is None and "vision_config" in config:

@@ -166,6 +166,35 @@ def _section(config: Mapping[str, Any], name: str, where: str) -> Mapping[str, A
     return found
 
 
+QUANT_METHOD = "gemkit"
+
+
+def kinds(config: Mapping[str, Any], where: str) -> Mapping[str, str]:
+    """Block type by weight, of the weights that a `config.json` says are kept quantized; {} if there are none.
+
+    Raises:
+        WeightsError: if something else than gemkit quantized them.
+    """
+    settings = config.get("quantization_config")
+    if settings is None:
+        return {}
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if method != QUANT_METHOD:
+        raise WeightsError(
+            f"{where}: its weights were quantized by {method!r}, which is not read; take the published model, "
+            "or a .gguf of it, and quantize it here (`gemkit quantize`)"
+        )
+    found = settings.get("kinds")
+    if not isinstance(found, Mapping):
+        raise WeightsError(f"{where}: quantization_config has no kinds, which name the block type of each weight")
+    return found
+
+
+def quantization_to_hf(kinds: Mapping[str, str]) -> dict[str, Any]:
+    """What `kinds` reads, as keys of a `config.json`; nothing if no weight is quantized."""
+    return {"quantization_config": {"quant_method": QUANT_METHOD, "kinds": dict(kinds)}} if kinds else {}
+
+
 def _refuse_other_numerics(keys: _Keys) -> None:
     for name in ("hidden_activation", "hidden_act"):
         if keys.get(name) not in (None, *_TANH_GELU):

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +38,20 @@ _SPARE = 5_000_000_000  # bytes of disk that are never taken
 _TOWER = ("vision_tower.", "multi_modal_projector.")
 
 
-def load_native(checkpoint: Checkpoint, *, progress: Progress | None = None) -> tuple[Native, Report]:
+def load_native(
+    checkpoint: Checkpoint, how: Mapping[str, Any], *, progress: Progress | None = None
+) -> tuple[Native, Report]:
     """The native executor of a checkpoint.
+
+    Args:
+        how: what `weights.load.load_module` is to do with its weights: quantized, weights, calibrate.
 
     Raises:
         ModelError: if there is no native executor here, or it cannot run this model.
         WeightsError, ConfigError: as `weights.load.load_module`.
     """
     start = time.perf_counter()
-    source = fingerprint(checkpoint)
+    source = fingerprint(checkpoint, how)
     path = cache_folder() / (hashlib.sha256(source.encode()).hexdigest()[:32] + ".gkpack")
     pack, tower = _kept(path, source), None
     if pack is None:
@@ -54,7 +59,7 @@ def load_native(checkpoint: Checkpoint, *, progress: Progress | None = None) -> 
         from gemkit.program.packing import pack as make
         from gemkit.weights.load import load_module
 
-        module, report = load_module(checkpoint, progress=progress)
+        module, report = load_module(checkpoint, **how, progress=progress)
         target = path if _has_room(report.nbytes) else None
         notes = list(report.notes)
         decoder: Any = module
@@ -67,20 +72,20 @@ def load_native(checkpoint: Checkpoint, *, progress: Progress | None = None) -> 
         from gemkit.weights.load import load_module
 
         tower = TorchTower(load_module(checkpoint, only=_TOWER, progress=progress)[0])
-    report = Report("float32", 0.0, pack.nbytes + (tower.nbytes if tower else 0), list(pack.notes))
+    report = Report(nbytes=pack.nbytes + (tower.nbytes if tower else 0), notes=list(pack.notes))
     native = Native(checkpoint.decoder, pack, tower)
     report.seconds = time.perf_counter() - start
     return native, report
 
 
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """What decides the packed form: the files as they are, the architecture that they were read as, the format."""
+def fingerprint(checkpoint: Checkpoint, how: Mapping[str, Any]) -> str:
+    """What decides the packed form: the files as they are, what they were read as and how, the format."""
     files = []
     for path in sorted({entry.path for entry in checkpoint.reader.entries.values()}):
         status = path.stat()
         files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
     decoder = hashlib.sha256(repr(checkpoint.decoder).encode()).hexdigest()
-    return json.dumps([packs.VERSION, files, decoder])
+    return json.dumps([packs.VERSION, files, decoder, dict(how)])
 
 
 def cache_folder() -> Path:

@@ -5,7 +5,9 @@ Source: https://github.com/huggingface/safetensors (format). Stricter than the l
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemkit.errors import WeightsError
 from gemkit.weights.entries import DENSE, MAX_HEADER, Entry, File, Reader, count_elements, parse_json
@@ -13,6 +15,27 @@ from gemkit.weights.shards import check_shard, read_index
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gemkit.ops.quantized import Quantized
+
+_LOW, _SCALES, _MINS = ("codes", "U8", 2), ("scales", "F16", 32), ("mins", "F16", 32)
+_SUPER = (("super_scales", "F16", 256), ("super_mins", "F16", 256))
+# What `ops.quantized.KINDS` lays out, without torch: plane, dtype, columns of the weight an element.
+PLANES: dict[str, tuple[tuple[str, str, int], ...]] = {
+    "Q4_0": (_LOW, _SCALES),
+    "Q4_1": (_LOW, _SCALES, _MINS),
+    "Q5_0": (_LOW, ("high", "U8", 8), _SCALES),
+    "Q5_1": (_LOW, ("high", "U8", 8), _SCALES, _MINS),
+    "Q8_0": (("codes", "I8", 1), _SCALES),
+    "Q2_K": (("codes", "U8", 4), ("scales", "U8", 16), ("mins", "U8", 16), *_SUPER),
+    "Q3_K": (("codes", "U8", 4), ("high", "U8", 8), ("scales", "I8", 16), _SUPER[0]),
+    "Q4_K": (_LOW, ("scales", "U8", 32), ("mins", "U8", 32), *_SUPER),
+    "Q5_K": (_LOW, ("high", "U8", 8), ("scales", "U8", 32), ("mins", "U8", 32), *_SUPER),
+    "Q6_K": (_LOW, ("high", "U8", 4), ("scales", "I8", 16), _SUPER[0]),
+}
 
 
 class SafetensorsReader(Reader):
@@ -22,6 +45,7 @@ class SafetensorsReader(Reader):
     """
 
     def _scan(self) -> None:
+        self._planes: dict[str, dict[str, Entry]] = {}
         target = _choose(self.path) if self.path.is_dir() else self.path
         if not target.name.endswith(".index.json"):
             self._scan_file(self._open(target))
@@ -47,6 +71,60 @@ class SafetensorsReader(Reader):
             end = entry.offset + entry.nbytes
         if end != file.size:
             raise WeightsError(f"{file.path}: {file.size - end:,} bytes after the last tensor belong to none")
+
+    def join(self, kinds: Mapping[str, str]) -> None:
+        """Make one entry of the planes of each quantized weight, which the file holds as `<weight>.<plane>`.
+
+        Args:
+            kinds: block type by weight.
+
+        Raises:
+            WeightsError: if a type is unknown, or planes are missing or of another shape or dtype than it has.
+        """
+        for name, kind in kinds.items():
+            where = f"{self.path}: {name!r}"
+            if name in self.entries:
+                raise WeightsError(f"{where} is said to be {kind!r}, but is also stored as it is")
+            if not isinstance(kind, str) or kind not in PLANES:
+                raise WeightsError(f"{where} is said to be {kind!r}, which is not one of {', '.join(PLANES)}")
+            planes = {plane: self._take(f"{name}.{plane}") for plane, _, _ in PLANES[kind]}
+            shape = _joined_shape(where, kind, planes)
+            self._planes[name] = planes
+            codes = planes["codes"]
+            nbytes = sum(entry.nbytes for entry in planes.values())
+            self.entries[name] = Entry(name, kind, shape, codes.path, codes.offset, nbytes)
+
+    def _take(self, name: str) -> Entry:
+        entry = self._entry(name)
+        del self.entries[name]
+        return entry
+
+    def read(self, name: str) -> Tensor | Quantized:
+        if name not in self._planes:
+            return super().read(name)
+        from gemkit.ops.quantized import KINDS, Quantized
+
+        entry = self._entry(name)
+        planes = {plane: self._read_dense(part) for plane, part in self._planes[name].items()}
+        return Quantized(KINDS[entry.dtype], planes, (entry.shape[0], entry.shape[1]))
+
+
+def _joined_shape(where: str, kind: str, planes: Mapping[str, Entry]) -> tuple[int, int]:
+    """Shape of the weight that planes make up."""
+    codes = planes["codes"].shape
+    if len(codes) != 2:
+        raise WeightsError(f"{where}: its codes have the shape {codes}, not that of a matrix")
+    most = max(each for _, _, each in PLANES[kind])
+    rows, columns = codes[0], codes[1] * PLANES[kind][0][2]
+    if columns % most:
+        raise WeightsError(f"{where} is {kind}, but its rows of {columns:,} are not a multiple of {most}")
+    for plane, dtype, each in PLANES[kind]:
+        found, wanted = planes[plane], (rows, columns // each)
+        if (found.dtype, found.shape) != (dtype, wanted):
+            raise WeightsError(
+                f"{where}: plane {plane} is {found.shape} {found.dtype}, must be {wanted} {dtype} for {kind}"
+            )
+    return rows, columns
 
 
 def _choose(folder: Path) -> Path:

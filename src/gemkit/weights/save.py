@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def save_hf(
     tokenizer: Tokenizer | None = None,
     prompts: Collection[Prompt] = ("complete",),
     dtype: torch.dtype | None = None,
+    quantized: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write configuration, weights and vocabulary.
@@ -45,15 +46,15 @@ def save_hf(
     Args:
         prompts: what the model was tuned for. With "chat" its template is written too, and its turns end answers.
         dtype: of the written weights. None: as they are; quantized ones are made dense in float32, exactly.
+        quantized: write quantized weights as they are, each plane as a tensor `<weight>.<plane>`, their block types in
+            the configuration. Such a folder is for gemkit alone.
         shard_bytes: a file is closed before it grows beyond this.
 
     Raises:
         WeightsError: if the folder exists, or cannot be written; nothing is left behind then.
         ConfigError: if no published configuration can express the decoder.
     """
-    target = Path(folder).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise WeightsError(f"{target} exists and is not empty: save to a new folder")
+    target = new_folder(folder)
     config = configs.to_hf(module.config, module.vision)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +63,10 @@ def save_hf(
     except OSError as error:
         raise WeightsError(f"cannot write to {target.parent}: {error}") from error
     try:
-        saved_as = _write_weights(module, work, dtype, shard_bytes)
-        _write_json(work / "config.json", {**config, "dtype": saved_as})
+        kinds = _kinds(module) if quantized else {}
+        saved_as = _write_weights(module, work, dtype, kinds, shard_bytes)
+        quantization = configs.quantization_to_hf(kinds)
+        _write_json(work / "config.json", {**config, "dtype": saved_as, **quantization})
         if tokenizer is not None:
             _write_vocabulary(tokenizer, prompts, work)
         if module.vision is not None:
@@ -75,6 +78,18 @@ def save_hf(
         raise WeightsError(f"could not save to {target}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+def new_folder(folder: str | os.PathLike[str]) -> Path:
+    """Where to save, unless something is there.
+
+    Raises:
+        WeightsError: if it is a file, or a folder that is not empty.
+    """
+    target = Path(folder).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise WeightsError(f"{target} exists and is not empty: save to a new folder")
     return target
 
 
@@ -95,15 +110,25 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_weights(module: Decoder | PaliGemma, folder: Path, dtype: torch.dtype | None, shard_bytes: int) -> str:
+def _kinds(module: Decoder | PaliGemma) -> dict[str, str]:
+    """Block type of each quantized weight, by its published name."""
+    shapes = dict(family.parameters(module.config, module.vision))
+    parts = name_map("safetensors", module.config, module.vision).parts(module.config, shapes)
+    values = {part.theirs: weight(module, part.ours) for part in parts}
+    return {name: value.kind.name for name, value in values.items() if isinstance(value, Quantized)}
+
+
+def _write_weights(
+    module: Decoder | PaliGemma, folder: Path, dtype: torch.dtype | None, kinds: Mapping[str, str], shard_bytes: int
+) -> str:
     from safetensors.torch import save_file
 
     dtypes: set[torch.dtype] = set()
     files: list[tuple[Path, list[str]]] = []
     total = 0
-    for shard in _shards(_published(module, dtype), shard_bytes):
+    for shard in _shards(_published(module, dtype, kinds), shard_bytes):
         path = folder / f"part-{len(files)}"
-        dtypes |= {value.dtype for value in shard.values()}
+        dtypes |= {value.dtype for name, value in shard.items() if name.rpartition(".")[0] not in kinds}
         total += sum(value.nbytes for value in shard.values())
         save_file(shard, path, metadata={"format": "pt"})
         path.chmod(0o644)
@@ -122,11 +147,17 @@ def _write_weights(module: Decoder | PaliGemma, folder: Path, dtype: torch.dtype
     return str(widest).removeprefix("torch.")
 
 
-def _published(module: Decoder | PaliGemma, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its published name, dense, on the CPU."""
+def _published(
+    module: Decoder | PaliGemma, dtype: torch.dtype | None, kinds: Mapping[str, str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight under its published name, on the CPU: the planes of those in `kinds`, the others dense."""
     shapes = dict(family.parameters(module.config, module.vision))
     for part in name_map("safetensors", module.config, module.vision).parts(module.config, shapes):
         value = weight(module, part.ours)
+        if isinstance(value, Quantized) and part.theirs in kinds:
+            for plane, codes in value.planes.items():
+                yield f"{part.theirs}.{plane}", codes.cpu().contiguous()
+            continue
         dense = value.dequantize() if isinstance(value, Quantized) else value.detach()
         yield part.theirs, part.give(dense.to(device="cpu", dtype=dtype or dense.dtype).contiguous())
 

@@ -23,7 +23,9 @@ def randomised(name: str) -> nn.Decoder:
     return module.eval()
 
 
-def interpreted(program: Program, module: nn.Decoder, batch: Batch, state: nn.State, rows: torch.Tensor) -> torch.Tensor:
+def interpreted(
+    program: Program, module: nn.Decoder, batch: Batch, state: nn.State, rows: torch.Tensor
+) -> torch.Tensor:
     """The program on real arrays: each node is a call of the op that it names."""
     given = {"tokens": batch.tokens, "positions": batch.positions, "rows": rows}
     values = {value.number: given[name] for name, value in program.inputs.items()}
@@ -73,7 +75,9 @@ def test_every_weight_is_read_and_every_byte_is_counted(name):
 def test_a_program_prints_as_the_story_of_a_token():
     text = str(trace(randomised("gemma-3-1b")))
     assert "= embed(%0, embed_tokens.weight float32 (320, 16), scale=" in text.splitlines()[0]
-    assert "attention(" in text and "memory[25]" in text and "window=8" in text
+    assert "attention(" in text
+    assert "memory[25]" in text
+    assert "window=8" in text
 
 
 def test_what_is_no_op_cannot_be_traced():
@@ -91,7 +95,7 @@ def test_what_is_no_op_cannot_be_traced():
 def test_a_weight_that_no_module_owns_cannot_be_traced():
     module = randomised("gemma-2b")
     module.layers[0].mlp.forward = lambda x: ops.linear(x, torch.zeros(x.shape[-1], x.shape[-1]))
-    with pytest.raises(ModelError, match="linear reads a weight_OI of shape .* that is no weight of the model"):
+    with pytest.raises(ModelError, match="that is no weight of the model"):
         trace(module)
 
 
