@@ -46,7 +46,9 @@ def test_json_says_it_all(run, models, tmp_path, text):
         assert tensor["kind"] == "Q8_0"
         assert 0 < tensor["error"] < 0.01  # steps of 1/127 of the largest of 32, which is about twice their size
         assert tensor["nbytes"] / tensor["nbytes_before"] == 34 / 128
-    assert gemkit.load(tmp_path / "int8").score(TEXT).perplexity == pytest.approx(record["perplexity"], rel=1e-6)
+    assert gemkit.load(tmp_path / "int8", executor="torch").score(TEXT).perplexity == pytest.approx(
+        record["perplexity"], rel=1e-6
+    )
 
 
 def test_weights_as_an_option_of_other_verbs(run, models):
@@ -60,7 +62,7 @@ def test_plain_rounding(run, models, tmp_path):
     code, _out, err = run("quantize", models / "random", "-o", tmp_path / "x", "--no-calibrate")
     assert code == 0
     assert "to Q4_0:" in err
-    module = gemkit.load(tmp_path / "x").module
+    module = gemkit.load(tmp_path / "x", executor="torch").module
     assert weight(module, "layers.3.mlp.down_proj.weight").kind.name == "Q4_0"
     assert weight(module, "layers.3.self_attn.v_proj.weight").kind.name == "Q8_0"
 

@@ -197,8 +197,8 @@ def test_which_weights_become_what(name):
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_a_saved_model_is_the_same_bit_for_bit(folder, tmp_path, weights):
-    model = gemkit.load(folder, weights=weights, calibrate=TEXT)
-    again = gemkit.load(model.save(tmp_path / "saved", quantized=True))
+    model = gemkit.load(folder, weights=weights, calibrate=TEXT, executor="torch")
+    again = gemkit.load(model.save(tmp_path / "saved", quantized=True), executor="torch")
     held = 0
     for part, _ in gemkit.family.parameters(model.config):
         ours, theirs = weight(model.module, part), weight(again.module, part)
@@ -218,10 +218,10 @@ def test_a_saved_model_is_the_same_bit_for_bit(folder, tmp_path, weights):
 
 def test_a_calibrated_model_is_nearer_to_the_original(folder):
     text = "pack my box with five dozen liquor jugs, and judge my vow. " * 3
-    ids = torch.tensor([gemkit.load(folder).tokenizer.encode(text)])
+    ids = torch.tensor([gemkit.load(folder, executor="torch").tokenizer.encode(text)])
 
     def logits(**options):
-        return gemkit.load(folder, **options).module(ids)
+        return gemkit.load(folder, **options, executor="torch").module(ids)
 
     original = logits()
     off = {c: (logits(weights="int4", calibrate=c) - original).square().mean() for c in (TEXT, False)}
@@ -231,11 +231,13 @@ def test_a_calibrated_model_is_nearer_to_the_original(folder):
 
 
 def test_what_is_small_already_stays(folder, tmp_path):
-    saved = gemkit.load(folder, weights="int4", calibrate=False).save(tmp_path / "int4", quantized=True)
-    model = gemkit.load(saved, weights="int8")
+    saved = gemkit.load(folder, weights="int4", calibrate=False, executor="torch").save(
+        tmp_path / "int4", quantized=True
+    )
+    model = gemkit.load(saved, weights="int8", executor="torch")
     assert not model.report.roundings
     assert any("182 weights were" not in note and "stay as they are" in note for note in model.report.notes)
-    again = gemkit.load(saved, weights="int8", quantized=False)
+    again = gemkit.load(saved, weights="int8", quantized=False, executor="torch")
     assert len(again.report.roundings) == 1 + 7 * 26
 
 
@@ -246,7 +248,7 @@ def test_rows_that_do_not_divide_stay_dense(tmp_path):
     for name, shape in gemkit.family.parameters(config):
         module.hold(name, torch.nn.Parameter(drawn(*shape), requires_grad=False))
     save_hf(module, tmp_path / "odd", tokenizer=tokenizer())
-    model = gemkit.load(tmp_path / "odd", weights="int8")
+    model = gemkit.load(tmp_path / "odd", weights="int8", executor="torch")
     assert any("18 matrices stay dense: their rows do not divide into 32" in note for note in model.report.notes)
     assert isinstance(weight(model.module, "layers.0.mlp.down_proj.weight"), torch.Tensor)
     assert weight(model.module, "layers.0.mlp.up_proj.weight").kind is INT8
@@ -254,9 +256,9 @@ def test_rows_that_do_not_divide_stay_dense(tmp_path):
 
 def test_options_that_mean_nothing_are_refused(folder):
     with pytest.raises(ConfigError, match="weights='int2' is not one of int8, int4"):
-        gemkit.load(folder, weights="int2")
+        gemkit.load(folder, weights="int2", executor="torch")
     with pytest.raises(ConfigError, match="calibration text is empty"):
-        gemkit.load(folder, weights="int4", calibrate="")
+        gemkit.load(folder, weights="int4", calibrate="", executor="torch")
 
 
 # ── hostile folders ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -265,7 +267,7 @@ def test_options_that_mean_nothing_are_refused(folder):
 @pytest.fixture(scope="module")
 def saved(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("quantized") / "int4"
-    return gemkit.load(folder, weights="int4", calibrate=False).save(path, quantized=True)
+    return gemkit.load(folder, weights="int4", calibrate=False, executor="torch").save(path, quantized=True)
 
 
 @pytest.fixture
@@ -296,7 +298,7 @@ def test_kinds_that_the_planes_are_not(broken, change, message):
     found = settings(broken)
     edit_config(broken, quantization_config={**found, "kinds": {**found["kinds"], **change}})
     with pytest.raises(WeightsError, match=message):
-        gemkit.load(broken)
+        gemkit.load(broken, executor="torch")
 
 
 @pytest.mark.parametrize(
@@ -311,7 +313,7 @@ def test_kinds_that_the_planes_are_not(broken, change, message):
 def test_a_configuration_of_something_else(broken, value, message):
     edit_config(broken, quantization_config=value)
     with pytest.raises(WeightsError, match=message):
-        gemkit.load(broken)
+        gemkit.load(broken, executor="torch")
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def test_planes_that_do_not_fit(broken, plane, change, message):
         tensors[f"{UP}.{plane}"] = value
     safetensors.torch.save_file(tensors, path)
     with pytest.raises(WeightsError, match=message):
-        gemkit.load(broken)
+        gemkit.load(broken, executor="torch")
 
 
 @pytest.mark.parametrize("name", KINDS)
