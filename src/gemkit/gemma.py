@@ -406,9 +406,12 @@ class Gemma:
 
     def _each(self, image: Any, texts: Any, word: Callable[[str], str], options: Options) -> Any:
         """One answer, or a list of them for a list of images."""
+        several = isinstance(texts, list | tuple)
         if not isinstance(image, list):
+            if several:
+                raise ConfigError(f"{len(texts)} questions about one image: give a list of as many images, a batch")
             return self._answers([image], [word(texts)], options)[0][1]
-        texts = texts if isinstance(texts, list) else [texts] * len(image)
+        texts = texts if several else [texts] * len(image)
         if len(texts) != len(image):
             raise ConfigError(f"{len(image)} images and {len(texts)} questions: one for all, or one for each")
         return [result for _, result in self._answers(image, list(map(word, texts)), options)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
+from gemkit.errors import WeightsError
 from gemkit.generate import Result
 from gemkit.images import coco, masks, overlay
 from gemkit.images.read import Picture
@@ -127,4 +128,9 @@ def find_masks(path: str | os.PathLike[str] | None = None) -> MaskDecoder | None
         return None
     from gemkit.weights.mask_decoder import load_mask_decoder
 
-    return load_mask_decoder(named)
+    try:
+        return load_mask_decoder(named)
+    except WeightsError as error:
+        if path is None:
+            raise WeightsError(f"{error} ({VARIABLE} names it)") from error
+        raise

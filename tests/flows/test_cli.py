@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from gemkit import cli
 from gemkit.cli import main
 from gemkit.text import prompts
 from tiny_models import tokenizer
@@ -361,7 +362,7 @@ def test_doctor_knows_weights_from_a_vocabulary(run, monkeypatch, tmp_path):
     assert cached()
 
 
-VERBS = ("generate", "chat", "infill", "score", "show", "compare", "models", "explain-prompt", "doctor")
+VERBS = tuple(verb.__name__.rpartition(".")[2].replace("_", "-") for verb in cli._VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -396,6 +397,7 @@ def test_only_what_runs_a_model_imports_torch(models, tmp_path):
 import contextlib, io, sys
 import gemkit
 assert not {{"torch", "numpy", "huggingface_hub", "rich"}} & sys.modules.keys()
+from gemkit import cli
 from gemkit.cli import main
 
 def run(*argv):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import zlib
 from typing import get_args
 
@@ -169,8 +170,11 @@ def test_masks_are_those_of_the_published_decoder(model, picture, mask_file, say
     assert np.array_equal(again[0].mask, expected)
     segmentation = again.coco()[0]["segmentation"]
     assert np.array_equal(images.coco.from_rle(segmentation), expected)
-    with pytest.raises(WeightsError):
+    with pytest.raises(WeightsError, match=r"scene\.png is no NumPy archive"):
         model.segment(picture, "cat", masks=picture)
+    monkeypatch.setenv(sight.VARIABLE, "nowhere.npz")
+    with pytest.raises(WeightsError, match=r"nowhere\.npz: no such file \(GEMKIT_MASKS names it\)"):
+        model.segment(picture, "cat")
 
 
 def test_an_answer_is_rated_by_its_image(model, picture, other):
@@ -217,6 +221,11 @@ def test_what_is_refused(model, models, picture):
         model.detect((picture, picture), "cat")
     with pytest.raises(TextError, match="nothing to look for"):
         model.detect(picture, [])
+    for things in (None, 3, [b"cat"]):
+        with pytest.raises(TextError, match="things to look for are texts"):
+            model.detect(picture, things)
+    with pytest.raises(ConfigError, match="2 questions about one image"):
+        model.ask(picture, ["who?", "what?"])
     with pytest.raises(ConfigError, match="lang='English'"):
         model.ask(picture, "who?", lang="English")
     with pytest.raises(ConfigError, match="a prompt belongs to an image"):
@@ -291,6 +300,22 @@ def test_caption_goes_on_after_a_bad_file(run, models, picture, tmp_path, says):
     assert json.loads(out)["finish_reason"] == "stop"
 
 
+def test_progress_of_captions_is_a_line_that_is_rewritten(run, models, picture, says, monkeypatch):
+    """A terminal shows both streams: each JSON line stands where the progress before it stood."""
+    says("a cat")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "write", sys.stderr.write)
+    _, _, err = run("caption", "-m", models / "image", picture, picture)
+    first, second, last, end = err[err.index('{"image"') :].split("\n")
+    assert json.loads(first)["caption"] == "a cat"
+    progress, erase, line = second.removeprefix("\r\x1b[K").partition("\r\x1b[K")
+    assert progress.startswith("1 of 2 images (50%), ")
+    assert erase
+    assert json.loads(line)["caption"] == "a cat"
+    assert last.startswith("2 of 2 images (100%), ")
+    assert end == ""
+
+
 def test_the_styles_of_captions_are_the_tasks():
     assert get_args(CaptionStyle) == caption.STYLES
 
@@ -358,6 +383,8 @@ def test_doctor_says_whether_images_can_be_read(run, monkeypatch, mask_file):
     assert "boxes without masks: GEMKIT_MASKS is not set" in run("doctor", "-m", "gemma-2b")[1]
     monkeypatch.setenv(sight.VARIABLE, str(mask_file))
     assert f"masks by {mask_file}" in json.loads(run("doctor", "--json")[1])["images"]
+    monkeypatch.setenv(sight.VARIABLE, "nowhere.npz")
+    assert "no masks: GEMKIT_MASKS names nowhere.npz, which is no file" in run("doctor", "-m", "gemma-2b")[1]
 
 
 def png(width: int, height: int) -> bytes:
@@ -369,6 +396,12 @@ def png(width: int, height: int) -> bytes:
     size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
     head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\x02\x00\x00\x00")
     return head + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+
+
+def test_questions_that_are_none_wait_for_no_model(error, picture, monkeypatch):
+    monkeypatch.setattr("gemkit.gemma.load", lambda *_, **__: pytest.fail("loaded the model"))
+    assert "the question is ''" in error("ask", "-m", "paligemma-3b-mix-224", picture, "")
+    assert "is no language code" in error("ask", "-m", "paligemma-3b-mix-224", picture, "who?", "--lang", "English")
 
 
 @pytest.mark.parametrize("verb", [("ask", "who?"), ("detect", "cat"), ("segment", "cat")])
@@ -395,6 +428,15 @@ def test_options_that_cannot_be(error, models, picture, tmp_path):
     folder = models / "image"
     line = error("detect", "-m", folder, picture, "cat", "--overlay", tmp_path / "missing" / "x.png")
     assert "there is no such folder" in line
+    assert "is a folder" in error("detect", "-m", folder, picture, "cat", "--overlay", tmp_path)
+    before, link = picture.read_bytes(), tmp_path / "link.png"
+    link.symlink_to(picture)
+    for name in (picture, link):
+        line = error("detect", "-m", folder, picture, "cat", "--overlay", name)
+        assert "is the picture itself, which would be lost" in line
+    assert picture.read_bytes() == before
+    line = error("ask", "-m", folder, picture, "ocr", "--task", "--lang", "de")
+    assert "--lang de has no place in a --task" in line
     assert "nothing to look for" in error("detect", "-m", folder, picture, " ; ")
     assert "is no language code" in error("caption", "-m", folder, picture, "--lang", "English")
     assert "no such file" in error("segment", "-m", folder, picture, "cat", "--masks", tmp_path / "none.npz")
@@ -421,6 +463,9 @@ def test_arrays_of_another_resolution_are_refused(model):
     ids = [model.vision.image_token] * 16 + [model.tokenizer.bos]
     with pytest.raises(ConfigError, match=r"this tower sees \(images, 3, 56, 56\)"):
         model.executor.run([Chunk(0, ids, 1, 17, [np.zeros((3, 224, 224), np.float32)])], state)
+    one, other = np.zeros((3, 56, 56), np.float32), np.zeros((3, 224, 224), np.float32)
+    with pytest.raises(ConfigError, match=r"shapes \[\(3, 56, 56\), \(3, 224, 224\)\] in one batch"):
+        model.executor.run([Chunk(0, [*ids[:-1], *ids], 1, 33, [one, other])], state)
     assert state.lengths == [0]
     with pytest.raises(ImageError):
         model.caption(np.zeros((2, 2, 7), np.uint8))

@@ -7,7 +7,7 @@ import sys
 import time
 from typing import Any
 
-from gemkit.cli.common import add_model, add_sampling, count, options, print_json, result_json, say, verb
+from gemkit.cli.common import add_model, add_sampling, count, options, print_json, result_json, rewrite, say, verb
 from gemkit.cli.pictures import add_image, load_image_model
 from gemkit.errors import GemkitError
 
@@ -31,7 +31,7 @@ def add(subparsers: Any) -> None:
         help="caption is short; cap and describe are longer, for the mix models (default: caption)",
     )
     add_sampling(parser)
-    add_model(parser)
+    add_model(parser, images=True)
     group = parser.add_argument_group("output")
     group.add_argument("--json", action="store_true", help="lines with ids, figures and how each answer ended")
     group.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
@@ -47,30 +47,39 @@ def run(args: argparse.Namespace) -> int:
     model = load_image_model(args)
     started, failed = time.monotonic(), 0
     for done, path in enumerate(args.image, 1):
+        interrupted = False
         try:
             result = model.caption(path, args.lang, style=args.style, **chosen)
         except GemkitError as error:
             failed += 1
-            print_json({"image": path, "error": f"{type(error).__name__}: {error}"})
+            line = {"image": path, "error": f"{type(error).__name__}: {error}"}
         else:
             more = {"model": model.label, **result_json(result, model.tokenizer)} if args.json else {}
-            print_json({"image": path, "caption": result.text, **more})
-            if result.finish_reason == "interrupted":
-                return 130
+            line = {"image": path, "caption": result.text, **more}
+            interrupted = result.finish_reason == "interrupted"
+        if done > 1 and _rewrites(args):
+            rewrite("")  # the terminal may be that of stdout too
+        print_json(line)
+        if interrupted:
+            return 130
         if not args.quiet:
-            _progress(done, len(args.image), time.monotonic() - started)
+            _progress(args, done, time.monotonic() - started)
     if failed:
         say(f"{count(failed, 'image')} of {len(args.image):,} could not be captioned")
     return 1 if failed else 0
 
 
-def _progress(done: int, total: int, seconds: float) -> None:
-    """One line of a terminal that is rewritten; plain lines in a file."""
+def _rewrites(args: argparse.Namespace) -> bool:
+    return not args.quiet and sys.stderr.isatty()
+
+
+def _progress(args: argparse.Namespace, done: int, seconds: float) -> None:
+    """One line of a terminal that is rewritten; plain lines in a file, and at the end."""
+    total = len(args.image)
     line = f"{done:,} of {count(total, 'image')} ({done / total:.0%}), {seconds / done:.1f} s each"
     if done < total:
         line += f", {seconds / done * (total - done):.0f} s left"
-    if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{line}" + ("" if done < total else "\n"))
-        sys.stderr.flush()
+    if done < total and _rewrites(args):
+        rewrite(line)
     else:
         say(line)

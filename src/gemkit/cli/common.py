@@ -27,12 +27,12 @@ def verb(subparsers: Any, name: str, summary: str, examples: str) -> argparse.Ar
     )
 
 
-def add_model(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
-    """-m, and how to run it."""
+def add_model(parser: argparse.ArgumentParser, *, runs: bool = True, images: bool = False) -> None:
+    """-m, and how to run it; for `images` one that sees them, which the starter model does not."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "-m", "--model", metavar="MODEL", help="a member, hub id, folder, .gguf or .ckpt (default: the starter model)"
-    )
+    what = "a PaliGemma: a member" if images else "a member"
+    of = "hub id or folder" if images else "hub id, folder, .gguf or .ckpt (default: the starter model)"
+    group.add_argument("-m", "--model", metavar="MODEL", help=f"{what}, {of}")
     if runs:
         group.add_argument("--dtype", metavar="TYPE", help="run dtype: bfloat16 or float32 (default: the file's own)")
         group.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
@@ -160,8 +160,7 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._shown:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            rewrite("")
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
@@ -169,8 +168,13 @@ class Progress:
         if self._enabled and elapsed > 1 and now - self._last > 0.1:
             self._shown, self._last = True, now
             left = elapsed * (total - done) / max(done, 1)
-            sys.stderr.write(f"\r\x1b[Kloading {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left:.0f} s left")
-            sys.stderr.flush()
+            rewrite(f"loading {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {left:.0f} s left")
+
+
+def rewrite(line: str) -> None:
+    """Talk on a terminal: what the line says instead of what it said; "" leaves it free."""
+    sys.stderr.write(f"\r\x1b[K{line}")
+    sys.stderr.flush()
 
 
 def say(line: str) -> None:

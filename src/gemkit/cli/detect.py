@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gemkit.cli.common import add_model, add_output, add_sampling, verb
-from gemkit.cli.pictures import add_image, add_overlay, find
+from gemkit.cli.common import verb
+from gemkit.cli.pictures import add_find, find
 
 _EXAMPLES = """\
   gemkit detect -m paligemma-3b-mix-448 street.jpg "car ; bicycle"
@@ -16,12 +16,7 @@ _EXAMPLES = """\
 
 def add(subparsers: Any) -> None:
     parser = verb(subparsers, "detect", "find things in an image: labelled boxes", _EXAMPLES)
-    add_image(parser)
-    parser.add_argument("things", help="what to look for; several between semicolons")
-    add_overlay(parser)
-    add_sampling(parser)
-    add_model(parser)
-    add_output(parser)
+    add_find(parser)
     parser.set_defaults(run=run)
 
 

@@ -106,8 +106,11 @@ def _images() -> str:
 
     if (pillow := _version("pillow")) is None:
         return "missing: pip install 'gemkit[vision]'"
-    masks = os.environ.get(VARIABLE)
-    return f"Pillow {pillow}; " + (f"masks by {masks}" if masks else f"boxes without masks: {VARIABLE} is not set")
+    if not (masks := os.environ.get(VARIABLE)):
+        return f"Pillow {pillow}; boxes without masks: {VARIABLE} is not set"
+    if not os.path.isfile(masks):
+        return f"Pillow {pillow}; no masks: {VARIABLE} names {masks}, which is no file"
+    return f"Pillow {pillow}; masks by {masks}"
 
 
 def _version(package: str) -> str | None:

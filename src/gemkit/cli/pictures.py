@@ -8,7 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemkit.cli.common import conclude, load_model, options, print_json, printable, result_json, say
+from gemkit.cli.common import (
+    add_model,
+    add_output,
+    add_sampling,
+    conclude,
+    load_model,
+    options,
+    print_json,
+    printable,
+    result_json,
+    say,
+)
 from gemkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -44,15 +55,25 @@ def load_image_model(args: argparse.Namespace) -> Gemma:
     return model
 
 
-def add_overlay(parser: argparse.ArgumentParser) -> None:
+def add_image(parser: argparse.ArgumentParser, **options: Any) -> None:
+    parser.add_argument("image", metavar="IMAGE", help="a picture: a file or a data URL", **options)
+
+
+def add_find(parser: argparse.ArgumentParser) -> None:
+    """What the verbs that find things in a picture take."""
+    add_image(parser)
+    parser.add_argument("things", help="what to look for; several between semicolons")
     parser.add_argument("--overlay", metavar="PNG", help="write the picture with what was found drawn over it")
+    add_sampling(parser)
+    add_model(parser, images=True)
+    add_output(parser)
 
 
 def find(args: argparse.Namespace, task: str, decoder: MaskDecoder | None = None) -> int:
     """Look for things in a picture, print and draw what was found; the exit code."""
-    if args.overlay is not None and not Path(os.path.abspath(args.overlay)).parent.is_dir():
-        raise ConfigError(f"--overlay {args.overlay}: there is no such folder")
     (picture,) = read_all([args.image])
+    if args.overlay is not None:
+        _check_overlay(Path(args.overlay), args.image)
     chosen: Options = options(args)
     model = load_image_model(args)
     sight = model.look(picture, task, masks=decoder, **chosen)
@@ -78,5 +99,11 @@ def find(args: argparse.Namespace, task: str, decoder: MaskDecoder | None = None
     return conclude(args, model.tokenizer, sight.result)
 
 
-def add_image(parser: argparse.ArgumentParser, **options: Any) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="a picture: a file or a data URL", **options)
+def _check_overlay(target: Path, image: str) -> None:
+    """Raises ConfigError for what cannot be written, before anyone waits for a model, and for the picture itself."""
+    if not Path(os.path.abspath(target)).parent.is_dir():
+        raise ConfigError(f"--overlay {target}: there is no such folder")
+    if target.is_dir():
+        raise ConfigError(f"--overlay {target} is a folder: name a file to write")
+    if target.exists() and os.path.exists(image) and os.path.samefile(target, image):
+        raise ConfigError(f"--overlay {target} is the picture itself, which would be lost: name another file")

@@ -201,12 +201,14 @@ def _facts(shown, dtype, context: int) -> list[str]:
         f"{units.memory(cost.decode_bytes(decoder, context, dtype))} read, at {tokens}",
     }
     for image in cost.images(decoder, vision) if vision else ():
-        label = f"at {image.size} px" if "one image" in facts else "one image"
-        facts[label] = (
-            f"{units.exact(image.tokens)} tokens of {image.size} x {image.size} pixels, "
+        costs = (
             f"{image.tokens / decoder.max_context:.1%} of the context, "
             f"{units.memory(image.state_bytes)} of cache, {units.flops(image.flops)}"
         )
+        if image.size == vision.image_size:
+            facts["one image"] = f"{units.exact(image.tokens)} tokens of {image.size} x {image.size} pixels, {costs}"
+        else:
+            facts[f"at {image.size} px"] = f"{units.exact(image.tokens)} tokens, {costs}; another model"
     if member:
         facts["answers to"] = ", ".join(member.prompts)
         facts["source"] = member.source

@@ -332,12 +332,15 @@ _UNITS = {
 
 
 def _check(limit: str, value: int, limits: Limits, label: str) -> None:
-    most = getattr(limits, limit)
-    if value > most:
-        raise ImageError(
-            f"{label}: {value:,} {_UNITS[limit]}, and the limit is {most:,}; make it smaller, "
-            f"or raise the limit with limits=Limits({limit}=...)"
-        )
+    if value > getattr(limits, limit):
+        raise ImageError(_beyond(limit, f"{value:,}", limits, label))
+
+
+def _beyond(limit: str, value: str, limits: Limits, label: str) -> str:
+    return (
+        f"{label}: {value} {_UNITS[limit]}, and the limit is {getattr(limits, limit):,}; make it smaller, or in Python "
+        f"read it yourself with gemkit.images.read(..., limits=Limits({limit}=...))"
+    )
 
 
 def _check_encoded(size: int, limits: Limits, label: str) -> None:
@@ -380,8 +383,8 @@ def _guarded(limits: Limits, label: str, format: str) -> Iterator[None]:
             raise
         except Image.DecompressionBombError:
             pillows = 2 * Image.MAX_IMAGE_PIXELS
-            if limits.pixels <= pillows:
-                _check("pixels", pillows + 1, limits, label)
+            if limits.pixels <= pillows:  # its size is not told, only that it is beyond Pillow's limit
+                raise ImageError(_beyond("pixels", f"more than {pillows:,}", limits, label)) from None
             raise ImageError(
                 f"{label}: more than {pillows:,} pixels, which Pillow does not decode "
                 "unless PIL.Image.MAX_IMAGE_PIXELS says so"

@@ -47,7 +47,8 @@ class Eager:
 
         Raises:
             TextError: if a token id is outside the vocabulary.
-            ConfigError: if images and the placeholders among the ids do not match, or a chunk cuts its prefix.
+            ConfigError: if images and the placeholders among the ids do not match, images are of another resolution
+                than the tower, or a chunk cuts its prefix.
         """
         check_ids([token for chunk in chunks for token in chunk.ids], self.decoder)
         slots = [chunk.slot for chunk in chunks]
@@ -64,6 +65,8 @@ class Eager:
         rows = torch.tensor(wanted, dtype=torch.int64, device=self.device)
         images = [image for chunk in chunks for image in chunk.images]
         if images:
+            if len(shapes := {image.shape for image in images}) > 1:
+                raise ConfigError(f"images of the shapes {sorted(shapes)} in one batch: a tower sees one resolution")
             pixels_ICSS = torch.from_numpy(np.stack(images)).to(self.device)
             logits_RV = self.module(batch, state, rows, pixels_ICSS=pixels_ICSS)
         else:

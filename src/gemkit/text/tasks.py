@@ -42,7 +42,11 @@ def question(answer: str, lang: str = "en") -> str:
 
 
 def detect(things: str | Sequence[str]) -> str:
-    """Boxes of things, given as a list or as they are written: "cat ; dog". Raises TextError if there are none."""
+    """Boxes of things, given as a list or as they are written: "cat ; dog".
+
+    Raises:
+        TextError: if there are none, or they are no texts.
+    """
     return f"detect {_things(things)}"
 
 
@@ -64,8 +68,10 @@ def _words(text: str, what: str) -> str:
 
 
 def _things(things: str | Sequence[str]) -> str:
-    parts = things.split(";") if isinstance(things, str) else [part for thing in things for part in thing.split(";")]
-    names = [name for part in parts if (name := part.strip())]
+    given = [things] if isinstance(things, str) else things
+    if not isinstance(given, list | tuple) or not all(isinstance(thing, str) for thing in given):
+        raise TextError(f"things to look for are texts, one or a list of them, not {things!r}")
+    names = [name for thing in given for part in thing.split(";") if (name := part.strip())]
     if not names:
         raise TextError(f"nothing to look for in {things!r}: name a thing, or several as 'cat ; dog'")
     return " ; ".join(names)

@@ -1,6 +1,7 @@
 """The three commands that print the family: what goes where, how wide, and without torch."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -44,6 +45,16 @@ def test_the_tree_is_never_wrapped(run, columns):
     tree = out[out.index("Decoder(") :].splitlines()
     assert max(map(len, tree)) <= columns
     assert all(line.lstrip().startswith(("(", ")", "global")) for line in tree[1:])
+
+
+def test_show_says_what_an_image_costs_here_and_at_other_resolutions(run):
+    _, out, _ = run("show", "paligemma-3b-mix-448")
+    assert "one image   1,024 tokens of 448 x 448 pixels, 12.5% of the context, 18.9 MB of cache" in out
+    assert "at 224 px   256 tokens, 3.1% of the context, 4.72 MB of cache, 220 GFLOP; another model\n" in out
+    assert "at 896 px   4,096 tokens, 50.0% of the context, 75.5 MB of cache, 5.48 TFLOP; another model\n" in out
+    _, out, _ = run("compare", "paligemma-3b-pt-224", "paligemma-3b-pt-896")
+    assert re.search(r"tokens an image +256 +4,096 +x 16", out)
+    assert re.search(r"cache an image +4.72 MB +75.5 MB +x 16", out)
 
 
 def test_show_at_another_context_and_dtype(run):

@@ -158,6 +158,12 @@ def test_pixels_are_counted_before_they_are_decoded(make, size):
     assert peak < 2_000_000
 
 
+def test_a_size_that_is_not_known_is_not_made_up():
+    """Pillow refuses some files before it tells their size."""
+    with pytest.raises(ImageError, match=r"more than 178,956,970 pixels, and the limit is 100,000,000"):
+        read(png(40_000, 40_000))
+
+
 def test_pillows_own_limit_is_named_when_ours_is_higher():
     with pytest.raises(ImageError, match=r"more than 178,956,970 pixels, which Pillow.*PIL.Image.MAX_IMAGE_PIXELS"):
         read(png(40_000, 40_000), Limits(pixels=10**10, side=10**6))
