@@ -60,10 +60,13 @@ def image_rows(chunks: Sequence[Chunk], vision: Vision | None) -> list[int]:
     """The rows of the placeholders of the chunks that bring images, counted over all chunks.
 
     Raises:
-        ConfigError: if there are images for a model that sees none, or placeholders and patches do not match.
+        ConfigError: if there are images for a model that sees none, or of several resolutions, or if placeholders and
+            patches do not match.
     """
     found: list[int] = []
     start = 0
+    if len(shapes := {image.shape for chunk in chunks for image in chunk.images}) > 1:
+        raise ConfigError(f"images of the shapes {sorted(shapes)} in one batch: a tower sees one resolution")
     for chunk in chunks:
         if len(chunk.images):
             if vision is None:

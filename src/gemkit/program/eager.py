@@ -65,8 +65,6 @@ class Eager:
         rows = torch.tensor(wanted, dtype=torch.int64, device=self.device)
         images = [image for chunk in chunks for image in chunk.images]
         if images:
-            if len(shapes := {image.shape for image in images}) > 1:
-                raise ConfigError(f"images of the shapes {sorted(shapes)} in one batch: a tower sees one resolution")
             pixels_ICSS = torch.from_numpy(np.stack(images)).to(self.device)
             logits_RV = self.module(batch, state, rows, pixels_ICSS=pixels_ICSS)
         else:
