@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check docs oracles parity-full bench clean
+.PHONY: demo test check sanitize docs oracles parity-full bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -20,6 +20,10 @@ check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# The native library under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: .venv/dev
+	$(BIN)/python tests/sanitize.py
 
 docs: .venv/dev
 	$(BIN)/python docs/make_tables.py

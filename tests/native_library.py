@@ -20,7 +20,7 @@ class Planes(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    lib = native.library(free=True)
+    lib = ctypes.CDLL(native.library(free=True)._name)  # an object of its own, with its own types of arguments
     p, i, n, s = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p
     lib.gk_packed_bytes.argtypes, lib.gk_packed_bytes.restype = (i, n, n), ctypes.c_size_t
     lib.gk_activation_bytes.argtypes, lib.gk_activation_bytes.restype = (i, n, n), ctypes.c_size_t

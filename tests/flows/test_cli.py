@@ -551,3 +551,26 @@ def test_a_name_out_of_a_file_does_not_reach_the_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main(["show", "gem\x1b[2Jma.gguf"]) == 1
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_a_model_that_was_packed_before_starts_without_torch(tmp_path):
+    """The first run packs; the second maps what it packed, says the same, and has never imported torch."""
+    program = """
+import sys
+from gemkit.cli import main
+code = main(["generate", "The capital of France is", "-n", "3", "--quiet"])
+print("torch" in sys.modules)
+sys.exit(code)
+"""
+    env = {**os.environ, "GEMKIT_CACHE": str(tmp_path)}
+    told = [
+        subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    first, second = (text.splitlines() for text in told)
+    assert (first[-1], second[-1]) == ("True", "False")
+    assert first[:-1] == second[:-1]
+    (packed,) = tmp_path.glob("*.gkpack")
+    packed.write_bytes(packed.read_bytes()[:1000])  # a file that was cut short is made anew
+    again = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
+    assert again.stdout.splitlines()[:-1] == first[:-1]

@@ -17,7 +17,7 @@ _EXAMPLES = """\
   gemkit quantize gemma-2-2b-it -o gemma-2-2b-it-int4
   gemkit quantize ./my-model -o my-model-int8 --weights int8
   gemkit quantize ./my-model -o my-model-int4 --calibration my-domain.txt --evaluate held-out.txt
-  gemkit chat -m gemma-2-2b-it-int4"""
+  gemkit quantize ./my-model.gguf -o my-model-int4 --json"""
 
 
 def add(subparsers: Any) -> None:

@@ -1,0 +1,135 @@
+"""The native executor under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+
+    python tests/sanitize.py             builds the library with both, and runs every part below with it
+    python tests/sanitize.py FOLDER      (what it starts) runs models that were packed into FOLDER, without torch
+
+Models of every member at test size, dense and quantized, are packed by the ordinary library. A process with the
+sanitizers in front then runs them: prompts in chunks, batches, windows, prefixes, drafts taken back, forks, screened
+heads, damaged programs. Anything that a sanitizer finds ends it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+
+
+def main() -> int:
+    if len(sys.argv) > 1:
+        run_all(Path(sys.argv[1]))
+        return 0
+    with tempfile.TemporaryDirectory() as work:
+        build, models = Path(work) / "build", Path(work) / "models"
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
+        subprocess.run([*configure, f"-DCMAKE_CXX_FLAGS={FLAGS}", "-DGK_OPTIMISE=-O1"], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--parallel", "2"], check=True)
+        models.mkdir()
+        pack_all(models)
+        (library,) = build.rglob("libgemkit_native.so")
+        asan = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+        env = {
+            **os.environ,
+            "LD_PRELOAD": asan.stdout.strip(),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaves memory behind
+            "GEMKIT_NATIVE": str(library),
+        }
+        for isa in ("portable", "avx2", "avx512"):
+            done = subprocess.run([sys.executable, __file__, str(models)], env={**env, "GEMKIT_ISA": isa})
+            print(f"{isa}: " + ("clean, or not on this machine" if done.returncode == 0 else "FAILED"))
+            if done.returncode:
+                return 1
+    return 0
+
+
+def pack_all(folder: Path) -> None:
+    """Every member at test size, and one whose head is screened."""
+    from gemkit.program.packing import pack
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from unit.native.test_executor import MEMBERS, randomised
+
+    made = {name: randomised(name) for name in MEMBERS}
+    made |= {f"{name}-q8_0": randomised(name, quantized=True) for name in ("gemma-2-2b", "gemma-3-1b")}
+    for name, module in made.items():
+        pack(module, folder / f"{name}.gkpack")
+        (folder / f"{name}.txt").write_text(repr(module.config))
+
+
+def run_all(folder: Path) -> None:
+    """What a process with the sanitizers does. It must not import torch, which they take too long for."""
+    from gemkit import family
+    from gemkit.program import native
+    from gemkit.program.pack import Pack
+
+    able, why = native.available()
+    if not able:
+        print(why)
+        return
+    # an array of 16 floats that is checked at every step takes a minute for what a register does in a second
+    names = "gemma-3-1b-q8_0", "recurrentgemma-2b"
+    paths = sorted(folder.glob("*.gkpack"))
+    for path in paths if why != "portable" else [folder / f"{name}.gkpack" for name in names]:
+        decoder = eval(path.with_suffix(".txt").read_text(), vars(family))  # our own words, of a moment ago
+        exercise(native.Native(decoder, Pack(path)), 4 if why == "portable" else 1)
+        damage(decoder, path)
+    assert "torch" not in sys.modules
+
+
+def exercise(executor, less: int) -> None:
+    """Everything that an executor and its state do, with so many times fewer tokens."""
+    from gemkit.errors import StateError
+    from gemkit.generate import Chunk, Sampling
+    from gemkit.generate.wanted import wanted
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, executor.decoder.vocab_size, 400).tolist()
+    recurs = any(type(layer).__name__ == "Recurrent" for layer in executor.decoder.layers)
+    state = executor.new_state(3, room=8)
+    long, short = ids[: 136 // less], ids[: 76 // less]
+    prefix = 0 if recurs else 68 // less
+    executor.run([Chunk(0, long, rows=3), Chunk(1, ids[:1]), Chunk(2, short, prefix=prefix)], state)
+    executor.run([Chunk(0, ids[130:131]), Chunk(2, ids[77:80], rows=2)], state)
+    mark = state.mark(0)
+    executor.run([Chunk(0, ids[131:136], rows=5)], state)
+    state.rollback(mark, keep=2)
+    state.fork(0, 1)
+    for token in ids[: 72 // less]:
+        executor.run([Chunk(0, [token], wanted=wanted(Sampling(), ids)), Chunk(1, [token])], state)
+        executor.run([Chunk(2, [token], wanted=wanted(Sampling(), ids))], state)
+    with contextlib.suppress(StateError):
+        state.rollback(mark)
+    state.free(0)
+    executor.run([Chunk(0, ids[: 400 // less])], state)
+
+
+def damage(decoder, path: Path) -> None:
+    """Programs with a wrong word: refused, or run within their bounds."""
+    from gemkit.errors import ModelError
+    from gemkit.generate import Chunk
+    from gemkit.program.native import Native
+    from gemkit.program.pack import Pack
+
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        pack = Pack(path)
+        name = rng.choice(["steps", "buffers"])
+        array = getattr(pack, name).copy()
+        row, column = rng.integers(array.shape[0]), rng.integers(array.shape[1])
+        array[row, column] = rng.choice([-1, 0, 1, 7, 2**31 - 1, -(2**31), int(rng.integers(-100, 10_000))])
+        setattr(pack, name, array)
+        with contextlib.suppress(ModelError):
+            executor = Native(decoder, pack)
+            executor.run([Chunk(0, [1, 2, 3], rows=2)], executor.new_state(1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
