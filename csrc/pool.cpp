@@ -2,6 +2,9 @@
 
 #include <unistd.h>
 
+#include <map>
+#include <new>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -107,22 +110,20 @@ void Pool::worker(int thread) {
 
 Pool &pool(int threads) {
     static std::mutex lock;
-    static Pool *current = nullptr;
+    static std::map<int, Pool *> *pools = nullptr;  // never destroyed: others may hold one, and sleeping threads cost nothing
     static pid_t owner = 0;
     if (owner && owner != getpid()) {  // the lock, too, may have been held by a thread that does not exist here
         new (&lock) std::mutex;
-        current = nullptr;  // never destroyed: its threads cannot be joined
+        pools = nullptr;
     }
     const std::lock_guard<std::mutex> guard(lock);
-    if (!current || current->threads() != threads) {
-        if (current) {
-            const std::lock_guard<std::mutex> idle(current->turn);
-        }
-        delete current;
-        current = new Pool(threads);
+    if (!pools) {
+        pools = new std::map<int, Pool *>;
         owner = getpid();
     }
-    return *current;
+    Pool *&found = (*pools)[threads];
+    if (!found) found = new Pool(threads);
+    return *found;
 }
 
 }  // namespace gk

@@ -45,8 +45,8 @@ private:
     std::vector<std::thread> workers_;
 };
 
-// The pool of this process. It is made anew in a child after fork, whose threads exist in the parent alone, and when
-// another number of threads is asked for.
+// The pool of this process with so many threads. It is made anew in a child after fork, whose threads exist in the parent
+// alone.
 Pool &pool(int threads);
 
 }  // namespace gk
