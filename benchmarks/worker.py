@@ -111,9 +111,13 @@ class Bare(Engine):
 
     def load(self, path: str, context: int, sequences: int = 1, **settings: Any) -> None:
         import gemkit
-        from gemkit.generate import Chunk
+        from gemkit.generate import Chunk, Sampling
+        from gemkit.generate.wanted import wanted
+        from gemkit.weights import hub
 
         self._chunk = Chunk
+        # random weights say nothing of which rows of the table can be left out: their head is read in full
+        self._wanted = wanted(Sampling(), ()) if Path(path) == hub.starter() else None
         options = {**self._options, **settings}
         model = gemkit.load(path, **options)
         self._executor = model.executor
@@ -124,10 +128,10 @@ class Bare(Engine):
     def start(self, prompts: Prompts) -> list[int]:
         self._state = self._executor.new_state(len(prompts))
         self._slots = range(len(prompts))
-        return self._best([self._chunk(slot, list(ids)) for slot, ids in zip(self._slots, prompts, strict=True)])
+        return self._best([self._next_of(slot, list(ids)) for slot, ids in zip(self._slots, prompts, strict=True)])
 
     def next(self) -> list[int]:
-        return self._best([self._chunk(slot, [token]) for slot, token in zip(self._slots, self._tokens, strict=True)])
+        return self._best([self._next_of(slot, [token]) for slot, token in zip(self._slots, self._tokens, strict=True)])
 
     def fill(self, depth: int) -> None:
         self._state = self._executor.new_state(2)
@@ -142,17 +146,23 @@ class Bare(Engine):
         self._tokens = self._executor.run(chunks, self._state).argmax(-1).tolist()
         return self._tokens
 
+    def _next_of(self, slot: int, ids: list[int]) -> Any:
+        return self._chunk(slot, ids, wanted=self._wanted)
+
 
 def fill(executor: Any, state: Any, tokens: int) -> None:
     """Make slot 0 remember so many tokens.
 
-    What the torch executor remembers is written down at random, through the calls that its layers make. Any other state
-    is reached the long way, by computing random tokens: what `NativeState` should offer to be filled belongs here.
+    What it remembers is made up: written down at random, through the calls that the torch executor's layers make, or by
+    the native library.
     """
-    if not hasattr(state, "layers"):
-        ids = random_ids(tokens, executor.decoder.vocab_size)
-        for first in range(0, tokens, 512):
-            executor.run([_chunk(ids[first : first + 512])], state)
+    if executor.name == "native":
+        from gemkit.program.native import library
+
+        native = ctypes.CDLL(library(free=True)._name)
+        native.gk_test_fill.argtypes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32
+        assert native.gk_test_fill(state.handle, 0, tokens, len(executor.decoder.layers)), "memory ran out"
+        state.lengths[0] = tokens
         return
     import torch
 
@@ -171,12 +181,6 @@ def fill(executor: Any, state: Any, tokens: int) -> None:
             shape = (tokens, config.num_kv_heads, config.head_dim)  # the next token drops what a window hides
             memory.append(0, 0, small(*shape).to(dtype), small(*shape).to(dtype))
         state.advance([(0, tokens, 0, 0)])
-
-
-def _chunk(ids: Sequence[int]) -> Any:
-    from gemkit.generate import Chunk
-
-    return Chunk(0, ids, rows=0)
 
 
 def random_ids(count: int, vocab: int) -> list[int]:

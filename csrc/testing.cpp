@@ -1,4 +1,5 @@
 // What tests and benchmarks call of the kernels, by the name of an instruction set. Each returns 0 where that is missing.
+#include "state.h"
 #include <new>
 
 #include "kernels/dispatch.h"
@@ -37,4 +38,29 @@ GK_EXPORT int gk_test_row(const char *isa, int32_t kind, const uint8_t *packed, 
     const gk::Kernels *k = gk::kernels_named(isa);
     if (k) k->row({(gk::Kind)kind, rows, cols, packed}, row, out);
     return k != nullptr;
+}
+
+// Make an empty slot remember `length` tokens that nobody has computed: small random keys, values and states, for
+// measurements at a depth that would take long to reach. False where memory ran out.
+GK_EXPORT int gk_test_fill(gk::State *state, int64_t slot, int64_t length, int32_t layers) {
+    if (!state->prepare(slot, length)) return 0;
+    uint32_t noise = 1;
+    const auto half = [&] {  // between -0.125 and 0.125
+        noise = noise * 1664525u + 1013904223u;
+        return (uint16_t)((noise >> 31) << 15 | 0x2C00u | (noise >> 8 & 0x3FFu));
+    };
+    for (int32_t i = 0; i < layers; i++) {
+        const gk::Layer &layer = state->layer(i);
+        if (layer.kind == 1) {
+            float *cell = state->tail(i, slot);
+            for (int64_t k = 0; k < state->cell_floats(i); k++) cell[k] = (float)(half() & 0x3FF) / 8192.0f - 0.06f;
+            continue;
+        }
+        for (int64_t page = 0; page * gk::PAGE < length; page++)
+            for (int32_t head = 0; head < layer.kv_heads; head++)
+                for (uint16_t *at : {state->keys(i, slot, page, head), state->values(i, slot, page, head)})
+                    for (int64_t k = 0; k < (int64_t)gk::PAGE * layer.head_dim; k++) at[k] = half();
+    }
+    state->commit(slot, length);
+    return 1;
 }

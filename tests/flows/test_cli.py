@@ -431,7 +431,8 @@ def heed_ctrl_c() -> None:
 
 def test_ctrl_c_keeps_the_text_and_the_figures(models):
     argv = ["generate", "-m", models / "parrot", "-n", "100000", "--beyond-context", "ab"]
-    process = subprocess.Popen([*GEMKIT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}  # `communicate` reads past a buffer
+    process = subprocess.Popen([*GEMKIT, *argv], **pipes, preexec_fn=heed_ctrl_c)
     begun = process.stdout.read(3)
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
