@@ -433,7 +433,7 @@ def test_ctrl_c_keeps_the_text_and_the_figures(models):
     argv = ["generate", "-m", models / "parrot", "-n", "100000", "--beyond-context", "ab"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}  # `communicate` reads past a buffer
     process = subprocess.Popen([*GEMKIT, *argv], **pipes, preexec_fn=heed_ctrl_c)
-    begun = process.stdout.read(3)
+    begun = b"".join(process.stdout.read(1) for _ in range(3))
     process.send_signal(signal.SIGINT)
     rest, err = process.communicate(timeout=60)
     said = (begun + rest).decode()

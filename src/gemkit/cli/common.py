@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -214,14 +217,27 @@ def write(text: str, raw: bool = False) -> None:
 
 def write_stream(stream: Stream, raw: bool) -> Result:
     """Print the pieces as they come. Ctrl-C keeps what there is."""
+    shown = 0
     try:
         for piece in stream:
-            write(piece, raw)
+            with _uninterrupted():
+                write(piece, raw)
+                shown += len(piece)
     except KeyboardInterrupt:
         stream.interrupt()
-    write("\n")
     assert stream.result is not None
+    write(stream.result.text[shown:] + "\n", raw)  # a piece that Ctrl-C came between us and
     return stream.result
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until what is inside is done, so that it is done once and counted."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def print_json(record: dict[str, Any]) -> None:
