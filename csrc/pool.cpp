@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <signal.h>
 #include <unistd.h>
 
 #include <map>
@@ -28,7 +29,11 @@ void pause() {
 }  // namespace
 
 Pool::Pool(int threads) {
+    sigset_t all, before;  // signals are for the threads of Python
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
     for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { worker(i); });
+    pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 Pool::~Pool() {

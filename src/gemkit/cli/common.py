@@ -217,27 +217,52 @@ def write(text: str, raw: bool = False) -> None:
 
 def write_stream(stream: Stream, raw: bool) -> Result:
     """Print the pieces as they come. Ctrl-C keeps what there is."""
-    shown = 0
-    try:
-        for piece in stream:
-            with _uninterrupted():
+    guard, shown = _Guard(), 0
+    with guard.installed():
+        try:
+            for piece in stream:
+                guard.busy = True
                 write(piece, raw)
                 shown += len(piece)
-    except KeyboardInterrupt:
-        stream.interrupt()
-    assert stream.result is not None
-    write(stream.result.text[shown:] + "\n", raw)  # a piece that Ctrl-C came between us and
+                guard.free()
+        except KeyboardInterrupt:
+            guard.busy = True
+            stream.interrupt()
+        assert stream.result is not None
+        write(stream.result.text[shown:] + "\n", raw)  # a piece that Ctrl-C came between us and
     return stream.result
 
 
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until what is inside is done, so that it is done once and counted."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+class _Guard:
+    """Ctrl-C waits while something is `busy`, so that it is done once and counted. A mask of signals would not do: any
+    thread of any library may be the one that is told."""
+
+    busy = False
+    _waiting = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.default_int_handler:  # somebody else's, or ignored
+            yield
+            return
+        signal.signal(signal.SIGINT, self._told)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def free(self) -> None:
+        """Not busy any more; what waited is raised."""
+        self.busy = False
+        if self._waiting:
+            self._waiting = False
+            raise KeyboardInterrupt
+
+    def _told(self, *_: object) -> None:
+        self._waiting = True
+        if not self.busy:
+            self.free()
 
 
 def print_json(record: dict[str, Any]) -> None:
