@@ -9,28 +9,31 @@ of a recurrence, an image tower, and matrices whose rows do not divide into 32.
 
 Nearest codes are good for int8. In 4 bits the error of an output is a sum over its inputs, and rounding each weight by
 itself ignores that an error can be made good by the next weight, as far as their inputs go together. So a text runs
-through the model once (`calibrate`), and each matrix is quantized just before it computes, from the inputs that it is
-about to see, which already bear the errors of all matrices before it. With H = X^T X of those inputs X_TI, the error of
-the outputs is the sum over rows e of (w - q) of e H e^T, and `fitted` makes it small in two steps:
+through the model once (`calibrate`), in two copies: one meets the dense weights, the other the quantized ones, and each
+matrix is quantized just before the second copy meets it. With its inputs x of the first copy and X of the second, both
+(T, I), and H = X^T X, what it should do is turn X into what w makes of x. `fitted` takes three steps:
 
-1. Column by column, the error that earlier columns made is carried over to the column that is rounded next. For
+1. The weights that do this best are w + w (x - X)^T X H^-1, which make good what matrices before it have changed (the
+   asymmetric calibration of GPTAQ, arXiv:2504.02692). They take the place of w below.
+2. Column by column, the error that earlier columns made is carried over to the column that is rounded next. For
    H = U D U^T with U unit upper triangular, q_k = round(w_k + sum over j < k of (w_j - q_j) U_jk) is the best choice
    for a given past. This is OPTQ (arXiv:2210.17323) in the form of LDLQ (QuIP, arXiv:2307.13304, section 3). The scale
    of a group is the one of several that leaves the least error after its 32 columns.
-2. Sweeps over all columns: each code in turn to the best one given all others, then each scale likewise (coordinate
-   descent, as in QuantEase, arXiv:2309.01885). The error falls in every step.
+3. Sweeps over all columns: each code in turn to the best one given all others, then each scale likewise (coordinate
+   descent, as in QuantEase, arXiv:2309.01885). The error, (w - q) H (w - q)^T, falls in every step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, Parameter
 
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Batch, Decoder
@@ -180,12 +183,20 @@ def _fill(quantized: Quantized, codes_OI: Tensor, scales_OG: Tensor, name: str) 
 # ── all of a matrix together ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def fitted(weight_OI: Tensor, moments: Sequence[Tensor], name: str = "the weight") -> Quantized:
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of the inputs of a run of at most `_RUN` columns."""
+
+    h_II: Tensor  # X^T X, damped
+    drift_II: Tensor | None = None  # (x - X)^T X H^-1; None: x and X are the same
+
+
+def fitted(weight_OI: Tensor, runs: Sequence[Inputs], name: str = "the weight") -> Quantized:
     """The weight in int4, with the codes and scales that change its outputs least.
 
     Args:
         weight_OI: a dense weight.
-        moments: H of its inputs for each run of `_RUN` columns (see `second_moments`).
+        runs: its inputs (see `measure`).
         name: for messages.
 
     Raises:
@@ -194,41 +205,48 @@ def fitted(weight_OI: Tensor, moments: Sequence[Tensor], name: str = "the weight
     rows, columns = weight_OI.shape
     quantized = Quantized.empty(INT4, (rows, columns))
     codes, scales = [], []
-    for run_OI, h_II in zip(weight_OI.float().split(_RUN, -1), moments, strict=True):
+    for run_OI, run in zip(weight_OI.float().split(_RUN, -1), runs, strict=True):
+        if run.drift_II is not None:
+            run_OI = run_OI + run_OI @ run.drift_II
         # columns first from here on: what is done to a column of all rows is then done to memory in one piece
         w_IO = run_OI.T.contiguous()
-        codes_IO, scales_GO = _carry(w_IO, h_II)
+        codes_IO, scales_GO = _carry(w_IO, run.h_II)
         for _ in range(_SWEEPS):
-            _sweep(w_IO, h_II, codes_IO, scales_GO)
+            _sweep(w_IO, run.h_II, codes_IO, scales_GO)
         codes.append(codes_IO.T)
         scales.append(scales_GO.T)
     _fill(quantized, torch.cat(codes, -1), torch.cat(scales, -1), name)
     return quantized
 
 
-def second_moments(x_TI: Tensor, y_TO: Tensor | None = None) -> list[Tensor]:
-    """H = X^T X of inputs, damped, for each run of `_RUN` columns.
+def measure(x_TI: Tensor, true_TI: Tensor | None = None, y_TO: Tensor | None = None) -> list[Inputs]:
+    """The inputs of each run of columns.
 
     Args:
-        y_TO: the outputs, where a norm follows. It divides each token's error by the size of its output, so each
-            token counts by the inverse square of that; otherwise a few tokens with outputs a hundred times as large as
-            all others, such as `<bos>`, would decide alone.
+        x_TI: X, as the quantized model computes them.
+        true_TI: x, as the dense model does. None: the same.
+        y_TO: the dense model's outputs, where a norm follows. It divides each token's error by the size of its output,
+            so each token counts by the inverse square of that; otherwise a few tokens with outputs a hundred times as
+            large as all others, such as `<bos>`, would decide alone.
 
     Raises:
-        WeightsError: if the inputs are not finite.
+        WeightsError: if they are not finite.
     """
-    moments = []
-    x_TI = x_TI.float()
-    if y_TO is not None:
-        x_TI = x_TI * torch.rsqrt(y_TO.float().square().mean(-1, keepdim=True) + 1e-12)
-    for run_TI in x_TI.split(_RUN, -1):
+    shares_T1 = 1.0 if y_TO is None else torch.rsqrt(y_TO.float().square().mean(-1, keepdim=True) + 1e-12)
+    runs = []
+    for start in range(0, x_TI.shape[1], _RUN):
+        run_TI = x_TI[:, start : start + _RUN].float() * shares_T1
         h_II = run_TI.T @ run_TI
         mean = h_II.diagonal().mean().item()
         if not 0 <= mean < float("inf"):
             raise WeightsError("the activations of the calibration text are not finite: the weights are damaged")
         h_II.diagonal().add_(_DAMPING * mean if mean else 1.0)
-        moments.append(h_II)
-    return moments
+        drift_II = None
+        if true_TI is not None:
+            off_TI = true_TI[:, start : start + _RUN].float() * shares_T1 - run_TI
+            drift_II = torch.cholesky_solve(run_TI.T @ off_TI, torch.linalg.cholesky(h_II)).T.cpu()
+        runs.append(Inputs(h_II.cpu(), drift_II))
+    return runs
 
 
 def _factor(h_II: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +258,7 @@ def _factor(h_II: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _carry(w_IO: Tensor, h_II: Tensor) -> tuple[Tensor, Tensor]:
-    """Step 1 of the module's docstring: codes (I, O) and scales (I / 32, O)."""
+    """Step 2 of the module's docstring: codes (I, O) and scales (I / 32, O)."""
     u_II, d_I = _factor(h_II)
     columns, rows = w_IO.shape
     codes_IO, scales_GO = torch.empty_like(w_IO), w_IO.new_empty(columns // GROUP, rows)
@@ -271,7 +289,7 @@ def _carry(w_IO: Tensor, h_II: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sweep(w_IO: Tensor, h_II: Tensor, codes_IO: Tensor, scales_GO: Tensor) -> None:
-    """Step 2 of the module's docstring, once over all columns, in place."""
+    """Step 3 of the module's docstring, once over all columns, in place."""
     values_IO = (codes_IO.unflatten(0, (-1, GROUP)) * scales_GO[:, None]).flatten(0, 1)
     slope_IO = h_II @ (w_IO - values_IO)  # minus half of the loss's gradient
     for group, start in enumerate(range(0, len(w_IO), GROUP)):
@@ -301,9 +319,10 @@ def calibration_text() -> str:
 def calibrate(
     decoder: Decoder, names: Sequence[str], take: Callable[[str], Tensor | Quantized], bos: int, ids: Sequence[int]
 ) -> list[Rounding]:
-    """Quantize the linears `names` to int4 while a text runs through the decoder once.
+    """Quantize the linears `names` to int4 while a text runs through the decoder once, in two copies.
 
-    Each is dense only from being taken to being quantized, so that no second model is ever in memory.
+    Each is dense only from being taken to being quantized, so that no second model is ever in memory. The first copy
+    sees a dense model but for what is int8.
 
     Args:
         decoder: with all its other weights in place.
@@ -320,34 +339,42 @@ def calibrate(
     """
     if not ids:
         raise ConfigError("the calibration text is empty")
+    sequences = [[bos, *ids[start : start + SEQUENCE]] for start in range(0, len(ids), SEQUENCE)]
+    device, count = decoder.norm.weight.device, sum(map(len, sequences))  # tokens of a copy
     roundings: list[Rounding] = []
+    taken: dict[str, Tensor | Quantized] = {}
     inputs: Tensor | None = None
-    moments: list[Tensor] = []
+    runs: list[Inputs] = []
 
-    def before_it_computes(name: str) -> Callable[[Module, tuple[Tensor]], None]:
-        def quantize(linear: Module, inputs_of_it: tuple[Tensor]) -> None:
-            nonlocal inputs, moments
-            (x_TI,) = inputs_of_it
-            before = take(name)
-            if inputs is not x_TI:  # gate and up see the same
-                normed = decoder.config.post_norms and name.endswith(_INTO_NORMS)
-                y_TO = x_TI.float() @ dense(before).float().T.to(x_TI.device) if normed else None
-                inputs, moments = x_TI, [h_II.cpu() for h_II in second_moments(x_TI, y_TO)]
-            after = fitted(dense(before), moments, name)
-            roundings.append(rounding(name, before, after))
-            decoder.hold(name, after.to(x_TI.device))
+    def before(name: str, linear: Module, args: tuple[Tensor]) -> None:
+        """The dense weight, for both copies."""
+        taken[name] = take(name)
+        decoder.hold(name, Parameter(dense(taken[name]).to(args[0]), requires_grad=False))
 
-        return quantize
+    def after(name: str, linear: Module, args: tuple[Tensor], y_2TO: Tensor) -> Tensor:
+        """The quantized one, for the second copy, from the first one's outputs and the inputs of both."""
+        nonlocal inputs, runs
+        (x_2TI,) = args
+        true_TI, x_TI = x_2TI[:count], x_2TI[count:]
+        if inputs is not x_2TI:  # gate and up see the same
+            normed = decoder.config.post_norms and name.endswith(_INTO_NORMS)
+            inputs, runs = x_2TI, measure(x_TI, true_TI, y_2TO[:count] if normed else None)
+        weight = taken.pop(name)
+        quantized = fitted(dense(weight), runs, name)
+        roundings.append(rounding(name, weight, quantized))
+        decoder.hold(name, quantized.to(device))
+        return torch.cat([y_2TO[:count], linear.forward(x_TI)])
 
-    hooks = [
-        decoder.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(before_it_computes(name))
-        for name in names
-    ]
+    hooks = []
+    for name in names:
+        linear = decoder.get_submodule(name.removesuffix(".weight"))
+        hooks += [
+            linear.register_forward_pre_hook(partial(before, name)),
+            linear.register_forward_hook(partial(after, name)),
+        ]
     try:
         with torch.no_grad():  # not inference_mode, whose tensors nothing could ever be trained around
-            sequences = [[bos, *ids[start : start + SEQUENCE]] for start in range(0, len(ids), SEQUENCE)]
-            device = decoder.norm.weight.device
-            decoder(Batch.of(sequences, device=device), None, torch.tensor([0], device=device))
+            decoder(Batch.of(sequences * 2, device=device), None, torch.tensor([0], device=device))
     finally:
         for hook in hooks:
             hook.remove()

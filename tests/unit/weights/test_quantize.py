@@ -14,7 +14,7 @@ from gemkit.nn import Decoder
 from gemkit.ops.quantized import KINDS, Quantized
 from gemkit.weights import quantize
 from gemkit.weights.load import weight
-from gemkit.weights.quantize import INT4, INT8
+from gemkit.weights.quantize import INT4, INT8, Inputs
 from gemkit.weights.safetensors import PLANES, SafetensorsReader
 from gemkit.weights.save import save_hf
 from tiny import tiny
@@ -71,7 +71,7 @@ def test_zeros_and_the_smallest_numbers(kind):
     weight_OI[2, 5] = 1e-42
     assert torch.equal(quantize.nearest(weight_OI, kind).dequantize(), torch.zeros(3, 64))
     h_II = torch.eye(64)
-    assert torch.equal(quantize.fitted(weight_OI, [h_II]).dequantize(), torch.zeros(3, 64))
+    assert torch.equal(quantize.fitted(weight_OI, [Inputs(h_II)]).dequantize(), torch.zeros(3, 64))
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e8])
@@ -82,7 +82,7 @@ def test_what_cannot_be_quantized_is_named(kind, bad):
     with pytest.raises(WeightsError, match=r"mlp\.up_proj cannot be quantized"):
         quantize.nearest(weight_OI, kind, "mlp.up_proj")
     with pytest.raises(WeightsError, match=r"mlp\.up_proj cannot be quantized"):
-        quantize.fitted(weight_OI, [torch.eye(64)], "mlp.up_proj")
+        quantize.fitted(weight_OI, [Inputs(torch.eye(64))], "mlp.up_proj")
 
 
 def test_a_weight_larger_than_a_piece_is_quantized_whole(monkeypatch):
@@ -107,19 +107,19 @@ def test_fitting_makes_outputs_better_than_rounding():
     """On inputs that go together, and on others of their kind that were not shown."""
     weight_OI, shown, other = drawn(48, 256), correlated(600, 256), correlated(1200, 256)[600:]
     rounded = quantize.nearest(weight_OI, INT4)
-    fitted = quantize.fitted(weight_OI, quantize.second_moments(shown))
+    fitted = quantize.fitted(weight_OI, quantize.measure(shown))
     assert output_error(weight_OI, fitted, shown) < 0.5 * output_error(weight_OI, rounded, shown)
     assert output_error(weight_OI, fitted, other) < 0.6 * output_error(weight_OI, rounded, other)
 
 
 def test_sweeps_only_make_it_better(monkeypatch):
     weight_OI, x_TI = drawn(48, 256), correlated(600, 256)
-    moments = quantize.second_moments(x_TI)
+    runs = quantize.measure(x_TI)
     losses = []
     for sweeps in range(4):
         monkeypatch.setattr(quantize, "_SWEEPS", sweeps)
-        off = quantize.fitted(weight_OI, moments).dequantize() - weight_OI
-        losses.append(((off @ moments[0]) * off).sum().item())
+        off = quantize.fitted(weight_OI, runs).dequantize() - weight_OI
+        losses.append(((off @ runs[0].h_II) * off).sum().item())
     assert losses == sorted(losses, reverse=True)
     assert losses[2] < 0.95 * losses[0]
 
@@ -128,16 +128,39 @@ def test_where_inputs_are_independent_nothing_is_carried():
     """H = 1: each group for itself, and no scale of it is worse than the one that plain rounding takes."""
     weight_OI = drawn(64, 96)
     identity = torch.eye(96)
-    rounded, fitted = quantize.nearest(weight_OI, INT4), quantize.fitted(weight_OI, [identity])
+    rounded, fitted = quantize.nearest(weight_OI, INT4), quantize.fitted(weight_OI, [Inputs(identity)])
     off = [(found.dequantize() - weight_OI).unflatten(1, (-1, 32)).square().sum(-1) for found in (rounded, fitted)]
     assert (off[1] <= off[0] * (1 + 1e-5)).all()
     # a group can be fitted without the others
-    alone = quantize.fitted(weight_OI[:, 32:64], [identity[:32, :32]])
+    alone = quantize.fitted(weight_OI[:, 32:64], [Inputs(identity[:32, :32])])
     assert torch.equal(alone.dequantize(), fitted.dequantize()[:, 32:64])
 
 
+def test_what_came_before_is_made_good():
+    """Inputs that are off in a way that the right ones tell: the fitted weight turns them into the right outputs."""
+    weight_OI, true_TI = drawn(48, 256), correlated(600, 256)
+    x_TI = true_TI @ (torch.eye(256) + 0.03 * drawn(256, 256, seed=9))
+    wanted = true_TI @ weight_OI.T
+
+    def off(runs):
+        return (x_TI @ quantize.fitted(weight_OI, runs).dequantize().T - wanted).square().sum()
+
+    assert off(quantize.measure(x_TI, true_TI)) < 0.5 * off(quantize.measure(x_TI))
+    same = quantize.measure(x_TI, x_TI)
+    assert torch.equal(same[0].drift_II, torch.zeros(256, 256))
+
+
+def test_where_a_norm_follows_no_token_decides_alone():
+    """Tokens count by the inverse square of their outputs: those of one a thousand times as large are another's."""
+    x_TI = correlated(100, 64)
+    y_TO = x_TI @ drawn(48, 64).T
+    sizes = torch.logspace(0, 3, 100)[:, None]
+    plain, scaled = quantize.measure(x_TI, None, y_TO), quantize.measure(x_TI * sizes, None, y_TO * sizes)
+    assert torch.allclose(plain[0].h_II, scaled[0].h_II, rtol=1e-4, atol=1e-4 * plain[0].h_II.max().item())
+
+
 def test_the_factor_is_the_one_that_is_meant():
-    h_II = quantize.second_moments(correlated(100, 64))[0]
+    h_II = quantize.measure(correlated(100, 64))[0].h_II
     u_II, d_I = quantize._factor(h_II)
     assert torch.equal(u_II.triu(), u_II)
     assert torch.equal(u_II.diagonal(), torch.ones(64))
@@ -147,21 +170,22 @@ def test_the_factor_is_the_one_that_is_meant():
 def test_wide_matrices_are_fitted_run_by_run(monkeypatch):
     weight_OI, x_TI = drawn(8, 192), correlated(300, 192)
     monkeypatch.setattr(quantize, "_RUN", 128)
-    moments = quantize.second_moments(x_TI)
-    assert [len(h_II) for h_II in moments] == [128, 64]
-    found = quantize.fitted(weight_OI, moments).dequantize()
-    parts = [quantize.fitted(weight_OI[:, a:b], [h]) for a, b, h in ((0, 128, moments[0]), (128, 192, moments[1]))]
+    runs = quantize.measure(x_TI)
+    assert [len(run.h_II) for run in runs] == [128, 64]
+    found = quantize.fitted(weight_OI, runs).dequantize()
+    parts = [quantize.fitted(weight_OI[:, a:b], [h]) for a, b, h in ((0, 128, runs[0]), (128, 192, runs[1]))]
     assert torch.equal(found, torch.cat([part.dequantize() for part in parts], 1))
 
 
 def test_inputs_that_say_nothing_or_too_much():
     weight_OI = drawn(8, 64)
-    silent = quantize.second_moments(torch.zeros(5, 64))  # as good as independent ones
+    silent = quantize.measure(torch.zeros(5, 64))  # as good as independent ones
     assert torch.equal(
-        quantize.fitted(weight_OI, silent).dequantize(), quantize.fitted(weight_OI, [torch.eye(64)]).dequantize()
+        quantize.fitted(weight_OI, silent).dequantize(),
+        quantize.fitted(weight_OI, [Inputs(torch.eye(64))]).dequantize(),
     )
     with pytest.raises(WeightsError, match="activations of the calibration text are not finite"):
-        quantize.second_moments(torch.full((2, 64), float("inf")))
+        quantize.measure(torch.full((2, 64), float("inf")))
 
 
 # ── whole models ────────────────────────────────────────────────────────────────────────────────────────────────────
