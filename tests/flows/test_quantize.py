@@ -61,7 +61,8 @@ def test_plain_rounding(run, models, tmp_path):
     assert code == 0
     assert "to Q4_0:" in err
     module = gemkit.load(tmp_path / "x").module
-    assert weight(module, "layers.3.mlp.down_proj.weight").kind.name == "Q4_0"
+    assert weight(module, "layers.3.mlp.gate_proj.weight").kind.name == "Q4_0"
+    assert weight(module, "layers.3.mlp.down_proj.weight").kind.name == "Q5_0"
     assert weight(module, "layers.3.self_attn.v_proj.weight").kind.name == "Q8_0"
 
 
