@@ -109,7 +109,7 @@ def test_rows_of_every_tensor_of_the_real_file():
     assert seen == {"F32", "Q5_0", "Q8_0", "Q4_K", "Q6_K"}
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q8_0"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q8_0"])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
 def test_nearest_codes_are_those_of_the_package(name, scale):
     """Our quantizer writes what the package's does, zeros, ties of magnitude and halves included."""

@@ -99,10 +99,10 @@ def test_screening_changes_no_token(native):
 
 
 @pytest.mark.timeout(1800)  # int4 takes about a minute of two cores; a busy machine has less
-@pytest.mark.parametrize(("weights", "floor"), [("int8", 0.005), ("int4", 0.11)])
+@pytest.mark.parametrize(("weights", "floor"), [("int8", 0.005), ("int4", 0.05)])
 def test_quantized_perplexity(dense, weights, floor):
     """Made dense in float32, and quantized again: the perplexity of the fixed text moves by no more than is told in
-    docs/quantization.md (0.26 % and 9.4 % measured; 5 % is what int4 should reach)."""
+    docs/quantization.md (0.26 % and 3.0 % measured)."""
     text = (DATA / "text.txt").read_text()
     quantized = gemkit.load(quantized=False, weights=weights, executor="torch")
     assert not quantized.module.norm.weight.requires_grad

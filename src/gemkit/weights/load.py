@@ -66,7 +66,7 @@ def load_module(
         module = build(checkpoint.decoder, checkpoint.vision)
     kinds = {} if weights is None else _kinds(checkpoint, module, weights, quantized)
     _check_room(checkpoint, run_dtype, torch.device(device), quantized, kinds)
-    fitted = [name for name, kind in kinds.items() if calibrate is not False and kind is quantize.INT4]
+    fitted = {name: kind for name, kind in kinds.items() if calibrate is not False and kind is not quantize.INT8}
     total = sum(entries[name].nbytes for name in {part.theirs for part in parts.values()})
     done, dense = 0, 0
     rounded: Counter[str] = Counter()
@@ -139,7 +139,8 @@ def _kinds(checkpoint: Checkpoint, module: Decoder | PaliGemma, weights: Weights
 def _quantizing(module: Decoder | PaliGemma, roundings: list[Rounding], calibrated: bool) -> list[str]:
     """What a user should know of how weights were quantized."""
     notes = []
-    for kind, how in ((quantize.INT8, ""), (quantize.INT4, ", calibrated" if calibrated else "")):
+    for kind in (quantize.INT8, quantize.INT5, quantize.INT4):
+        how = ", calibrated" if calibrated and kind is not quantize.INT8 else ""
         errors = [rounding.error for rounding in roundings if rounding.kind == kind.name]
         if errors:
             off = (sum(error**2 for error in errors) / len(errors)) ** 0.5
