@@ -72,13 +72,10 @@ GK_API double gk_read_limit(int32_t threads) {
 
 GK_API void gk_executor_free(gk::Executor *executor) { delete executor; }
 
-GK_API int64_t gk_executor_bytes(const gk::Executor *executor) { return (int64_t)executor->bytes(); }
-
 GK_API gk::State *gk_state_new(const gk::Executor *executor, int64_t slots, int64_t room) {
     return new gk::State(executor->layers().data(), (int32_t)executor->layers().size(), slots, room);
 }
 GK_API void gk_state_free(gk::State *state) { delete state; }
-GK_API int64_t gk_state_length(const gk::State *state, int64_t slot) { return state->length(slot); }
 GK_API int32_t gk_state_rollback(gk::State *state, int64_t slot, int64_t length) { return state->rollback(slot, length); }
 GK_API int32_t gk_state_fork(gk::State *state, int64_t source, int64_t target) { return state->fork(source, target); }
 GK_API void gk_state_clear(gk::State *state, int64_t slot) { state->free(slot); }

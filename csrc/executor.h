@@ -89,8 +89,6 @@ public:
     Result run(const Call &call, State &state, Pool &pool, bool (*keep_on)());
 
     const std::vector<Layer> &layers() const { return layers_; }
-    void set_table(int64_t i, const Table &entry) { table_[i] = entry; }
-    size_t bytes() const { return arena_.size(); }
 
 private:
     struct Run;

@@ -29,7 +29,6 @@ public:
     State(const State &) = delete;
 
     int64_t slots() const { return (int64_t)lengths_.size(); }
-    int64_t length(int64_t slot) const { return lengths_[slot]; }
 
     // Make room for positions up to `end`, in memory that no other sequence sees. False where memory ran out.
     bool prepare(int64_t slot, int64_t end);
@@ -52,7 +51,6 @@ public:
     // What a recurrent layer holds now, for marks and files; and to put it back.
     const float *kept(int32_t layer, int64_t slot) { return cell(layer, slot).now.data(); }
     void keep(int32_t layer, int64_t slot, const float *values);
-    void set_length(int64_t slot, int64_t length) { lengths_[slot] = length; }
 
 private:
     struct Cell {  // one layer of one sequence

@@ -1,5 +1,7 @@
 #include "weights.h"
 
+#include "kernels/simd.h"
+
 #include <cstring>
 
 #if defined(_WIN32)
@@ -157,18 +159,8 @@ float widen(Dense type, const void *p, int64_t i) {
     } else {
         uint16_t half;
         std::memcpy(&half, (const uint8_t *)p + i * 2, 2);
-        const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 31, fraction = half & 1023;
-        if (type == DENSE_BF16) {
-            bits = (uint32_t)half << 16;
-        } else if (exponent == 31) {
-            bits = sign | 0x7F800000u | fraction << 13;
-        } else if (exponent) {
-            bits = sign | (exponent + 112) << 23 | fraction << 13;
-        } else {
-            const float tiny = (float)fraction * 0x1p-24f;
-            std::memcpy(&bits, &tiny, 4);
-            bits |= sign;
-        }
+        if (type != DENSE_BF16) return portable::half_to_float(half);
+        bits = (uint32_t)half << 16;
     }
     float value;
     std::memcpy(&value, &bits, 4);

@@ -67,6 +67,7 @@ def _program(args: argparse.Namespace) -> int:
     from gemkit.cli.tables import print_table
     from gemkit.errors import ConfigError
     from gemkit.inspect import story, subject
+    from gemkit.program.ir import Cost
 
     if args.dtype.startswith("int"):
         raise ConfigError(f"--dtype {args.dtype}: a program reads its weights as its files have them, or as floats")
@@ -77,7 +78,7 @@ def _program(args: argparse.Namespace) -> int:
         records = [{**asdict(line), "cost": asdict(line.cost)} for line in lines]
         print(json.dumps({"model": shown.label, "context": context, "steps": records}))
         return 0
-    total = sum((line.cost for line in lines), lines[0].cost.__class__())
+    total = sum((line.cost for line in lines), Cost())
     print(f"{shown.label}: one token at the end of {context:,} tokens, op by op\n")
     columns = [
         ("", "left"),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from gemkit.family import Decoder
 from gemkit.inspect import units
-from gemkit.program.ir import Cost, Node, Program, Value, Weight
+from gemkit.program.ir import Cost, Node, Program, Weight
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,6 +121,3 @@ def sizes(line: Line) -> tuple[str, str]:
     """What a line reads and computes, as printed."""
     nbytes = line.cost.weight_bytes + line.cost.state_bytes
     return units.memory(nbytes) if nbytes else "", units.flops(line.cost.flops) if line.cost.flops else ""
-
-
-__all__ = ["Line", "Timed", "Value", "by_op", "profile", "rates", "sizes", "story", "traced"]
