@@ -136,6 +136,13 @@ class Decoder(Module):
         """
         if not isinstance(batch, Batch):
             return self(Batch.rows(batch), state, rows).unflatten(0, batch.shape)
+        return self.logits(self.hidden(batch, state, rows, features_ED))
+
+    def hidden(self, batch: Batch, state: State | None = None, rows=None, features_ED=None):
+        """What the head reads: (R, D) or (T, D), after the last norm. Arguments are those of `forward`.
+
+        A loss takes the head from here by parts: all logits of a vocabulary of 256,000 at once are gigabytes.
+        """
         spans = list(batch.spans())
         if state is not None:
             state.expect(self.config, spans)
@@ -156,7 +163,11 @@ class Decoder(Module):
             state.advance(spans)
         if rows is not None:
             x_TD = ops.take_rows(x_TD, rows)
-        logits_RV = self.lm_head(self.norm(x_TD))
+        return self.norm(x_TD)
+
+    def logits(self, x_RD):
+        """(R, V) from what `hidden` gave."""
+        logits_RV = self.lm_head(x_RD)
         if self.config.final_softcap is not None:
             logits_RV = ops.softcap(logits_RV, self.config.final_softcap)
         return logits_RV

@@ -57,7 +57,16 @@ class PaliGemma(Module):
         """
         if pixels_ICSS is None:
             return self.language_model(batch, state, rows)
-        return self.language_model(batch, state, rows, self.image_features(pixels_ICSS))
+        return self.logits(self.hidden(batch, state, rows, pixels_ICSS))
+
+    def hidden(self, batch: Batch, state: State | None = None, rows=None, pixels_ICSS=None):
+        """What the head reads, as of `Decoder.hidden`."""
+        features_ED = None if pixels_ICSS is None else self.image_features(pixels_ICSS)
+        return self.language_model.hidden(batch, state, rows, features_ED)
+
+    def logits(self, x_RD):
+        """(R, V) from what `hidden` gave."""
+        return self.language_model.logits(x_RD)
 
     def image_features(self, pixels_ICSS):
         """(I * P, D): what the decoder sees of each patch of each image."""

@@ -43,7 +43,24 @@ class Embedding(Weighted):
         return "{}, {}".format(*self.weight.shape)
 
 
-class Linear(Weighted):
+class Projection(Weighted):
+    """What multiplies rows by a weight, with adapters beside it that add their own (`lora.LoRA`), if it has any."""
+
+    bias: Any
+
+    def __init__(self):
+        super().__init__()
+        self.adapters: Any = None  # a ModuleDict by name, once there is one
+
+    def forward(self, x_TI):
+        y_TO = ops.linear(x_TI, self.weight, self.bias)
+        if self.adapters is not None:
+            for adapter in self.adapters.values():
+                y_TO = ops.add(y_TO, adapter(x_TI))
+        return y_TO
+
+
+class Linear(Projection):
     """A projection; the weight is (out, in)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
@@ -51,24 +68,21 @@ class Linear(Weighted):
         self.weight = Parameter(ops.new_weight(out_features, in_features))
         self.bias = Parameter(ops.new_weight(out_features)) if bias else None
 
-    def forward(self, x_TI):
-        return ops.linear(x_TI, self.weight, self.bias)
-
     def extra_repr(self):
         out_features, in_features = self.weight.shape
         kind = f", {self.weight.kind.name}" if isinstance(self.weight, ops.Quantized) else ""
         return f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}{kind}"
 
 
-class Head(Weighted):
-    """The projection to the vocabulary, by the embedding's own weight (tied in every member)."""
+class Head(Projection):
+    """The projection to the vocabulary, by the embedding's own weight (tied in every member).
+
+    An adapter on it changes the logits alone, and never what a token is embedded as.
+    """
 
     def __init__(self, embedding: Embedding):
         super().__init__()
-        self.weight = embedding.weight
-
-    def forward(self, x_TD):
-        return ops.linear(x_TD, self.weight)
+        self.weight, self.bias = embedding.weight, None
 
     def extra_repr(self):
         out_features, in_features = self.weight.shape

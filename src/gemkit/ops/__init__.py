@@ -12,6 +12,7 @@ float32.
 from gemkit.ops.attention import Memory, attention, attention_kernel
 from gemkit.ops.basic import (
     add,
+    dropout,
     embed,
     geglu,
     gelu,
@@ -24,6 +25,7 @@ from gemkit.ops.basic import (
     put_rows,
     repeat_rows,
     rms_norm,
+    scale,
     softcap,
     split_heads,
     take_rows,
@@ -44,6 +46,7 @@ __all__ = [
     "causal_conv1d",
     "conv2d",
     "conv_transpose2d",
+    "dropout",
     "embed",
     "from_grid",
     "geglu",
@@ -64,6 +67,7 @@ __all__ = [
     "rope",
     "rope_frequencies",
     "rope_table",
+    "scale",
     "softcap",
     "split_heads",
     "take_rows",

@@ -112,6 +112,18 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
     return a * b
 
 
+@op(same)
+def scale(x: Tensor, factor: float) -> Tensor:
+    """The product with a number."""
+    return x * factor
+
+
+@op(same)
+def dropout(x: Tensor, rate: float) -> Tensor:
+    """Zeros in place of a share of the elements, at random, and the others larger by as much; for training alone."""
+    return F.dropout(x, rate)
+
+
 @op(lambda x_TE, heads: (*x_TE.shape[:-1], heads, x_TE.shape[-1] // heads))
 def split_heads(x_TE: Tensor, heads: int) -> Tensor:
     """(T, heads * H) to (T, heads, H)."""
