@@ -74,7 +74,7 @@ def test_several_are_one_beside_another(models, adapter, tmp_path):
 
 
 def test_the_native_executor_says_what_it_cannot(adapter):
-    with pytest.raises(ConfigError, match="executor='native' cannot do adapter=.*: use executor='torch'"):
+    with pytest.raises(ConfigError, match=r"executor='native' cannot do adapter=.*: use executor='torch'"):
         gemkit.load(adapter, executor="native")
 
 
@@ -208,9 +208,7 @@ def moved(adapter, folder, base):
 
 def test_a_base_that_is_not_there(adapter, tmp_path):
     lost = moved(adapter, tmp_path / "lost", tmp_path / "no-model")
-    with pytest.raises(
-        UnknownModelError, match="lost was trained on .*no-model: .*; or give its base by name: -m BASE"
-    ):
+    with pytest.raises(UnknownModelError, match=r"lost was trained on .*no-model: .*; or give its base by name"):
         gemkit.load(lost)
     with pytest.raises(WeightsError, match="as its base, which is an adapter itself"):
         gemkit.load(moved(adapter, tmp_path / "chained", adapter))
