@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -55,7 +55,7 @@ class Data:
     max_length: int = 1024  # tokens of an example at most
     batch_size: int = 8  # examples (pairs, prompts) a step
     batch_tokens: int = 0  # tokens a step instead; 0: count examples
-    on_bad: Literal["stop", "skip"] = "stop"  # what a broken record does
+    on_bad: Literal["error", "skip"] = "error"  # about a broken record; more than 1 % of them are never skipped
 
 
 @dataclass(frozen=True)
@@ -226,28 +226,36 @@ def set_fields(experiment: Experiment, assignments: Sequence[str]) -> Experiment
     Raises:
         ConfigError: for an assignment that is none, or of a field that there is not.
     """
-    tables = to_tables(experiment)
+    changes = []
     for assignment in assignments:
-        name, equals, written = assignment.partition("=")
+        name, equals, value = assignment.partition("=")
         if not equals:
             raise ConfigError(f"{assignment!r} sets nothing: write FIELD=VALUE, as optimizer.learning_rate=1e-4")
-        *path, leaf = name.strip().split(".")
+        changes.append((name.strip(), _value(value)))
+    return with_fields(experiment, changes)
+
+
+def with_fields(experiment: Experiment, changes: Iterable[tuple[str, Any]]) -> Experiment:
+    """The experiment with fields changed, each by its dotted name, all at once: some are only right together."""
+    tables = to_tables(experiment)
+    for name, value in changes:
+        *path, leaf = name.split(".")
         table = tables
         for part in path:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise ConfigError(f"{name}: {part} is a value, not a table")
-        table[leaf] = _value(written)
-    return from_tables(tables, "set")
+        table[leaf] = value
+    return from_tables(tables, "what was set")
 
 
-def _value(written: str) -> Any:
+def _value(text: str) -> Any:
     """A value as TOML writes it; what is none is text, so that quotes can be left out."""
     try:
-        values = tomllib.loads(f"value = {written.strip()}")
+        values = tomllib.loads(f"value = {text.strip()}")
     except tomllib.TOMLDecodeError:
-        return written.strip()
-    return values["value"] if len(values) == 1 else written.strip()
+        return text.strip()
+    return values["value"] if len(values) == 1 else text.strip()
 
 
 def to_tables(experiment: Any) -> dict[str, Any]:
@@ -272,7 +280,7 @@ def to_toml(experiment: Experiment) -> str:
 
 
 def _lines(table: Mapping[str, Any], path: str) -> list[str]:
-    lines = [f"{_key(key)} = {_written(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
+    lines = [f"{_key(key)} = {written(value)}" for key, value in table.items() if not isinstance(value, Mapping)]
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
             name = f"{path}{_key(key)}"
@@ -283,10 +291,11 @@ def _lines(table: Mapping[str, Any], path: str) -> list[str]:
 
 def _key(key: str) -> str:
     plain = key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key)
-    return key if plain else _written(key)
+    return key if plain else written(key)
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
@@ -297,7 +306,7 @@ def _written(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_written, value)) + "]"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_key(key)} = {_written(inner)}" for key, inner in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(key)} = {written(inner)}" for key, inner in value.items()) + "}"
     return repr(value)
 
 

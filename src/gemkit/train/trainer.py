@@ -152,7 +152,7 @@ class Trainer:
         """
         watch, save = self.experiment.watch, self.experiment.save
         start, first, loss = time.monotonic(), self.step, None
-        with _settings(self.experiment), _blocks_again(self.model, self.experiment.step.checkpointing == "on"):
+        with _settings(self.experiment), blocks_again(self.model, self.experiment.step.checkpointing == "on"):
             with self._stoppable():
                 if self.step == 0 and self.held_out:
                     self.evaluate()
@@ -443,7 +443,7 @@ def blocks(model: Any) -> list[Module]:
 
 
 @contextlib.contextmanager
-def _blocks_again(model: Any, on: bool) -> Iterator[None]:
+def blocks_again(model: Any, on: bool) -> Iterator[None]:
     """Keep the inputs of blocks alone, and compute what is in them once more when the gradient needs it."""
     wrapped = blocks(model) if on else []
     if on:
