@@ -104,7 +104,7 @@ def _completion(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _chat(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    name = "messages" if "messages" in record else "conversations"
+    name = "conversations" if "conversations" in record and "messages" not in record else "messages"
     messages = _messages(_field(record, name), name)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{name} has no turn by the assistant, so there is nothing to learn")
