@@ -197,7 +197,7 @@ def test_prompts_have_nothing_to_learn_yet():
 
 
 def test_nothing_at_all_ends_at_once():
-    with pytest.raises(DataError, match="none of 2 records gives anything to learn: .* 2 without a token to learn"):
+    with pytest.raises(DataError, match=r"none of 2 records gives anything to learn: .* 2 without a token to learn"):
         next(Steps(Data.of([{"text": "silent"}] * 2), Odd(), seed=0, batch_tokens=9))
 
 
