@@ -7,6 +7,7 @@
     ├── WeightsError        a checkpoint that is truncated, corrupt, of another layout or of another model
     │   └── AccessError     weights that exist but cannot be had: gated, offline, no network
     ├── TextError           text that cannot be encoded; a conversation or an infilling request that makes no prompt
+    ├── DataError           a file of training examples that is broken, or a record that has not the form of the others
     ├── ImageError          a picture that cannot be read, or what was found in one and contradicts it
     ├── ContextError        more tokens than the model was trained to see
     ├── StateError          a state used with another model, out of order, or rolled back too far
@@ -49,6 +50,10 @@ class AccessError(WeightsError):
 
 class TextError(GemkitError, ValueError):
     """Text that cannot be encoded, or messages that do not make a prompt."""
+
+
+class DataError(GemkitError, ValueError):
+    """A file of training examples that is broken, or a record of one that has not the form of the others."""
 
 
 class ImageError(GemkitError, ValueError):
