@@ -96,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     from gemkit.train.run import Run
 
     if args.resume is not None:
-        opened = Run.resume(args.resume, lambda kept: settings.set_fields(settings.with_fields(kept, _given(args)), args.set))
+        opened = Run.resume(
+            args.resume, lambda kept: settings.set_fields(settings.with_fields(kept, _given(args)), args.set)
+        )
     else:
         opened = Run.start(asked, args.output)
     with opened as the_run:

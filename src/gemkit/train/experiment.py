@@ -417,4 +417,3 @@ def _layer(values: Any, where: str) -> Layer:
     if missing := [f.name for f in fields(kind) if _is_required(f) and f.name not in rest]:
         raise ConfigError(f"{where}: {missing[0]} is missing")
     return _typed(kind, rest, where, "")
-
