@@ -59,7 +59,7 @@ def rows_of(model: nn.Decoder, seed: int = 1, rows: int = ROWS) -> tuple[Tensor,
 
 def gradients(model: nn.Decoder, x_MD: Tensor, value: Tensor) -> list[Tensor]:
     """Of the rows and of all that the head owns."""
-    return list(torch.autograd.grad(value, [x_MD, *model.lm_head.parameters()]))
+    return list(torch.autograd.grad(value, [x_MD, *model.lm_head.parameters()], retain_graph=True))
 
 
 def assert_same(model: nn.Decoder, x_MD: Tensor, ours: Tensor, theirs: Tensor, tolerance: float = 1e-12) -> None:
@@ -75,7 +75,7 @@ def assert_same(model: nn.Decoder, x_MD: Tensor, ours: Tensor, theirs: Tensor, t
 
 def plain_cross_entropy(model, x_MD, targets_M, weights_M, smoothing=0.0, z_loss=0.0):
     log_p_MV = torch.log_softmax(model.logits(x_MD), -1)
-    hot_MV = F.one_hot(targets_M, VOCAB)
+    hot_MV = F.one_hot(targets_M, VOCAB).to(log_p_MV.dtype)
     target_MV = (1 - smoothing) * hot_MV + smoothing / VOCAB
     penalty_M = z_loss * torch.logsumexp(model.logits(x_MD), -1).square()
     return (weights_M * (-(target_MV * log_p_MV).sum(-1) + penalty_M)).sum()
