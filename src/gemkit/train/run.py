@@ -378,7 +378,6 @@ class Run:
             lora.save(module, work, base=base, named=self._named, prompts=self.prompts)
         else:
             save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts)
-        objectives.save(self.objective, module, work)
         (work / "README.md").write_text(self._card(outcome, folder.name), encoding="utf-8")
         last = ("config.json", "adapter_config.json")
         for path in sorted(work.iterdir(), key=lambda path: (path.name in last, path.name)):
