@@ -1,8 +1,8 @@
 """Losses of TRL 1.16 on the same tensors: divergences, DPO, GRPO, a reward model; and a reward head that others read.
 
-TRL's DPO and GRPO losses are methods of trainers, which take a model, a dataset and a machine to be made. Here a trainer
-is made without any of these and given only what its loss reads; a stand-in for the model hands it the log-probabilities
-that ours computed, so that what is compared is what TRL makes of them: its own reference, masks, means and clips.
+TRL's DPO and GRPO losses are methods of trainers, which take a model, a dataset and a machine to be made. Here one is made
+without any of these and given only what its loss reads; a stand-in for the model hands it the log-probabilities of all
+tokens, so that what is compared is what TRL makes of them: its own differences, masks, means and clips.
 """
 
 import warnings
@@ -11,13 +11,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
 from torch import Tensor
 
 from gemkit import nn
-from gemkit.train import losses, objectives, vocabulary
+from gemkit.train import lora, losses, objectives, vocabulary
 from gemkit.train.objectives.dpo import Dpo
 from gemkit.train.objectives.pretrain import rows_of
 from gemkit.train.objectives.reward import Reward, rewards
@@ -268,3 +269,24 @@ def test_transformers_reads_a_reward_model(name, tmp_path):
     torch.testing.assert_close(ours.detach(), wanted, rtol=1e-4, atol=1e-5)  # float32, sums in another order
     again = load(tmp_path / "reward")
     torch.testing.assert_close(rewards(again, [x.ids for x in pair]), ours.detach(), rtol=0, atol=0)
+
+
+def test_peft_reads_an_adapter_with_a_reward_head(tmp_path):
+    decoder = replace(tiny("gemma-2-2b"), vocab_size=len(WORDS))
+    model = load(save_reference(reference(decoder), tmp_path / "base"))
+    lora.enable_lora(model, 2)
+    objectives.new_score(model, seed=1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
+    lora.save(model, tmp_path / "adapter", base=None, named=str(tmp_path / "base"))
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=1, pad_token_id=WORDS.pad, dtype=torch.float32
+    )
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    pair = Reward(WORDS).encode(PAIRS[0], np.random.default_rng(0))[0]
+    with torch.no_grad():
+        wanted = torch.cat([theirs(torch.from_numpy(x.ids)[None]).logits[0] for x in pair])
+        ours = rewards(model, [x.ids for x in pair])
+    torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-5)  # float32, sums in another order
