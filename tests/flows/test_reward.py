@@ -15,7 +15,7 @@ from gemkit.train.objectives.reward import Reward, rewards
 PAIR = {"prompt": "best?", "chosen": "this one", "rejected": "no"}
 
 
-def reward_model(models: Path, base: str, seed: int = 1) -> gemkit.gemma.Gemma:
+def reward_model(models: Path, base: str, seed: int = 1) -> gemkit.Gemma:
     model = gemkit.load(models / base, executor="torch")
     objectives.new_score(model.module, seed)
     return model

@@ -1,8 +1,8 @@
 """Losses of TRL 1.16 on the same tensors: divergences, DPO, GRPO, a reward model; and a reward head that others read.
 
-TRL's DPO and GRPO losses are methods of trainers, which take a model, a dataset and a machine to be made. Here one is made
-without any of these and given only what its loss reads; a stand-in for the model hands it the log-probabilities of all
-tokens, so that what is compared is what TRL makes of them: its own differences, masks, means and clips.
+TRL's DPO and GRPO losses are methods of trainers, which take a model, a dataset and a machine to be made. Here one is
+made without any of these and given only what its loss reads; a stand-in for the model hands it the log-probabilities of
+all tokens, so that what is compared is what TRL makes of them: its own differences, masks, means and clips.
 """
 
 import warnings

@@ -350,7 +350,7 @@ def test_a_reward_model_judges_as_it_was_trained():
 
 @pytest.mark.parametrize("name", ["math", "math:", ":sqrt", "no_such_module:f", "math:no_such", "math:pi"])
 def test_a_function_that_is_none_is_refused(name):
-    with pytest.raises(ConfigError, match="function|no_such|attribute"):
+    with pytest.raises(ConfigError, match=r"function|no_such|attribute"):
         judges.function(name)
 
 
