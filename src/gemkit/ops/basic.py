@@ -18,6 +18,12 @@ from gemkit.ops.symbolic import op, same
 _DENSE_ELEMENTS = 1 << 20
 
 
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 if it is: what is computed in float32 by contract stays exact where gradients are
+    checked in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def new_weight(*shape: int) -> Tensor:
     """A weight that waits to be loaded or initialised: zeros (torch's default dtype and device)."""
     return torch.zeros(shape)
@@ -108,9 +114,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     `1 + weight`: Gemma stores norms around zero. The product with it happens before the cast: casting first, as
     Llama does, gives other bits in bf16.
     """
-    x32 = x.float()
+    x32 = wide(x)
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1.0 + weight_D.float())).to(x.dtype)
+    return (normed * (1.0 + wide(weight_D))).to(x.dtype)
 
 
 @op(same)
@@ -119,7 +125,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tenso
 
     The ordinary one: unlike in `rms_norm` the weight is the factor itself.
     """
-    normed = F.layer_norm(x.float(), weight_D.shape, weight_D.float(), bias_D.float(), eps)
+    normed = F.layer_norm(wide(x), weight_D.shape, wide(weight_D), wide(bias_D), eps)
     return normed.to(x.dtype)
 
 
@@ -138,7 +144,7 @@ def geglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 @op(same)
 def softcap(x: Tensor, cap: float) -> Tensor:
     """`cap * tanh(x / cap)` in float32: bounds logits smoothly (Gemma 2 report, arXiv:2408.00118, section 2)."""
-    return cap * torch.tanh(x.float() / cap)
+    return cap * torch.tanh(wide(x) / cap)
 
 
 @op(lambda a, **_: a.shape)
