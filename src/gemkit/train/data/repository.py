@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
+_SEARCHED = 500  # files; without a limit a repository of n files would take n * n steps
 HEAD_LINES = 100  # in which imports are looked for; the report says the top N and no number
 
 _IMPORTS = re.compile(
@@ -151,9 +152,9 @@ def _imports(text: str, path: PurePosixPath) -> Iterator[tuple[str, ...]]:
 
 def _nearest(last: str, ready: set[str], near: Mapping[str, Sequence[str]]) -> str:
     """Of `ready`, the file with the fewest imports between it and `last`, whichever way they point; a test of `last`
-    before others, then by name."""
+    before others, then by name. Where many are passed without finding one, none is near, and the name decides."""
     seen, layer = {last}, [last]
-    while layer:
+    while layer and len(seen) < _SEARCHED:
         reached = {other for path in layer for other in near[path]} - seen
         if found := reached & ready:
             return min(found, key=lambda path: (_tested(path) != PurePosixPath(last).stem, path))
