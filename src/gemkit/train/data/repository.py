@@ -9,10 +9,12 @@ are imported by none are sorted by name, each unit test beside what it tests.
 from __future__ import annotations
 
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import PurePosixPath
 
+_SEARCHED = 500  # files; without a limit a repository of n files would take n * n steps
 HEAD_LINES = 100  # in which imports are looked for; the report says the top N and no number
 
 _IMPORTS = re.compile(
@@ -37,23 +39,29 @@ def head(text: str) -> str:
 def order(files: Mapping[str, str]) -> list[str]:
     """The paths of `files` (path -> text), each after those that it imports. The same for the same files."""
     needs = dependencies(files)
-    near: dict[str, set[str]] = {path: set(of) for path, of in needs.items()}
+    users: dict[str, list[str]] = {path: [] for path in needs}
     for path, of in needs.items():
         for other in of:
-            near[other].add(path)
-    linked = sorted(path for path, of in near.items() if of)
-    waiting = {path: dict(needs[path]) for path in linked}
+            users[other].append(path)
+    near = {path: sorted({*needs[path], *users[path]}) for path in needs}
+    missing = {path: sum(of.values()) for path, of in needs.items() if near[path]}  # how often it names what is to come
+    ready = {path for path, count in missing.items() if not count}
+    tested = {path: _tested(path) for path in missing}
     done: list[str] = []
-    while waiting:
-        ready = {path for path, of in waiting.items() if not of}
+    while missing:
         if not ready:  # a circle: begin where the least is missing
-            path = min(waiting, key=lambda path: (sum(waiting[path].values()), path))
+            fewest = min(missing.values())
+            path = min(path for path, count in missing.items() if count == fewest)
         else:
-            path = _nearest(done[-1], ready, near) if done else min(ready)
+            path = _nearest(done[-1], ready, near, tested) if done else min(ready)
         done.append(path)
-        del waiting[path]
-        for of in waiting.values():
-            of.pop(path, None)
+        ready.discard(path)
+        del missing[path]
+        for user in users[path]:
+            if user in missing:
+                missing[user] -= needs[user][path]
+                if not missing[user]:
+                    ready.add(user)
     return done + sorted((path for path, of in near.items() if not of), key=_beside_what_it_tests)
 
 
@@ -71,52 +79,52 @@ def groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
 
 def dependencies(files: Mapping[str, str]) -> dict[str, Counter[str]]:
     """For each file, the others that it imports, and how many times it names them."""
-    by_suffix = _suffixes(files)
+    ends = _ends(files)
+    matched: dict[tuple[tuple[str, ...], PurePosixPath, str], str | None] = {}
     found: dict[str, Counter[str]] = {}
     for path, text in files.items():
         of: Counter[str] = Counter()
-        for wanted in _imports(head(text), PurePosixPath(path)):
-            target = _match(wanted, path, by_suffix)
+        pure = PurePosixPath(path)
+        for wanted in _imports(head(text), pure):
+            key = wanted, pure.parent, pure.suffix
+            if key not in matched:
+                matched[key] = _match(*key, ends)
+            target = matched[key]
             if target is not None and target != path:
                 of[target] += 1
         found[path] = of
     return found
 
 
-def _suffixes(files: Mapping[str, str]) -> dict[tuple[str, ...], list[str]]:
+def _ends(files: Mapping[str, str]) -> dict[tuple[str, ...], list[PurePosixPath]]:
     """Every end of every path, without its extension, with the paths that have it; a package is its `__init__`."""
-    ends: dict[tuple[str, ...], list[str]] = {}
-    for path in sorted(files):
-        pure = PurePosixPath(path)
-        for parts in {pure.with_suffix("").parts, pure.parts, pure.parent.parts if pure.stem == "__init__" else ()}:
+    ends: dict[tuple[str, ...], list[PurePosixPath]] = {}
+    for path in map(PurePosixPath, sorted(files)):
+        for parts in {path.with_suffix("").parts, path.parts, path.parent.parts if path.stem == "__init__" else ()}:
             for start in range(len(parts)):
                 ends.setdefault(parts[start:], []).append(path)
     return ends
 
 
-def _match(wanted: tuple[str, ...], path: str, ends: Mapping[tuple[str, ...], list[str]]) -> str | None:
-    """The file whose path has the longest end in common with what is imported. Of several, one in the same language
-    and near in the tree."""
+def _match(
+    wanted: tuple[str, ...],
+    folder: PurePosixPath,
+    suffix: str,
+    ends: Mapping[tuple[str, ...], Sequence[PurePosixPath]],
+) -> str | None:
+    """The file whose path has the longest end in common with what a file in `folder` imports. Of several, one in the
+    same language and near in the tree."""
+
+    def distance(path: PurePosixPath) -> tuple[bool, int, str]:
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(folder.parts, path.parts, strict=False)))
+        return path.suffix != suffix, len(path.parts) - 2 * shared, str(path)
+
     for start in range(len(wanted)):
-        if start and len(wanted) - start < 2 and len(wanted) > 2:
+        if start and len(wanted) - start < 2 < len(wanted):
             break  # of a.b.c the c alone says too little
         if candidates := ends.get(wanted[start:]):
-            pure = PurePosixPath(path)
-
-            def distance(other: str, pure: PurePosixPath = pure) -> tuple[bool, int, str]:
-                theirs = PurePosixPath(other)
-                shared = sum(1 for _ in _common(pure.parts, theirs.parts))
-                return theirs.suffix != pure.suffix, len(theirs.parts) - 2 * shared, other
-
-            return min(candidates, key=distance)
+            return str(min(candidates, key=distance))
     return None
-
-
-def _common(a: Sequence[str], b: Sequence[str]) -> Iterator[str]:
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            return
-        yield x
 
 
 def _imports(text: str, path: PurePosixPath) -> Iterator[tuple[str, ...]]:
@@ -145,16 +153,17 @@ def _imports(text: str, path: PurePosixPath) -> Iterator[tuple[str, ...]]:
             yield parts
 
 
-def _nearest(last: str, ready: set[str], near: Mapping[str, set[str]]) -> str:
+def _nearest(last: str, ready: set[str], near: Mapping[str, Sequence[str]], tested: Mapping[str, str | None]) -> str:
     """Of `ready`, the file with the fewest imports between it and `last`, whichever way they point; a test of `last`
-    before others, then by name."""
-    seen, layer = {last}, deque([last])
-    while layer:
-        reached = sorted({other for path in layer for other in near[path]} - seen)
-        if found := [path for path in reached if path in ready]:
-            return min(found, key=lambda path: (_tested(path) != PurePosixPath(last).stem, path))
-        seen.update(reached)
-        layer = deque(reached)
+    before others, then by name. Where many are passed without finding one, none is near, and the name decides."""
+    seen, layer = {last}, [last]
+    while layer and len(seen) < _SEARCHED:
+        reached = {other for path in layer for other in near[path]} - seen
+        if found := reached & ready:
+            stem = PurePosixPath(last).stem
+            return min(found, key=lambda path: (tested[path] != stem, path))
+        seen |= reached
+        layer = [*reached]
     return min(ready)
 
 
