@@ -39,7 +39,7 @@ from gemkit.program.eager import Eager
 from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import IMAGE
 from gemkit.train import experiment as settings
-from gemkit.train import lora, objectives
+from gemkit.train import choice, lora
 from gemkit.train.checkpoint import Checkpoints, Saved, replace_bytes
 from gemkit.train.data import Data, Steps, open_data
 from gemkit.train.experiment import Experiment
@@ -110,7 +110,7 @@ class Run:
                 )
             optimizer = settings.published(experiment.optimizer, decoder, vision, new=checkpoint is None)
             experiment = replace(experiment, optimizer=optimizer)
-            objective = objectives.make(experiment, tokenizer, vision, data.form)
+            objective = choice.make(experiment, tokenizer, vision, data.form)
             steps = experiment.steps or _steps(experiment, data, objective)
             threads = experiment.step.threads or torch.get_num_threads()
             experiment = replace(experiment, steps=steps, step=replace(experiment.step, threads=threads))
@@ -129,7 +129,7 @@ class Run:
     def resume(
         cls, folder: str | os.PathLike[str], change: Callable[[Experiment], Experiment] = lambda kept: kept
     ) -> Run:
-        """Open a run that was begun, with its experiment changed, if at all, in what a checkpoint does not depend on."""
+        """Open a run that was begun, its experiment changed, if at all, in what a checkpoint does not depend on."""
         path = Path(folder).expanduser()
         if not (path / EXPERIMENT).is_file():
             raise ConfigError(f"{folder} holds no run: there is no {EXPERIMENT} in it")
@@ -162,7 +162,7 @@ class Run:
             dtype=self.dtype,
             stored=self._stored(experiment),
             checkpointing=checkpointing,
-            models=1 + objectives.others(experiment),
+            models=1 + choice.others(experiment),
         )
 
     @property
@@ -234,7 +234,7 @@ class Run:
             account = _prepare(module, self.experiment)
             if account is not None:
                 say(str(account))
-            objectives.attach(self.objective, self.experiment, module)
+            choice.attach(self.objective, self.experiment, module, self.tokenizer)
             source = self._source()
             trainer = Trainer(
                 module,
@@ -274,7 +274,7 @@ class Run:
             yield
 
     def _begin(self, folder: Path) -> None:
-        if any(path.name != LOCK for path in folder.iterdir()):
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ConfigError(
                 f"{folder} exists and is not empty: --resume {folder} goes on with the run in it, or take a new folder"
             )
@@ -378,7 +378,6 @@ class Run:
             lora.save(module, work, base=base, named=self._named, prompts=self.prompts)
         else:
             save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts)
-        objectives.save(self.objective, module, work)
         (work / "README.md").write_text(self._card(outcome, folder.name), encoding="utf-8")
         last = ("config.json", "adapter_config.json")
         for path in sorted(work.iterdir(), key=lambda path: (path.name in last, path.name)):
