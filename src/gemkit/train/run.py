@@ -39,7 +39,7 @@ from gemkit.program.eager import Eager
 from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import IMAGE
 from gemkit.train import experiment as settings
-from gemkit.train import choice, lora
+from gemkit.train import lora, objectives
 from gemkit.train.checkpoint import Checkpoints, Saved, replace_bytes
 from gemkit.train.data import Data, Steps, open_data
 from gemkit.train.experiment import Experiment
@@ -110,7 +110,7 @@ class Run:
                 )
             optimizer = settings.published(experiment.optimizer, decoder, vision, new=checkpoint is None)
             experiment = replace(experiment, optimizer=optimizer)
-            objective = choice.make(experiment, tokenizer, vision, data.form)
+            objective = objectives.make(experiment, tokenizer, vision, data.form)
             steps = experiment.steps or _steps(experiment, data, objective)
             threads = experiment.step.threads or torch.get_num_threads()
             experiment = replace(experiment, steps=steps, step=replace(experiment.step, threads=threads))
@@ -162,7 +162,7 @@ class Run:
             dtype=self.dtype,
             stored=self._stored(experiment),
             checkpointing=checkpointing,
-            models=1 + choice.others(experiment),
+            models=1 + objectives.others(experiment),
         )
 
     @property
@@ -234,7 +234,7 @@ class Run:
             account = _prepare(module, self.experiment)
             if account is not None:
                 say(str(account))
-            choice.attach(self.objective, self.experiment, module, self.tokenizer)
+            objectives.attach(self.objective, self.experiment, module)
             source = self._source()
             trainer = Trainer(
                 module,

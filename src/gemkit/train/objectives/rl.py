@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +17,9 @@ from gemkit.train import losses
 from gemkit.train.data.encoding import prompt_ids
 from gemkit.train.objective import Loss
 from gemkit.train.objectives import reference
+from gemkit.train.objectives.judges import Judge, Verdicts
 from gemkit.train.objectives.pretrain import rows_of
-from gemkit.train.objectives.verdicts import Verdicts
 from gemkit.train.rows import Example, Unit
-
-Judge = Callable[[str, str, Mapping[str, Any]], float]  # reward(prompt, answer, record)
 
 
 class Grpo:
@@ -32,7 +30,7 @@ class Grpo:
     probabilities is 1 and the clip at rest; parts of a step see the same weights.
 
     Args:
-        judge: the reward of an answer: a function of yours, or `reward_model`. `attach` may give it later.
+        judge: the reward of an answer: a function of yours, or a `judges.Reward`. `attach` may give it later.
         group: answers to each prompt.
         max_tokens: of an answer.
         temperature: that answers are drawn at; log-probabilities are those at this temperature too.
