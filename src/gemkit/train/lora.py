@@ -480,7 +480,7 @@ def _free_name(module: Model, folder: Path) -> str:
 
 
 def _check_copy(folder: Any, path: str, copy: Tensor, weight: Tensor | Quantized) -> None:
-    """PEFT stores the tables that adapters stand beside. If other rows were trained or added, the adapter is not all."""
+    """PEFT stores tables that adapters stand beside. Where rows were trained or added, the adapter is not all."""
     if tuple(copy.shape) == tuple(weight.shape):
         if isinstance(weight, Quantized):
             # rounded to codes here, and not there: the first rows tell another table from a rounded one

@@ -357,7 +357,7 @@ def _targets(changed: Iterable[str], everything: Iterable[str]) -> list[str] | s
     leaves = sorted({name.rpartition(".")[2] for name in changed})
     if {name for name in everything if name.rpartition(".")[2] in leaves} == changed:
         return leaves
-    pattern = rf".*\.language_model\..*\.({'|'.join(leaves)})"
+    pattern = rf"(.*\.)?language_model\..*\.({'|'.join(leaves)})"
     if {name for name in everything if re.fullmatch(pattern, name)} == changed:
         return pattern
     return sorted(changed)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from gemkit.errors import ConfigError
+from gemkit.errors import ConfigError, DataError
 from gemkit.text import Tokenizer
 from gemkit.train import losses
 from gemkit.train.data.encoding import encode_answer
@@ -93,11 +93,11 @@ def pair(tokenizer: Tokenizer, record: Mapping[str, Any], context: int | None) -
     """The preferred answer, then the other.
 
     Raises:
-        ConfigError: if they are the same, to the token: nothing could be preferred.
+        DataError: if they are the same, to the token: nothing could be preferred.
     """
     chosen, rejected = (
         encode_answer(tokenizer, record["prompt"], record[side], context=context) for side in ("chosen", "rejected")
     )
     if np.array_equal(chosen.ids, rejected.ids):
-        raise ConfigError("chosen and rejected are the same tokens, so neither can be preferred")
+        raise DataError("chosen and rejected are the same tokens, so neither can be preferred")
     return chosen, rejected

@@ -90,7 +90,7 @@ class Verdicts:
             reward = float(self._limited(prompt, answer, record))
         except _Late:
             return self._fail(f"it took more than {self.timeout:g} s")
-        except Exception as error:  # noqa: BLE001  # whatever a stranger's function may raise
+        except Exception as error:  # whatever a stranger's function may raise
             return self._fail(f"{type(error).__name__}: {error}")
         return reward if math.isfinite(reward) else self._fail(f"it gave {reward}")
 
