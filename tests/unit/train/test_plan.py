@@ -79,9 +79,7 @@ def test_counts_of_keras_rule():
     """The published ones of Gemma 2B at rank 4."""
     member = family.get("gemma-2b")
     of = asked(data=Data(max_length=2, batch_size=1))
-    found = predict(
-        of, member.decoder, None, lambda m: lora.enable_lora(m, 4, rule="keras"), dtype=torch.bfloat16
-    )
+    found = predict(of, member.decoder, None, lambda m: lora.enable_lora(m, 4, rule="keras"), dtype=torch.bfloat16)
     assert (found.parameters, found.trainable) == (2_506_172_416, 1_363_968)
 
 
@@ -110,7 +108,11 @@ def test_operations_are_six_for_each_weight_and_token():
 @pytest.mark.parametrize(
     ("needs", "of", "message"),
     [
-        (lambda e, again: 50 if again else 200, asked(step=Step(checkpointing="off")), r"step\.checkpointing=on would fit"),
+        (
+            lambda e, again: 50 if again else 200,
+            asked(step=Step(checkpointing="off")),
+            r"step\.checkpointing=on would fit",
+        ),
         (lambda e, again: e.step.max_tokens, asked(step=Step(max_tokens=960)), r"step\.max_tokens=96 would fit"),
         (lambda e, again: 90 if e.lora.rank else 200, asked(step=Step(max_tokens=96)), r"lora\.rank=8 would fit"),
         (
