@@ -129,7 +129,7 @@ class Run:
     def resume(
         cls, folder: str | os.PathLike[str], change: Callable[[Experiment], Experiment] = lambda kept: kept
     ) -> Run:
-        """Open a run that was begun, with its experiment changed, if at all, in what a checkpoint does not depend on."""
+        """Open a run that was begun, its experiment changed, if at all, in what a checkpoint does not depend on."""
         path = Path(folder).expanduser()
         if not (path / EXPERIMENT).is_file():
             raise ConfigError(f"{folder} holds no run: there is no {EXPERIMENT} in it")
@@ -274,7 +274,7 @@ class Run:
             yield
 
     def _begin(self, folder: Path) -> None:
-        if any(path.name != LOCK for path in folder.iterdir()):
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ConfigError(
                 f"{folder} exists and is not empty: --resume {folder} goes on with the run in it, or take a new folder"
             )
