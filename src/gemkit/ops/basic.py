@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,20 +47,58 @@ def embed(
 
 @op(lambda x_TI, weight_OI, **_: (*x_TI.shape[:-1], weight_OI.shape[0]))
 def linear(x_TI: Tensor, weight_OI: Tensor | Quantized, bias_O: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`: (T, in) to (T, out). A quantized weight is multiplied in float32, a few rows at a time."""
-    if not isinstance(weight_OI, Quantized):
-        return F.linear(x_TI, weight_OI, bias_O)
-    rows, columns = weight_OI.shape
-    step = max(1, _DENSE_ELEMENTS // columns)
+    """`x @ weight.T + bias`: (T, in) to (T, out), in the dtype of x.
+
+    A dense weight of another dtype, such as an adapter's that stays float32, is multiplied in its own. A quantized one
+    is multiplied in float32, a few rows at a time, and so is its gradient, which only x has.
+    """
+    if isinstance(weight_OI, Quantized):
+        if torch.is_grad_enabled() and x_TI.requires_grad:
+            y_TO = _QuantizedLinear.apply(x_TI, weight_OI)
+        else:
+            y_TO = _by_pieces(x_TI, weight_OI)
+        return y_TO if bias_O is None else y_TO + bias_O
+    if weight_OI.dtype != x_TI.dtype:
+        return F.linear(x_TI.to(weight_OI.dtype), weight_OI, bias_O).to(x_TI.dtype)
+    return F.linear(x_TI, weight_OI, bias_O)
+
+
+def _by_pieces(x_TI: Tensor, weight_OI: Quantized) -> Tensor:
     x32_TI = x_TI.float()
     # one result for all pieces: small ones kept between the large temporary ones stopped malloc from using the room of
     # these again, and a head of 168 million weights grew by 670 MB
-    y_TO = x32_TI.new_empty(x_TI.shape[0], rows)
+    y_TO = x32_TI.new_empty(x_TI.shape[0], weight_OI.shape[0])
+    for rows, piece in _pieces(weight_OI):
+        y_TO[:, rows] = x32_TI @ piece.dequantize().T
+    return y_TO.to(x_TI.dtype)
+
+
+def _pieces(weight_OI: Quantized) -> Iterator[tuple[slice, Quantized]]:
+    """A few rows at a time, still quantized, and which they are."""
+    rows, columns = weight_OI.shape
+    step = max(1, _DENSE_ELEMENTS // columns)
     for start in range(0, rows, step):
-        piece = weight_OI.narrow_rows(start, min(step, rows - start))
-        y_TO[:, start : start + step] = x32_TI @ piece.dequantize().T
-    y_TO = y_TO.to(x_TI.dtype)
-    return y_TO if bias_O is None else y_TO + bias_O
+        length = min(step, rows - start)
+        yield slice(start, start + length), weight_OI.narrow_rows(start, length)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """`_by_pieces` with a gradient that makes each piece dense anew, so that between the two passes nothing is kept:
+    neither pieces, which together are the dense weight, nor x, which a frozen weight's gradient does not need."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Quantized) -> Tensor:
+        ctx.weight_OI = weight_OI
+        return _by_pieces(x_TI, weight_OI)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, None]:
+        grad32_TO = grad_TO.float()
+        grad_TI = grad32_TO.new_zeros(grad_TO.shape[0], ctx.weight_OI.shape[1])
+        for rows, piece in _pieces(ctx.weight_OI):
+            grad_TI.addmm_(grad32_TO[:, rows], piece.dequantize())
+        return grad_TI.to(grad_TO.dtype), None
 
 
 @op(same)
@@ -116,6 +157,12 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 def scale(x: Tensor, factor: float) -> Tensor:
     """The product with a number."""
     return x * factor
+
+
+@op(same)
+def in_dtype_of(x: Tensor, other: Tensor) -> Tensor:
+    """x in the dtype of another array: what an adapter adds to it, which stays float32."""
+    return x.to(other.dtype)
 
 
 @op(same)
