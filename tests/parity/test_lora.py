@@ -12,6 +12,9 @@ from gemkit.train import lora
 from gemkit.weights.maps import name_map
 from tiny import TOWER, VOCAB, WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
 
+# PEFT asks Transformers for something by its old name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 NAMES = [
     "gemma-2b",  # MQA
     "gemma-2-2b",  # soft caps, four norms
