@@ -144,7 +144,7 @@ Executor *Executor::make(const Kernels *kernels, const Step *steps, int64_t n_st
         case ATTEND: right = layer_of(s.n[0], 0) && same && s.n[1] > 0 && s.n[1] % layers[s.n[0]].kv_heads == 0 &&
                              width == (int64_t)s.n[1] * layers[s.n[0]].head_dim; break;
         case GEGLU: case ADD: case MUL: right = same && s.in[1].width == width; break;
-        case GELU: case SOFTCAP: case TAKE_ROWS: right = same; break;
+        case GELU: case SOFTCAP: case TAKE_ROWS: case SCALE: right = same; break;
         case BIAS: right = same && plain(s.weights[0], width); break;
         case CONV1D: right = same && layer_of(s.n[0], 1) && layers[s.n[0]].width == width &&
                              plain(s.weights[0], width * (layers[s.n[0]].taps)) && plain(s.weights[1], width); break;
@@ -312,6 +312,9 @@ void Executor::rows(Run &run, const Step &s, int64_t row0, int64_t row1) {
         case ADD: kernels_->add(a, run.at(*this, s.in[1], row), s.out.width, out); break;
         case MUL: kernels_->mul(a, run.at(*this, s.in[1], row), s.out.width, out); break;
         case BIAS: kernels_->add(a, weight(0), s.out.width, out); break;
+        case SCALE:
+            for (int64_t i = 0; i < s.out.width; i++) out[i] = a[i] * s.f[0];
+            break;
         case TAKE_ROWS:
             std::memcpy(out, run.at(*this, s.in[0], call.rows[row]), s.out.width * sizeof(float));
             break;

@@ -18,8 +18,8 @@ namespace gk {
 
 enum Op : int32_t {  // numbers are part of packed files: append only
     EMBED = 0, ROPE_TABLE = 1, RMS_NORM = 2, QUANTIZE = 3, LINEAR = 4, ROPE = 5, REMEMBER = 6, ATTEND = 7, GEGLU = 8, GELU = 9,
-    ADD = 10, MUL = 11, BIAS = 12, SOFTCAP = 13, TAKE_ROWS = 14, CONV1D = 15, BLOCK_LINEAR = 16, RG_LRU = 17, PUT_ROWS = 18,
-    OPS = 19
+    ADD = 10, MUL = 11, BIAS = 12, SOFTCAP = 13, TAKE_ROWS = 14, CONV1D = 15, BLOCK_LINEAR = 16, RG_LRU = 17, PUT_ROWS = 18, SCALE = 19,
+    OPS = 20
 };
 
 struct Slice {  // columns of a buffer

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gemkit.nn.mask_decoder import MaskDecoder
     from gemkit.program.eager import Eager
     from gemkit.train.lora import Account, Rule
+    from gemkit.weights.packed import Following
     from gemkit.weights.quantize import Weights
     from gemkit.weights.report import Report
 
@@ -108,26 +109,29 @@ def load(
     how: dict[str, Any] = {"quantized": quantized, "weights": weights, "calibrate": calibrate}
     with find(name) as checkpoint:
         adapters = (*checkpoint.adapters, *map(Path, asked))
-        only_torch = _only_torch(device, dtype, quantized or weights is not None, adapters)
+        only_torch = _only_torch(device, dtype, quantized or weights is not None)
         if executor == "native" and only_torch:
             raise ConfigError(f"executor='native' cannot do {only_torch}: use executor='torch'")
         if executor == "native" or (executor == "auto" and not only_torch and native.available()[0]):
             from gemkit.weights.packed import load_native
 
             runner, report = load_native(checkpoint, how, progress=progress)
-            return Gemma(checkpoint, runner, report, how)
+            return _with_adapters(Gemma(checkpoint, runner, report, how), adapters)
         from gemkit.program.eager import Eager
         from gemkit.weights.load import load_module  # imports torch: a wrong name is told without waiting for it
 
         _check_device(device)
         module, report = load_module(checkpoint, dtype=dtype, device=device, **how, progress=progress)
-        model = Gemma(checkpoint, Eager(module), report, how)
-        for folder in adapters:
-            report.notes.append(str(model.load_adapter(folder)))
-        return model
+        return _with_adapters(Gemma(checkpoint, Eager(module), report, how), adapters)
 
 
-def _only_torch(device: str, dtype: Any, quantized: bool, adapters: Sequence[Path]) -> str:
+def _with_adapters(model: Gemma, adapters: Sequence[Path]) -> Gemma:
+    for folder in adapters:
+        model.report.notes.append(str(model.load_adapter(folder)))
+    return model
+
+
+def _only_torch(device: str, dtype: Any, quantized: bool) -> str:
     """What is asked for that only the torch executor has; empty: nothing."""
     asked = []
     if device != "cpu":
@@ -136,7 +140,6 @@ def _only_torch(device: str, dtype: Any, quantized: bool, adapters: Sequence[Pat
         asked.append(f"dtype={str(dtype).removeprefix('torch.')}")
     if not quantized:
         asked.append("quantized=False")
-    asked += [f"adapter={str(folder)!r}" for folder in adapters]
     return ", ".join(asked)
 
 
@@ -162,7 +165,8 @@ class Gemma:
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill, image
         self.report = report
-        self.executor: Any = executor
+        self._executor: Any = executor
+        self._following: Following | None = None  # of `module`, once the native executor has one to follow
         self._path, self._how = checkpoint.path, how  # to open its modules when they are asked for
         self._base = checkpoint.name  # what opens it again
         self._scored = SCORE in checkpoint.reader.entries
@@ -178,24 +182,39 @@ class Gemma:
     @cached_property
     def module(self) -> Decoder | PaliGemma:
         """The model as torch modules, with its weights. The native executor opens them from the same files when they
-        are first asked for; what is changed in them is for `use_torch` to run."""
-        if not isinstance(self.executor, Native):
-            return self.executor.module
+        are first asked for, and follows what is changed in them."""
+        if not isinstance(self._executor, Native):
+            return self._executor.module
         from gemkit.weights.load import load_module
+        from gemkit.weights.packed import Following
 
         with open_path(self._path, self.label, self.member) as checkpoint:
-            return load_module(checkpoint, **self._how)[0]
+            module = load_module(checkpoint, **self._how)[0]
+        self._following = Following(module, self._executor)
+        return module
+
+    @property
+    def executor(self) -> Any:
+        """What computes the model as it is now. The native executor packs anew what was changed in `module`, and
+        leaves a model that it cannot run to torch."""
+        if self._following is not None:
+            try:
+                self._executor = self._following.executor()
+            except ModelError as error:
+                warnings.warn(f"{error}; torch computes {self.label} from now on", stacklevel=2)
+                self.use_torch()
+        return self._executor
 
     def use_torch(self) -> None:
-        """Compute with `module` from now on, as it stands then: after its weights were changed, for example."""
+        """Compute with `module` in torch from now on."""
         from gemkit.program.eager import Eager
 
-        self.executor = Eager(self.module)
+        module = self.module
+        self._executor, self._following = Eager(module), None
 
     # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────
     #
-    # An adapter is a small change beside the weights, and all that is trained (`train.lora`). From the first on, torch
-    # computes the model.
+    # An adapter is a small change beside the weights, and all that is trained (`train.lora`).
 
     def enable_lora(
         self,
@@ -216,7 +235,6 @@ class Gemma:
         from gemkit.train import lora
 
         told = lora.enable_lora(self.module, rank, alpha, targets, rule=rule, dropout=dropout, name=name, seed=seed)
-        self.use_torch()
         if not quiet:
             print(told, file=sys.stderr)
         return told
@@ -234,7 +252,6 @@ class Gemma:
 
         told = lora.attach(self.module, folder, name, trainable=trainable)
         self.prompts = with_adapters(self.prompts, [Path(folder).expanduser()])
-        self.use_torch()
         return told
 
     def save_adapter(
@@ -778,8 +795,13 @@ class Conversation:
         self.ids: list[int] = []  # the whole conversation as the model has seen and written it
         self._system = system
         self._options = options
-        self._state = model.executor.new_state(1, loop.room_for(options.get("speculate", False)))
+        self._executor, self._state = self._fresh()
         self._known = True  # whether the state holds the beginning of `ids` and nothing else
+
+    def _fresh(self) -> tuple[Any, Any]:
+        """What computes the model now, and an empty state of its."""
+        executor = self.model.executor
+        return executor, executor.new_state(1, loop.room_for(self._options.get("speculate", False)))
 
     def say(self, words: str) -> Result:
         """The model's answer to the user's next turn."""
@@ -787,13 +809,13 @@ class Conversation:
 
     def stream(self, words: str) -> Stream:
         """`say`, piece by piece. A turn counts once it is read to its end or interrupted."""
-        if not self._known:  # the turn before was dropped on the way: its beginning is computed anew
+        if self.model.executor is not self._executor:  # the model was changed: its past is computed anew
+            self._executor, self._state = self._fresh()
+        elif not self._known:  # the turn before was dropped on the way: its beginning is computed anew
             self._state.free(0)
         prompt = self._prompt(words)
         request = self.model.request(prompt, self._options, INSTRUCTION_TUNED, self.ids, slot=0)
-        events = loop.generate(
-            self.model.executor, [request], state=self._state, **self.model.loop_options(self._options)
-        )
+        events = loop.generate(self._executor, [request], state=self._state, **self.model.loop_options(self._options))
         self._known = False
         return Stream(prompt, events, lambda result: self._remember(request, result))
 

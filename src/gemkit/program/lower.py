@@ -44,7 +44,9 @@ OPS = (
     "block_linear",
     "rg_lru",
     "put_rows",
+    "scale",
 )
+RENAMES = ("split_heads", "merge_heads", "in_dtype_of")  # move nothing: all floats of the executor are float32
 DENSE = ("float32", "bfloat16")  # kinds of weights whose products are of floats
 STEP_WEIGHTS = 8
 
@@ -137,8 +139,8 @@ class _Lowering:
         self.done: set[int] = set()  # results of linears that were computed with an earlier one
         self.free: list[int] = []
         for node in program.nodes:
-            if node.op in ("split_heads", "merge_heads"):
-                (source,) = node.values()
+            if node.op in RENAMES:
+                source = next(node.values())
                 self.roots[node.result.number] = self._root(source.number)
         self.last: dict[int, int] = {}  # the last node that reads a value, or a name of it
         for i, node in enumerate(program.nodes):
@@ -241,7 +243,9 @@ class _Lowering:
         if node.result.number in self.done:
             return
         x = node.operands["x_TI"]
-        together = self.sharing[self._root(x.number)]
+        if len(x.shape) != 2:
+            raise ModelError(f"linear of {x.shape}: the native executor multiplies rows; --executor torch runs this")
+        together = [n for n in self.sharing[self._root(x.number)] if n.result.number not in self.done]
         dense = [n for n in together if n.operands["weight_OI"].kind in DENSE]
         if dense and len(dense) < len(together):  # products of floats and of integers do not mix
             together = dense if node in dense else [n for n in together if n not in dense]
@@ -287,7 +291,12 @@ class _Lowering:
     def _split_heads(self, i: int, node: Node) -> None:
         """Nothing moves."""
 
-    _merge_heads = _split_heads
+    _merge_heads = _in_dtype_of = _split_heads
+
+    def _scale(self, i: int, node: Node) -> None:
+        """To a buffer of its own: what is scaled is multiplied next, and a linear reads whole rows."""
+        to = self._place(node.result)
+        self._step("scale", self._at(node.operands["x"]), to=to, nodes=[node], scalars=(node.operands["factor"],))
 
     def _rope(self, i: int, node: Node) -> None:
         x, (cos, sin) = node.operands["x_TNH"], node.operands["table"]

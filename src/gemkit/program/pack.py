@@ -8,6 +8,8 @@
 The file is mapped, not read: opening one costs its header, and its pages are shared by all processes. It is a cache:
 what it was made from is in the header, and one that was made from something else, or by another version, is made anew.
 A file is trusted with nothing: every place must be within it, and the executor checks each step before it runs any.
+
+A packed model can be made over another: of the weights that both have it holds no bytes, and they are read from there.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ PLAIN = -1  # an array of float32, which is not multiplied tile by tile
 
 @dataclass(frozen=True)
 class Entry:
-    """A weight of the file: `kind` is an index of KINDS, or PLAIN."""
+    """A weight of the file: `kind` is an index of KINDS, or PLAIN. No bytes: those of the packed model below."""
 
     name: str
     kind: int
@@ -55,9 +57,16 @@ class Entry:
 class Pack:
     """An open packed model. Its arrays are views of the mapped file."""
 
-    def __init__(self, path: Path):
-        """Raises: WeightsError, if it is no packed model of this version, or its places are not within it."""
+    def __init__(self, path: Path, over: Pack | None = None):
+        """
+        Args:
+            over: the packed model that this one was made over.
+
+        Raises:
+            WeightsError: if it is no packed model of this version, or its places are not within it.
+        """
         self.path = path
+        self._below = {} if over is None else {entry.name: (over, entry) for entry in over.table}
         try:
             with open(path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -76,9 +85,15 @@ class Pack:
             numbers = (entry.kind, entry.rows, entry.cols, entry.offset, entry.nbytes)
             if not all(type(n) is int for n in numbers) or not PLAIN <= entry.kind < len(KINDS):
                 raise WeightsError(f"{path}: {entry.name} is described by {numbers}")
-            if min(entry.rows, entry.cols, entry.nbytes) < 1 or max(entry.rows, entry.cols) >= 2**31:
+            if min(entry.rows, entry.cols) < 1 or max(entry.rows, entry.cols) >= 2**31:
                 raise WeightsError(f"{path}: {entry.name} has the shape {entry.rows, entry.cols}")
+            if not entry.nbytes and not self._is_below(entry):
+                raise WeightsError(f"{path}: {entry.name} has no bytes")
             self._check(entry.offset, entry.nbytes)
+
+    def _is_below(self, entry: Entry) -> bool:
+        _, other = self._below.get(entry.name, (None, None))
+        return other is not None and (other.kind, other.rows, other.cols) == (entry.kind, entry.rows, entry.cols)
 
     def _header(self) -> dict[str, Any]:
         length = int.from_bytes(self._map[8:16], "little")
@@ -105,16 +120,15 @@ class Pack:
 
     def bytes_of(self, entry: Entry) -> np.ndarray:
         """An entry's bytes, which cannot be written."""
+        if not entry.nbytes:
+            below, other = self._below[entry.name]
+            return below.bytes_of(other)
         return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.offset)
 
     @property
-    def address(self) -> int:
-        """Of the first byte of the mapped file."""
-        return np.frombuffer(self._map, np.uint8, 1).ctypes.data
-
-    @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.table)
+        """Bytes of all weights, wherever they are."""
+        return sum(self.bytes_of(entry).nbytes for entry in self.table)
 
 
 class Writer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from gemkit.errors import ModelError, WeightsError
 from gemkit.nn import Decoder
 from gemkit.program import sketch
 from gemkit.program.ir import Weight
-from gemkit.program.lower import Frequencies, Plain, Signs, Sketch, lower, packed_weights, plain_weights
+from gemkit.program.lower import Frequencies, Plain, Signs, Sketch, lower, packed_weights, plain_name, plain_weights
 from gemkit.program.native import library, threads
 from gemkit.program.pack import KINDS, PLAIN, Entry, Pack, Writer
 from gemkit.program.trace import trace
@@ -33,7 +33,14 @@ class _Planes(ctypes.Structure):
 
 
 def pack(
-    module: Decoder, target: Path | None = None, source: str = "", notes: Sequence[str] = (), *, sees: bool = False
+    module: Decoder,
+    target: Path | None = None,
+    source: str = "",
+    notes: Sequence[str] = (),
+    *,
+    sees: bool = False,
+    over: Pack | None = None,
+    changed: Collection[str] = (),
 ) -> Pack:
     """The packed model of a decoder.
 
@@ -43,6 +50,8 @@ def pack(
         source: what it was made from; a file that says something else is not this one.
         notes: what a user should know of how the weights were read.
         sees: image features may take the place of embeddings.
+        over: a packed model of the same module, from before it was changed. What has not changed is not packed again.
+        changed: names of the weights of `over` that have.
 
     Raises:
         ModelError: if the native executor cannot run the module.
@@ -57,24 +66,32 @@ def pack(
     for plain in plain_weights(lowered):
         count = _floats(plain)
         sizes[plain] = PLAIN, 1, count, 4 * count
+    if over is not None:
+        kept = {e.name: (e.kind, e.rows, e.cols) for e in over.table} | dict.fromkeys(changed)
+        for weight, (*form, _) in sizes.items():
+            of_table = weight.table.name if isinstance(weight, Sketch) else None
+            if kept.get(plain_name(weight)) == tuple(form) and of_table not in changed:
+                sizes[weight] = (*form, 0)
     notes = list(notes)
     writer = Writer(lowered, sizes, source, notes)
     if target is not None:
         try:
-            return _written(module, writer, target)
+            return _written(module, writer, target, over)
         except OSError as error:
             notes.append(f"the packed weights could not be kept at {target}: {error.strerror or error}")
     try:
         with tempfile.TemporaryDirectory(prefix="gemkit-") as folder:
-            return _written(module, writer, Path(folder) / "model")  # stays mapped when its name is gone
+            return _written(module, writer, Path(folder) / "model", over)  # stays mapped when its name is gone
     except OSError as error:
         raise WeightsError(f"there is no room for {writer.total:,} bytes of packed weights: {error}") from error
 
 
-def _written(module: Decoder, writer: Writer, target: Path) -> Pack:
+def _written(module: Decoder, writer: Writer, target: Path, over: Pack | None) -> Pack:
     with writer.file(target) as whole, ThreadPoolExecutor(threads()) as pool:
         places = {entry.name: entry for entry in writer.entries}
         for weight, entry in zip(writer.order, writer.entries, strict=True):
+            if not entry.nbytes:  # of the packed model below
+                continue
             room = writer.room(whole, entry)
             if isinstance(weight, Weight) and entry.kind != PLAIN:
                 _pack_one(weight, _held(module, weight.name), room, pool.map)
@@ -82,7 +99,7 @@ def _written(module: Decoder, writer: Writer, target: Path) -> Pack:
                 _sketch(places[weight.table.name], writer.room(whole, places[weight.table.name]), room, pool.map)
             else:
                 room[:] = _values(module, weight).view(np.uint8)
-    return Pack(target)
+    return Pack(target, over)
 
 
 def _kind(weight: Weight) -> int:
