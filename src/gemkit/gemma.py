@@ -611,7 +611,7 @@ class Gemma:
         return "\n".join(lines)
 
     def _accounts(self) -> list[Account]:
-        if isinstance(self.executor, Native):
+        if isinstance(self.executor, Native) and self._following is None:  # its modules were never opened
             return []
         from gemkit.train import lora
 

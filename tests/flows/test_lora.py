@@ -37,7 +37,7 @@ def test_one_line_and_it_trains_and_answers_at_once(models, capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"{told}\n"
-    assert model.executor.name == "torch"
+    assert model.executor.name == "native"
     start = model.score("Hello there").total
     assert start == pytest.approx(before, rel=0.01)  # B is zero, and only the executor is another
     ids = torch.tensor(model.tokenizer.encode("Hello there"))
@@ -54,7 +54,7 @@ def test_one_line_and_it_trains_and_answers_at_once(models, capsys):
 
 
 def test_an_adapter_is_found_by_itself_or_beside_its_base(models, adapter):
-    plain = gemkit.load(models / "random", executor="torch").score("Hello there").total
+    plain = gemkit.load(models / "random").score("Hello there").total
     beside = gemkit.load(models / "random", adapter=adapter)
     alone = gemkit.load(adapter)
     assert beside.adapters() == alone.adapters() == ["letters"]
@@ -73,9 +73,11 @@ def test_several_are_one_beside_another(models, adapter, tmp_path):
     assert model.score("Hello").total == gemkit.load(adapter).score("Hello").total
 
 
-def test_the_native_executor_says_what_it_cannot(adapter):
-    with pytest.raises(ConfigError, match=r"executor='native' cannot do adapter=.*: use executor='torch'"):
-        gemkit.load(adapter, executor="native")
+def test_both_executors_run_it(adapter):
+    native, torch = (gemkit.load(adapter, executor=executor) for executor in ("native", "torch"))
+    assert (native.executor.name, torch.executor.name) == ("native", "torch")
+    # keys and values in float16
+    assert native.score("Hello there").total == pytest.approx(torch.score("Hello there").total, rel=1e-3)
 
 
 def test_merged_and_saved_it_is_a_model_that_transformers_reads(models, adapter, tmp_path):
@@ -166,7 +168,7 @@ def test_merge(run, models, adapter, tmp_path, dtype):
     weights = load_file(out_folder / "model.safetensors")
     assert {str(w.dtype) for w in weights.values()} == {f"torch.{dtype or 'float32'}"}
     assert (out_folder / "README.md").is_file()
-    merged, beside = gemkit.load(out_folder, dtype="float32"), gemkit.load(adapter)
+    merged, beside = gemkit.load(out_folder, dtype="float32"), gemkit.load(adapter, dtype="float32")
     # bfloat16 rounds every weight to 2**-8 of itself
     assert merged.score("Hello there").total == pytest.approx(
         beside.score("Hello there").total, rel=0.05 if dtype else 1e-4
