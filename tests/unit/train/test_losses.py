@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import ModuleDict, Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gemkit import nn
 from gemkit.errors import ConfigError
@@ -276,11 +278,11 @@ def test_no_tensor_holds_all_logits(monkeypatch):
     """Of every tensor that is made on the way, none has more elements than a chunk of logits and its slab."""
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             out = function(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(out):
+            for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor) and tensor.untyped_storage().nbytes() != table_bytes:
                     largest = max(largest, tensor.numel())
             return out
