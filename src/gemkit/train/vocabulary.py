@@ -223,7 +223,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, scale, _):
+    def backward(ctx, scale, _):  # type: ignore[override]
         found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return None, None, None, None, *((part * scale).to(dtype) for part, dtype in found)
 
@@ -238,12 +238,13 @@ class _Mapped(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_M):
+    def backward(ctx, grad_M):  # type: ignore[override]
         x_MD, *weights = ctx.saved_tensors
         now = _random(x_MD.device)
         _set_random(ctx.random, x_MD.device)  # dropout of an adapter on the head falls on the same elements again
         _, grad_MD, gradients = _sweep(ctx.model, ctx.derivative(grad_M), x_MD, weights, True)
         _set_random(now, x_MD.device)
+        assert grad_MD is not None
         found = zip([grad_MD, *gradients], (x_MD, *weights), strict=True)
         return None, None, None, *(part.to(like.dtype) for part, like in found)
 
