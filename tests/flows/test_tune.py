@@ -110,7 +110,7 @@ depth = 2
     assert tomllib.loads((out / "experiment.toml").read_text())["model"]["new"]["width"] == 32
     card = (out / "README.md").read_text()
     assert "none of Gemma's own are in it" in card
-    code, stdout, err = run("show", out)
+    code, _, err = run("show", out)
     assert code == 0, err
     assert run("generate", "-m", out, "abc", "-n", 2)[0] == 0
 
@@ -158,7 +158,7 @@ def test_a_finished_run_is_not_trained_again(run, models, texts, tmp_path):
     out = tmp_path / "out"
     assert run("tune", "pretrain", "-m", models / "random", "--data", texts, *QUICK, "-o", out)[0] == 0
     before = (out / "model.safetensors").read_bytes()
-    code, stdout, err = run("tune", "--resume", out)
+    code, _, err = run("tune", "--resume", out)
     assert code == 0, err
     assert "going on from step 4 of 4" in err
     assert (out / "model.safetensors").read_bytes() == before

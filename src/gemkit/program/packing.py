@@ -68,10 +68,10 @@ def pack(
         sizes[plain] = PLAIN, 1, count, 4 * count
     if over is not None:
         kept = {e.name: (e.kind, e.rows, e.cols) for e in over.table} | dict.fromkeys(changed)
-        for weight, (*form, _) in sizes.items():
+        for weight, (kind, rows, cols, _) in sizes.items():
             of_table = weight.table.name if isinstance(weight, Sketch) else None
-            if kept.get(plain_name(weight)) == tuple(form) and of_table not in changed:
-                sizes[weight] = (*form, 0)
+            if kept.get(plain_name(weight)) == (kind, rows, cols) and of_table not in changed:
+                sizes[weight] = kind, rows, cols, 0
     notes = list(notes)
     writer = Writer(lowered, sizes, source, notes)
     if target is not None:
