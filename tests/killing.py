@@ -17,7 +17,18 @@ import numpy as np
 from tiny_models import tokenizer, write
 
 STEPS = 30
-_ARGUMENTS = ["--steps", STEPS, "--batch-size", 4, "--max-length", 64, "--set", "save.every=3", "--set", "step.threads=1"]
+_ARGUMENTS = [
+    "--steps",
+    STEPS,
+    "--batch-size",
+    4,
+    "--max-length",
+    64,
+    "--set",
+    "save.every=3",
+    "--set",
+    "step.threads=1",
+]
 _MORE = ["--set", "step.max_tokens=100", "--set", "optimizer.learning_rate=1e-3", "--set", "watch.evaluate_every=7"]
 
 

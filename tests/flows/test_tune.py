@@ -40,7 +40,9 @@ def log(folder):
 def test_adapters_from_data_to_chat(run, models, chats, tmp_path):
     out = tmp_path / "first"
     samples = ["--held-out", chats, "--set", "watch.evaluate_every=2", "--set", 'watch.samples=["hi"]']
-    code, stdout, err = run("tune", "sft", "-m", models / "chat", "--data", chats, "--lora", 4, *QUICK, *samples, "-o", out)
+    code, stdout, err = run(
+        "tune", "sft", "-m", models / "chat", "--data", chats, "--lora", 4, *QUICK, *samples, "-o", out
+    )
     assert code == 0, err
     assert stdout.startswith(f"{out}: 4 steps, loss ")
     assert "of 8 trained" not in err
@@ -56,8 +58,10 @@ def test_adapters_from_data_to_chat(run, models, chats, tmp_path):
     found = experiment.read(out / "experiment.toml")
     assert (found.optimizer.learning_rate, found.optimizer.weight_decay, found.steps) == (1e-2, 0.01, 4)
     card = (out / "README.md").read_text()
-    assert all(part in card for part in ("LoRA of rank 4", "chats.jsonl", "12 records", "Gemma Terms of Use", "Held out"))
-    code, stdout, err = run("generate", "-m", out, "hi", "-n", 3)
+    assert all(
+        part in card for part in ("LoRA of rank 4", "chats.jsonl", "12 records", "Gemma Terms of Use", "Held out")
+    )
+    code, _, err = run("generate", "-m", out, "hi", "-n", 3)
     assert code == 0, err
     assert gemkit.load(out).chat("hi", max_tokens=2, temperature=0).text is not None
     base = transformers.AutoModelForCausalLM.from_pretrained(models / "chat", attn_implementation="eager")
@@ -106,7 +110,7 @@ depth = 2
     assert tomllib.loads((out / "experiment.toml").read_text())["model"]["new"]["width"] == 32
     card = (out / "README.md").read_text()
     assert "none of Gemma's own are in it" in card
-    code, stdout, err = run("show", out)
+    code, _, err = run("show", out)
     assert code == 0, err
     assert run("generate", "-m", out, "abc", "-n", 2)[0] == 0
 
@@ -116,8 +120,9 @@ depth = 2
     [
         ("dpo", "preference", []),
         ("dpo", "preference", ["--lora", 2]),
-        ("distill", "text", ["--set", "options.teacher=TEACHER"]),
-        ("rl", "prompt", ["--set", "options.reward=answer", "--set", "options.max_tokens=4", "--set", "options.group=3"]),
+        ("reward", "preference", []),
+        ("distill", "text", ["--teacher", "TEACHER"]),
+        ("rl", "prompt", ["--reward", "rewards:length", "--set", "options.max_tokens=4", "--set", "options.group=3"]),
     ],
 )
 def test_other_objectives(run, models, tmp_path, objective, form, extra):
@@ -150,7 +155,7 @@ def test_a_finished_run_is_not_trained_again(run, models, texts, tmp_path):
     out = tmp_path / "out"
     assert run("tune", "pretrain", "-m", models / "random", "--data", texts, *QUICK, "-o", out)[0] == 0
     before = (out / "model.safetensors").read_bytes()
-    code, stdout, err = run("tune", "--resume", out)
+    code, _, err = run("tune", "--resume", out)
     assert code == 0, err
     assert "going on from step 4 of 4" in err
     assert (out / "model.safetensors").read_bytes() == before
@@ -195,13 +200,26 @@ def test_what_cannot_fit_is_refused(run, models, texts, tmp_path, monkeypatch):
         (["sft", "--data", "none.jsonl", "-o", "OUT"], "none.jsonl"),
         (["dpo", "--data", "DATA", "-o", "OUT"], "dpo learns from records of the form preference"),
         (["sft", "--data", "DATA", "-o", "OUT", "--lora", "500"], "rank=500 is larger than"),
-        (["sft", "--data", "DATA", "-o", "OUT", "--lora", "2", "--set", "lora.targets=x_proj"], "target 'x_proj' matches"),
-        (["sft", "--data", "DATA", "-o", "OUT", "--set", "options.smooth=1"], "no option 'smooth'; did you mean smoothing"),
+        (
+            ["sft", "--data", "DATA", "-o", "OUT", "--lora", "2", "--set", "lora.targets=x_proj"],
+            "target 'x_proj' matches",
+        ),
+        (
+            ["sft", "--data", "DATA", "-o", "OUT", "--set", "options.smooth=1"],
+            "options.smooth: sft has no such option; did you mean smoothing",
+        ),
         (["sft", "--data", "DATA", "-o", "OUT", "--set", "optimizer.lr=1"], "there is no optimizer.lr"),
-        (["sft", "--data", "DATA", "-o", "OUT", "--max-length", "9999"], "data.max_length=9999 is beyond the 256 tokens"),
-        (["sft", "--data", "DATA", "-o", "OUT", "--set", "model.freeze=visio"], "model.freeze='visio' is the beginning of"),
+        (
+            ["sft", "--data", "DATA", "-o", "OUT", "--max-length", "9999"],
+            "data.max_length=9999 is beyond the 256 tokens",
+        ),
+        (
+            ["sft", "--data", "DATA", "-o", "OUT", "--set", "model.freeze=visio"],
+            "model.freeze='visio' is the beginning of",
+        ),
         (["sft", "--data", "DATA", "-o", "DATA"], "chats.jsonl"),
-        (["distill", "--data", "DATA", "-o", "OUT"], "distill needs options.teacher"),
+        (["distill", "--data", "DATA", "-o", "OUT"], "distill has no teacher: options.teacher"),
+        (["sft", "--data", "DATA", "-o", "OUT", "--reward", "rewards:length"], "sft judges no answers"),
         (["--resume", "OUT"], "holds no run"),
         (["sft", "--resume", "OUT"], "goes on with what is in the folder"),
     ],
@@ -219,7 +237,9 @@ def test_a_broken_line_is_told_before_the_first_step(run, models, chats, tmp_pat
     lines = chats.read_text().splitlines()
     lines[6] = lines[6][:-5]
     chats.write_text("\n".join(lines) + "\n")
-    code, _, err = run("tune", "sft", "-m", models / "chat", "--data", chats, "--max-length", 64, "-o", tmp_path / "out")
+    code, _, err = run(
+        "tune", "sft", "-m", models / "chat", "--data", chats, "--max-length", 64, "-o", tmp_path / "out"
+    )
     assert code == 1
     assert f"{chats}:7" in err
 
@@ -260,10 +280,9 @@ def test_two_processes_in_one_folder(models, texts, tmp_path):
     from gemkit.train.run import Run
 
     asked = experiment.set_fields(
-        experiment.Experiment("pretrain"), [f"model.name={models / 'random'}", f"data.train={texts}", "data.max_length=64"]
+        experiment.Experiment("pretrain"),
+        [f"model.name={models / 'random'}", f"data.train={texts}", "data.max_length=64"],
     )
     with Run.start(asked, tmp_path / "out") as one, one._alone(), Run.start(asked, tmp_path / "out") as other:
         with pytest.raises(TrainingError, match="another process is training in"):
             other.train()
-
-

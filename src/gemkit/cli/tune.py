@@ -20,6 +20,7 @@ _EXAMPLES = """\
   gemkit tune sft --data answers.jsonl --held-out others.jsonl --lora 8 --set optimizer.learning_rate=1e-4 -o runs/b
   gemkit tune dpo -m gemma-2-2b-it --data pairs.jsonl --lora 16 --plan
   gemkit tune pretrain --config tiny.toml --data texts/ -o runs/tiny
+  gemkit tune rl --data sums.jsonl --reward my_rewards:correct --lora 8 -o runs/sums
   gemkit tune --resume runs/first
   gemkit chat -m runs/first"""
 
@@ -37,6 +38,7 @@ _FIELDS = {  # an option and the field that it sets
     "device": "model.device",
     "weights": "model.weights",
     "seed": "seed",
+    "teacher": "options.teacher",
 }
 
 
@@ -60,6 +62,12 @@ def add(subparsers: Any) -> None:
     group.add_argument("--dtype", metavar="TYPE", help="bfloat16 or float32 (default: the file's own)")
     group.add_argument("--device", metavar="NAME", help="a torch device (default: cpu)")
     group.add_argument("--weights", choices=("int8", "int4"), help="with --lora: quantize what is not trained")
+    group.add_argument("--teacher", metavar="MODEL", help="distill: what to learn from")
+    group.add_argument(
+        "--reward",
+        metavar="MODEL",
+        help="rl: a reward model, or module:function of yours, which is imported and called",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="of everything that is drawn (default: 0)")
     group.add_argument(
         "--set",
@@ -79,11 +87,22 @@ def experiment(args: argparse.Namespace) -> Experiment:
     """What the command line asks for: the file, then the options, then --set."""
     made = Experiment() if args.config is None else settings.read(args.config)
     given = [] if args.objective is None else [("objective", args.objective)]
-    return settings.set_fields(settings.with_fields(made, [*given, *_given(args)]), args.set)
+    return _changed(settings.with_fields(made, given), args)
+
+
+def _changed(made: Experiment, args: argparse.Namespace) -> Experiment:
+    return settings.set_fields(settings.with_fields(made, _given(args)), args.set)
 
 
 def _given(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    return [(field, getattr(args, name)) for name, field in _FIELDS.items() if getattr(args, name) is not None]
+    given = [(field, getattr(args, name)) for name, field in _FIELDS.items() if getattr(args, name) is not None]
+    if args.reward is not None and not _is_function(args.reward):
+        given.append(("options.reward", args.reward))
+    return given
+
+
+def _is_function(reward: str | None) -> bool:
+    return reward is not None and ":" in reward and "/" not in reward
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,12 +115,14 @@ def run(args: argparse.Namespace) -> int:
     from gemkit.train.run import Run
 
     if args.resume is not None:
-        opened = Run.resume(
-            args.resume, lambda kept: settings.set_fields(settings.with_fields(kept, _given(args)), args.set)
-        )
+        opened = Run.resume(args.resume, lambda kept: _changed(kept, args))
     else:
         opened = Run.start(asked, args.output)
     with opened as the_run:
+        if _is_function(args.reward):  # code is named at the command line alone, never by a file
+            from gemkit.train.objectives import judges
+
+            the_run.judge(judges.function(args.reward))
         if args.plan:
             return _plan(args, the_run)
         talk = (lambda _: None) if args.quiet else _Talk()

@@ -45,6 +45,8 @@ from gemkit.train.data import Data, Steps, open_data
 from gemkit.train.experiment import Experiment
 from gemkit.train.initialise import new_module
 from gemkit.train.objective import Objective
+from gemkit.train.objectives import judges
+from gemkit.train.objectives.rl import Grpo
 from gemkit.train.plan import Plan, choose, flops_per_second, predict
 from gemkit.train.rows import Unit
 from gemkit.train.trainer import Outcome, Progress, Trainer
@@ -189,6 +191,16 @@ class Run:
         if all(entry.dtype in ("F32", "F16", "BF16") for entry in entries):
             return None
         return sum(entry.nbytes for entry in entries)
+
+    def judge(self, function: judges.Judge) -> None:
+        """Let a function of yours say how good an answer is.
+
+        Raises:
+            ConfigError: if nothing is judged here.
+        """
+        if not isinstance(self.objective, Grpo):
+            raise ConfigError(f"{self.objective.name} judges no answers: a reward is for rl")
+        self.objective.judge = function
 
     def rate(self) -> float:
         """Operations that this machine does in a second, measured for a moment."""

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from deepmind import layers
 
+from deepmind import layers
 from gemkit import family
 from gemkit.nn import Batch
 from gemkit.train.initialise import draw, new_module

@@ -41,7 +41,8 @@ def tower(name):
 
 
 def measured(name, prepare, *, checkpointing=False) -> tuple[int, int]:
-    """Bytes of all tensors of a real step at their highest, without gradients of weights; bytes at the end of forward."""
+    """Bytes of all tensors of a real step at their highest, and at the end of its forward; gradients of weights are
+    left out."""
     module = new_module(tiny(name), tower(name))
     prepare(module)
     for parameter in module.parameters():
@@ -68,7 +69,7 @@ def test_activations_are_those_of_a_real_step(name, prepare):
 
 
 def test_blocks_computed_again_are_predicted_too():
-    peak, kept = measured("gemma-3-270m", whole, checkpointing=True)
+    peak, _ = measured("gemma-3-270m", whole, checkpointing=True)
     again, plain = plan("gemma-3-270m", checkpointing=True), plan("gemma-3-270m")
     assert again.activations == pytest.approx(peak, rel=0.05)
     assert again.activations < plain.activations / 3
@@ -79,9 +80,7 @@ def test_counts_of_keras_rule():
     """The published ones of Gemma 2B at rank 4."""
     member = family.get("gemma-2b")
     of = asked(data=Data(max_length=2, batch_size=1))
-    found = predict(
-        of, member.decoder, None, lambda m: lora.enable_lora(m, 4, rule="keras"), dtype=torch.bfloat16
-    )
+    found = predict(of, member.decoder, None, lambda m: lora.enable_lora(m, 4, rule="keras"), dtype=torch.bfloat16)
     assert (found.parameters, found.trainable) == (2_506_172_416, 1_363_968)
 
 
@@ -110,7 +109,11 @@ def test_operations_are_six_for_each_weight_and_token():
 @pytest.mark.parametrize(
     ("needs", "of", "message"),
     [
-        (lambda e, again: 50 if again else 200, asked(step=Step(checkpointing="off")), r"step\.checkpointing=on would fit"),
+        (
+            lambda e, again: 50 if again else 200,
+            asked(step=Step(checkpointing="off")),
+            r"step\.checkpointing=on would fit",
+        ),
         (lambda e, again: e.step.max_tokens, asked(step=Step(max_tokens=960)), r"step\.max_tokens=96 would fit"),
         (lambda e, again: 90 if e.lora.rank else 200, asked(step=Step(max_tokens=96)), r"lora\.rank=8 would fit"),
         (
