@@ -66,7 +66,7 @@ def add(subparsers: Any) -> None:
     group.add_argument(
         "--reward",
         metavar="MODEL",
-        help="rl: a reward model, or module:function of yours, which is imported and called",
+        help="rl: a reward model, or module:function of yours, which is then imported",
     )
     group.add_argument("--seed", type=int, metavar="N", help="of everything that is drawn (default: 0)")
     group.add_argument(
