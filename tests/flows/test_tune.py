@@ -194,40 +194,28 @@ def test_what_cannot_fit_is_refused(run, models, texts, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sft", "--data", "DATA"], "-o FOLDER: where the run is kept"),
-        (["--data", "DATA", "-o", "OUT"], "no objective: one of sft, pretrain"),
-        (["sft", "-o", "OUT"], "no data.train"),
-        (["sft", "--data", "none.jsonl", "-o", "OUT"], "none.jsonl"),
-        (["dpo", "--data", "DATA", "-o", "OUT"], "dpo learns from records of the form preference"),
-        (["sft", "--data", "DATA", "-o", "OUT", "--lora", "500"], "rank=500 is larger than"),
-        (
-            ["sft", "--data", "DATA", "-o", "OUT", "--lora", "2", "--set", "lora.targets=x_proj"],
-            "target 'x_proj' matches",
-        ),
-        (
-            ["sft", "--data", "DATA", "-o", "OUT", "--set", "options.smooth=1"],
-            "options.smooth: sft has no such option; did you mean smoothing",
-        ),
-        (["sft", "--data", "DATA", "-o", "OUT", "--set", "optimizer.lr=1"], "there is no optimizer.lr"),
-        (
-            ["sft", "--data", "DATA", "-o", "OUT", "--max-length", "9999"],
-            "data.max_length=9999 is beyond the 256 tokens",
-        ),
-        (
-            ["sft", "--data", "DATA", "-o", "OUT", "--set", "model.freeze=visio"],
-            "model.freeze='visio' is the beginning of",
-        ),
-        (["sft", "--data", "DATA", "-o", "DATA"], "chats.jsonl"),
-        (["distill", "--data", "DATA", "-o", "OUT"], "distill has no teacher: options.teacher"),
-        (["sft", "--data", "DATA", "-o", "OUT", "--reward", "rewards:length"], "sft judges no answers"),
-        (["--resume", "OUT"], "holds no run"),
-        (["sft", "--resume", "OUT"], "goes on with what is in the folder"),
+        ("sft --data DATA", "-o FOLDER: where the run is kept"),
+        ("--data DATA -o OUT", "no objective: one of sft, pretrain"),
+        ("sft -o OUT", "no data.train"),
+        ("sft --data none.jsonl -o OUT", "none.jsonl"),
+        ("dpo --data DATA -o OUT", "dpo learns from records of the form preference"),
+        ("sft --data DATA -o OUT --lora 500", "rank=500 is larger than"),
+        ("sft --data DATA -o OUT --lora 2 --set lora.targets=x_proj", "target 'x_proj' matches nothing"),
+        ("sft --data DATA -o OUT --set options.smooth=1", "sft has no such option; did you mean smoothing"),
+        ("sft --data DATA -o OUT --set optimizer.lr=1", "there is no optimizer.lr"),
+        ("sft --data DATA -o OUT --max-length 9999", "data.max_length=9999 is beyond the 256 tokens"),
+        ("sft --data DATA -o OUT --set model.freeze=visio", "model.freeze='visio' is the beginning of no weight"),
+        ("sft --data DATA -o DATA", "chats.jsonl"),
+        ("distill --data DATA -o OUT", "distill has no teacher: options.teacher"),
+        ("sft --data DATA -o OUT --reward rewards:length", "sft judges no answers"),
+        ("--resume OUT", "holds no run"),
+        ("sft --resume OUT", "goes on with what is in the folder"),
     ],
 )
 def test_mistakes(run, models, chats, tmp_path, arguments, message):
     names = {"DATA": str(chats), "OUT": str(tmp_path / "out")}
     model = [] if "--resume" in arguments else ["-m", models / "chat", "--max-length", 64]
-    code, out, err = run("tune", *model, *(names.get(a, a) for a in arguments))
+    code, out, err = run("tune", *model, *(names.get(word, word) for word in arguments.split()))
     assert (code, out) == (1, "")
     assert message in err.splitlines()[-1]
     assert not (tmp_path / "out" / "log.jsonl").exists()
@@ -279,10 +267,9 @@ def test_two_processes_in_one_folder(models, texts, tmp_path):
     from gemkit.errors import TrainingError
     from gemkit.train.run import Run
 
-    asked = experiment.set_fields(
-        experiment.Experiment("pretrain"),
-        [f"model.name={models / 'random'}", f"data.train={texts}", "data.max_length=64"],
-    )
-    with Run.start(asked, tmp_path / "out") as one, one._alone(), Run.start(asked, tmp_path / "out") as other:
-        with pytest.raises(TrainingError, match="another process is training in"):
+    named = [f"model.name={models / 'random'}", f"data.train={texts}", "data.max_length=64"]
+    asked = experiment.set_fields(experiment.Experiment("pretrain"), named)
+    with Run.start(asked, tmp_path / "out") as one, Run.start(asked, tmp_path / "out") as other, one._alone():
+        refused = pytest.raises(TrainingError, match="another process is training in")
+        with refused:
             other.train()
