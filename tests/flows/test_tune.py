@@ -1,6 +1,9 @@
 """`gemkit tune` from a data file to a chat with the result, and what goes wrong on the way."""
 
 import json
+import signal
+import subprocess
+import time
 import tomllib
 
 import pytest
@@ -11,6 +14,7 @@ from peft import PeftModel
 import gemkit
 import killing
 from gemkit.train import experiment
+from gemkit.train.checkpoint import Checkpoints
 from tiny_models import tokenizer, write
 
 WORDS = "abc def ghi"
@@ -37,6 +41,7 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
 def test_adapters_from_data_to_chat(run, models, chats, tmp_path):
     out = tmp_path / "first"
     samples = ["--held-out", chats, "--set", "watch.evaluate_every=2", "--set", 'watch.samples=["hi"]']
@@ -149,6 +154,36 @@ def test_other_objectives(run, models, tmp_path, objective, form, extra):
 def test_killed_runs_go_on_to_the_same_bits(tmp_path):
     """Two kills of a run of adapters with dropout; `kill_training.py` does twenty, of all weights too."""
     assert len(killing.check(tmp_path, lora=True, kills=2, seed=1)) == 2
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_process_that_is_asked_to_stop(tmp_path, times):
+    """Once: it finishes the step, saves and exits with 0. Twice: it is gone at once."""
+    killing.prepare(tmp_path)
+    line = killing.command(tmp_path, "run", lora=False)
+    line[line.index("--steps") + 1] = "100000"
+    process = subprocess.Popen(
+        line, env=killing.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while len(killing.entries(tmp_path / "run")) < 3 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        if times == 2:
+            while "once more to exit at once" not in (said := process.stderr.readline()) and said:
+                pass
+            process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if times == 1:
+        assert process.returncode == 0, err
+        assert "stopped after step" in out
+        assert "gemkit tune --resume" in out
+        steps = Checkpoints(tmp_path / "run" / "checkpoints").steps()
+        assert steps[-1] == killing.entries(tmp_path / "run")[-1]["step"]
+    else:  # the step may have ended between the two
+        assert process.returncode in (-signal.SIGTERM, 0)
 
 
 def test_a_finished_run_is_not_trained_again(run, models, texts, tmp_path):

@@ -58,7 +58,7 @@ def add(subparsers: Any) -> None:
     group.add_argument("--epochs", type=float, metavar="X", help="passes over the data (default: 1)")
     group.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default: as published)")
     group.add_argument("--batch-size", type=int, metavar="N", help="examples a step (default: 8)")
-    group.add_argument("--max-length", type=int, metavar="N", help="tokens of an example at most (default: 1024)")
+    group.add_argument("--max-length", type=int, metavar="N", help="tokens of an example at most (default: 1024, if it can)")
     group.add_argument("--dtype", metavar="TYPE", help="bfloat16 or float32 (default: the file's own)")
     group.add_argument("--device", metavar="NAME", help="a torch device (default: cpu)")
     group.add_argument("--weights", choices=("int8", "int4"), help="with --lora: quantize what is not trained")

@@ -47,8 +47,8 @@ class Source(Protocol):
         """The position after the step that was handed out last, for JSON."""
         ...
 
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+    def resume(self, state: Mapping[str, Any], *, force: bool = False) -> None:
+        """Go on from there; with `force` even if the data is another."""
         ...
 
 
@@ -366,7 +366,7 @@ class Trainer:
         for name, value in saved.weights.items():
             mine[name].copy_(value)
         self.optimizer.resume(saved.optimizer)
-        self.source.resume(state["data"])
+        self.source.resume(state["data"], force=force)
         self.step, self._skipped = saved.step, int(state.get("skipped", 0))
         self.log.cut(saved.step)
 
