@@ -14,6 +14,7 @@ from gemkit.train.experiment import OBJECTIVES, Experiment
 
 if TYPE_CHECKING:
     from gemkit.train import trainer
+    from gemkit.train.run import Run
 
 _EXAMPLES = """\
   gemkit tune sft --data answers.jsonl --lora 8 -o runs/first
@@ -58,7 +59,9 @@ def add(subparsers: Any) -> None:
     group.add_argument("--epochs", type=float, metavar="X", help="passes over the data (default: 1)")
     group.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default: as published)")
     group.add_argument("--batch-size", type=int, metavar="N", help="examples a step (default: 8)")
-    group.add_argument("--max-length", type=int, metavar="N", help="tokens of an example at most (default: 1024, if it can)")
+    group.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of an example at most (default: 1024, if it can)"
+    )
     group.add_argument("--dtype", metavar="TYPE", help="bfloat16 or float32 (default: the file's own)")
     group.add_argument("--device", metavar="NAME", help="a torch device (default: cpu)")
     group.add_argument("--weights", choices=("int8", "int4"), help="with --lora: quantize what is not trained")
@@ -106,36 +109,15 @@ def _is_function(reward: str | None) -> bool:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.resume is None:
-        asked = experiment(args)
-        if args.output is None and not args.plan:
-            raise ConfigError("-o FOLDER: where the run is kept")
-    elif args.objective or args.config or args.output:
-        raise ConfigError(f"--resume {args.resume} goes on with what is in the folder; --set FIELD=VALUE changes it")
-    from gemkit.train.run import Run
-
-    if args.resume is not None:
-        opened = Run.resume(args.resume, lambda kept: _changed(kept, args))
-    else:
-        opened = Run.start(asked, args.output)
-    with opened as the_run:
-        if _is_function(args.reward):  # code is named at the command line alone, never by a file
-            from gemkit.train.objectives import judges
-
-            the_run.judge(judges.function(args.reward))
+    with _opened(args) as the_run:
         if args.plan:
             return _plan(args, the_run)
-        talk = (lambda _: None) if args.quiet else _Talk()
+        talk = _Talk(quiet=args.quiet)
         with Progress(enabled=not args.quiet) as progress:
             outcome = the_run.train(
-                go_on=args.resume is not None,
-                force=args.force,
-                on_step=talk.step if isinstance(talk, _Talk) else talk,
-                say=talk,
-                progress=progress,
+                go_on=args.resume is not None, force=args.force, on_step=talk.step, say=talk.line, progress=progress
             )
-        if isinstance(talk, _Talk):
-            talk.close()
+        talk.close()
         folder = str(the_run.folder)
         if args.json:
             print_json({"folder": folder, **asdict(outcome)})
@@ -146,7 +128,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace, the_run: Any) -> int:
+def _opened(args: argparse.Namespace) -> Run:
+    """The run that is asked for, its files open and nothing loaded."""
+    if args.resume is not None:
+        if args.objective or args.config or args.output:
+            raise ConfigError(
+                f"--resume {args.resume} goes on with what is in the folder; --set FIELD=VALUE changes it"
+            )
+        from gemkit.train.run import Run
+
+        opened = Run.resume(args.resume, lambda kept: _changed(kept, args))
+    else:
+        asked = experiment(args)
+        if args.output is None and not args.plan:
+            raise ConfigError("-o FOLDER: where the run is kept")
+        from gemkit.train.run import Run
+
+        opened = Run.start(asked, args.output)
+    if _is_function(args.reward):  # code is named at the command line alone, never by a file
+        from gemkit.train.objectives import judges
+
+        opened.judge(judges.function(args.reward))
+    return opened
+
+
+def _plan(args: argparse.Namespace, the_run: Run) -> int:
     from gemkit.weights.load import available_memory
 
     plan, rate, available = the_run.plan(), the_run.rate(), available_memory()
@@ -162,19 +168,20 @@ def _plan(args: argparse.Namespace, the_run: Any) -> int:
 class _Talk:
     """One line that is rewritten on a terminal, plain lines in a file."""
 
-    def __init__(self) -> None:
-        self._on_terminal, self._shown = sys.stderr.isatty(), False
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet, self._on_terminal, self._shown = quiet, sys.stderr.isatty(), False
 
     def step(self, progress: trainer.Progress) -> None:
-        if self._on_terminal:
+        if self._on_terminal and not self._quiet:
             rewrite(str(progress))
             self._shown = True
         else:
-            say(str(progress))
+            self.line(str(progress))
 
-    def __call__(self, line: str) -> None:
+    def line(self, text: str) -> None:
         self.close()
-        say(line)
+        if not self._quiet:
+            say(text)
 
     def close(self) -> None:
         """Leave the terminal at the beginning of a line, under the last step."""
