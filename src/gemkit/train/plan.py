@@ -112,12 +112,8 @@ def predict(
     tokens = longest * sequences
     with fake:
         module, (trained, bytes_trained, bytes_masters, bytes_all) = seen
-        batch, pixels = _batch(sequences, longest, vision, dtype)
-        with blocks_again(module, checkpointing), _Meter() as meter:
-            x_TD = module.hidden(batch, None, torch.arange(tokens), pixels)
-            kept = meter.now
-            if x_TD.requires_grad:
-                x_TD.backward(torch.zeros_like(x_TD))
+        with blocks_again(module, checkpointing):
+            peak, kept, flops = _computed(module, sequences, longest, dtype)
     counts = sum(math.prod(shape) for _, shape in family.parameters(decoder, vision))
     table_trained = any(name.endswith("embed_tokens.weight") for name in trained)
     head = extra_bytes(tokens, decoder.vocab_size, decoder.width, itemsize=dtype.itemsize, table=table_trained)
@@ -129,12 +125,12 @@ def predict(
         weights=own + (models - 1) * (bytes_all if stored is None else stored),
         gradients=4 * sum(trained.values()),
         optimizer=8 * sum(trained.values()) + bytes_masters,
-        activations=meter.peak,
-        loss=kept + head,
+        activations=int(peak),
+        loss=int(kept) + head,
         process=_process_bytes(),
         tokens=tokens,
         tokens_per_step=per_step,
-        flops=(meter.flops + head_flops) * per_step / tokens * (1 + (models - 1) / 3),
+        flops=(flops + head_flops) * per_step / tokens * (1 + (models - 1) / 3),
         checkpointing=checkpointing,
     )
 
@@ -230,6 +226,24 @@ def _fake(decoder: family.Decoder, vision: family.Vision | None, prepare: Prepar
                 # its gradient is counted as one that is there all the time, as it is from the second part on
                 parameter.register_post_accumulate_grad_hook(_forget)
     return mode, (module, (trained, bytes_trained, bytes_masters, bytes_all))
+
+
+def _computed(module: Any, sequences: int, length: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Bytes at the highest moment, bytes kept for the gradient, and operations, of sequences forward and back.
+
+    More than two are not computed: each takes what the second takes besides the first.
+    """
+    if sequences > 2:
+        one, two = (_computed(module, count, length, dtype) for count in (1, 2))
+        first, *others = (a + (sequences - 1) * (b - a) for a, b in zip(one, two, strict=True))
+        return first, others[0], others[1]
+    batch, pixels = _batch(sequences, length, module.vision, dtype)
+    with _Meter() as meter:
+        x_TD = module.hidden(batch, None, torch.arange(sequences * length), pixels)
+        kept = meter.now
+        if x_TD.requires_grad:
+            x_TD.backward(torch.zeros_like(x_TD))
+    return meter.peak, kept, meter.flops
 
 
 def _forget(parameter: Tensor) -> None:

@@ -68,6 +68,20 @@ def test_activations_are_those_of_a_real_step(name, prepare):
     assert plan(name, prepare).activations == pytest.approx(peak, rel=0.02)
 
 
+def test_many_sequences_are_as_many_times_one():
+    """4 from 1 and 2, against 4 computed."""
+    module = new_module(tiny("gemma-3-270m")).requires_grad_(True)
+    batch = Batch.of([torch.zeros(LENGTH, dtype=torch.int64)] * 4)
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with _Meter() as meter:
+        x_TD = module.hidden(batch, None, torch.arange(4 * LENGTH))
+        x_TD.backward(torch.zeros_like(x_TD))
+    found = plan("gemma-3-270m", of=asked(step=Step(max_tokens=4 * LENGTH)))
+    assert found.tokens == 4 * LENGTH
+    assert found.activations == pytest.approx(meter.peak, rel=0.02)
+
+
 def test_blocks_computed_again_are_predicted_too():
     peak, _ = measured("gemma-3-270m", whole, checkpointing=True)
     again, plain = plan("gemma-3-270m", checkpointing=True), plan("gemma-3-270m")
