@@ -199,12 +199,16 @@ def test_a_finished_run_is_not_trained_again(run, models, texts, tmp_path):
 # ── plans ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+SMALL = ["--max-length", 64, "--set", "step.max_tokens=64"]  # one sequence is computed
+
+
 def test_a_plan(run, models, texts):
-    code, stdout, err = run("tune", "pretrain", "-m", models / "random", "--data", texts, "--lora", 4, "--plan")
+    arguments = ["pretrain", "-m", models / "random", "--data", texts, "--lora", 4, *SMALL, "--plan"]
+    code, stdout, err = run("tune", *arguments)
     assert code == 0, err
     assert "12 records, 2 steps" in stdout
     assert all(f"\n{line}" in stdout for line in ("trained ", "weights ", "activations ", "peak memory ", "step "))
-    code, stdout, _ = run("tune", "pretrain", "-m", models / "random", "--data", texts, "--lora", 4, "--plan", "--json")
+    code, stdout, _ = run("tune", *arguments, "--json")
     told = json.loads(stdout)
     assert code == 0
     account = gemkit.load(models / "random", executor="torch").enable_lora(4, quiet=True)
@@ -216,8 +220,8 @@ def test_what_cannot_fit_is_refused(run, models, texts, tmp_path, monkeypatch):
     from gemkit.train import run as runs
 
     monkeypatch.setattr(runs, "available_memory", lambda: 1_000_000)
-    arguments = ["tune", "pretrain", "-m", models / "random", "--data", texts, "-o", tmp_path / "out"]
-    code, _, err = run(*arguments)
+    arguments = ["pretrain", "-m", models / "random", "--data", texts, *SMALL, "--lora", 4, "-o", tmp_path / "out"]
+    code, _, err = run("tune", *arguments)
     assert code == 1
     assert "at its highest and 1.00 MB are free; not even" in err
     assert not (tmp_path / "out" / "log.jsonl").exists()
