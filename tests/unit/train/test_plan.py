@@ -14,9 +14,14 @@ from gemkit.train.initialise import new_module
 from gemkit.train.plan import Plan, _Meter, choose, flops_per_second, predict
 from gemkit.train.trainer import blocks_again
 from tiny import TOWER, VOCAB, tiny
-from training import experiment
+from training import experiment, small
 
 LENGTH = 96
+
+
+def few(name):
+    """A whole period of the layers of each member."""
+    return small(name, 6)
 
 
 def asked(**changes):
@@ -33,7 +38,7 @@ def adapters(module):
 
 
 def plan(name, prepare=whole, *, dtype=torch.float32, checkpointing=False, of=None) -> Plan:
-    return predict(of or asked(), tiny(name), tower(name), prepare, dtype=dtype, checkpointing=checkpointing)
+    return predict(of or asked(), few(name), tower(name), prepare, dtype=dtype, checkpointing=checkpointing)
 
 
 def tower(name):
@@ -43,7 +48,7 @@ def tower(name):
 def measured(name, prepare, *, checkpointing=False) -> tuple[int, int]:
     """Bytes of all tensors of a real step at their highest, and at the end of its forward; gradients of weights are
     left out."""
-    module = new_module(tiny(name), tower(name))
+    module = new_module(few(name), tower(name))
     prepare(module)
     for parameter in filter(lambda p: p.requires_grad, module.parameters()):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -70,7 +75,7 @@ def test_activations_are_those_of_a_real_step(name, prepare):
 
 def test_many_sequences_are_as_many_times_one():
     """4 from 1 and 2, against 4 computed."""
-    module = new_module(tiny("gemma-3-270m")).requires_grad_(True)
+    module = new_module(few("gemma-3-270m")).requires_grad_(True)
     batch = Batch.of([torch.zeros(LENGTH, dtype=torch.int64)] * 4)
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
