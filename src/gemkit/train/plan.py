@@ -59,9 +59,14 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes at the highest moment."""
-        held = self.weights + self.gradients + self.optimizer
-        return int((held + max(self.activations, self.loss)) * _SLACK) + self.process
+        """Bytes at the highest moment: at the head, or on the way back, when the gradients come to be. A step in parts
+        has them from the second part on."""
+        held = self.weights + self.optimizer
+        if self.tokens_per_step > self.tokens:
+            working = self.gradients + max(self.activations, self.loss)
+        else:
+            working = max(self.loss, self.activations + self.gradients)
+        return int((held + working) * _SLACK) + self.process
 
     def seconds(self, rate: float) -> float:
         """Of a step, on a machine of so many operations a second."""

@@ -154,7 +154,7 @@ def test_what_cannot_fit_is_refused_with_the_setting_that_would(needs, of, messa
         return Plan(1, 1, needs(changed, again), 0, 0, 0, 0, 0, 1, 1, 1.0, again)
 
     with pytest.raises(ConfigError, match=message):
-        choose(of, plan_of, 100, quantizes=True)
+        choose(of, plan_of, 120, quantizes=True)
     assert choose(of, plan_of, None, quantizes=True).weights == plan_of(of, False).weights
 
 
