@@ -29,11 +29,11 @@ from gemkit.inspect.units import exact, memory
 from gemkit.nn import Batch, Decoder, PaliGemma, build
 from gemkit.train.experiment import Experiment
 from gemkit.train.trainer import blocks_again
-from gemkit.train.vocabulary import extra_bytes
+from gemkit.train.vocabulary import _CHUNK, extra_bytes
 
 # Memory that is taken over what is in use at the highest moment: malloc keeps freed pieces for later ones of their
-# size, and what reads a quantized weight needs some. LoRA of the starter at 512 tokens: 1.93 GB where 1.67 are used.
-_SLACK = 1.15
+# size. Measured with the starter model, see docs/training.md.
+_SLACK = 1.08
 # Time of a whole step over that of its products alone, at the rate that a product of its size is measured with.
 _OVERHEAD = 1.4
 
@@ -122,6 +122,8 @@ def predict(
     counts = sum(math.prod(shape) for _, shape in family.parameters(decoder, vision))
     table_trained = any(name.endswith("embed_tokens.weight") for name in trained)
     head = extra_bytes(tokens, decoder.vocab_size, decoder.width, itemsize=dtype.itemsize, table=table_trained)
+    if stored is not None:  # the logits and their gradients of a chunk are not made in place then
+        head += 3 * min(tokens * decoder.vocab_size, _CHUNK) * 4
     own = bytes_all if stored is None else stored + bytes_trained
     head_flops = (6 if table_trained else 4) * tokens * decoder.width * decoder.vocab_size
     return Plan(
@@ -316,19 +318,22 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            self._count(value, new=False)  # a weight that was there before: a view of it, such as its transpose, is too
         out = func(*args, **(kwargs or {}))
         self.flops += _flops(func, args, out)
         for value in tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._count(value)
+            self._count(value, new=True)
         return out
 
-    def _count(self, value: Tensor) -> None:
+    def _count(self, value: Any, *, new: bool) -> None:
+        if not isinstance(value, Tensor):
+            return
         storage = value.untyped_storage()
         key = storage._cdata
         if key not in self._alive:
-            self._alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
+            self._alive[key] = storage.nbytes() if new else 0
+            self.now += self._alive[key]
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._free, key)
 
