@@ -414,7 +414,7 @@ class Gemma:
         """Whether it has a head of one number, `score`, that `gemkit tune reward` trains."""
         if isinstance(self.executor, Native):
             return self._scored
-        return getattr(self.module, "score", None) is not None
+        return self.module.score is not None
 
     # ── asking about images ─────────────────────────────────────────────────────────────────────────────────────────
     #

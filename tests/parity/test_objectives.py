@@ -1,4 +1,4 @@
-"""Losses of TRL 1.16 on the same tensors: divergences, DPO, GRPO, a reward model; and a reward head that others read.
+"""Losses of TRL 1.16 on the same tensors: divergences, DPO, GRPO; and a reward head that others read.
 
 TRL's DPO and GRPO losses are methods of trainers, which take a model, a dataset and a machine to be made. Here one is
 made without any of these and given only what its loss reads; a stand-in for the model hands it the log-probabilities of
@@ -45,9 +45,10 @@ def trl():
     """The trainers, imported late: it takes seconds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what TRL imports and calls experimental
-        from trl import DPOTrainer, GRPOTrainer, RewardTrainer
         from trl.experimental.gkd.gkd_trainer import GKDTrainer
-    return SimpleNamespace(dpo=DPOTrainer, grpo=GRPOTrainer, reward=RewardTrainer, gkd=GKDTrainer)
+        from trl.trainer.dpo_trainer import DPOTrainer
+        from trl.trainer.grpo_trainer import GRPOTrainer
+    return SimpleNamespace(dpo=DPOTrainer, grpo=GRPOTrainer, gkd=GKDTrainer)
 
 
 def model_of(seed: int = 0) -> nn.Decoder:
@@ -128,7 +129,8 @@ def test_dpo_equals_trl(trl, settings, name):
     model = model_of()
     objective = Dpo(WORDS, **settings)
     objective.reference = model_of(seed=1)
-    units = objective.prepare(model, [u for p in PAIRS for u in objective.encode(p, None)], np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    units = objective.prepare(model, [unit for pair in PAIRS for unit in objective.encode(pair, rng)], rng)
     ours = objective.loss(model, units).total / objective.size(units)
 
     # TRL's batch: all chosen, then all rejected, padded
@@ -187,8 +189,7 @@ def test_grpo_equals_trl(trl, variant, kl):
         ids = rng.integers(3, len(WORDS), prompt + answer)
         units.append((Example(ids, weights, extra={"advantage": gain, "reward": 0.0, "cut": False}),))
     rows = rows_of(model, units)
-    hot = {"temperature": 0.9}
-    known_M = losses.token_logprobs(before, rows.hidden(before), rows.targets, **hot).detach()
+    known_M = losses.token_logprobs(before, rows.hidden(before), rows.targets, temperature=0.9).detach()
     for i, unit in enumerate(units):
         unit[0].extra["reference"] = known_M[rows.sequences == i]
     ours = objective.loss(model, units).total / objective.size(units)
@@ -284,7 +285,9 @@ def test_peft_reads_an_adapter_with_a_reward_head(tmp_path):
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "base", num_labels=1, pad_token_id=WORDS.pad, dtype=torch.float32
     )
-    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks Transformers for an attribute by its old name
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     pair = Reward(WORDS).encode(PAIRS[0], np.random.default_rng(0))[0]
     with torch.no_grad():
         wanted = torch.cat([theirs(torch.from_numpy(x.ids)[None]).logits[0] for x in pair])

@@ -40,6 +40,8 @@ class PaliGemma(Module):
         ConfigError: if the decoder's table has no row for the image placeholder.
     """
 
+    score: Any = None  # no reward model sees images
+
     def __init__(self, config: family.Decoder, vision: family.Vision):
         super().__init__()
         if vision.image_token >= config.vocab_size:

@@ -555,7 +555,7 @@ def write(module: Model, folder: Path, name: str, *, base: str | None, named: st
         a, b = adapter.lora_A.weight.detach(), adapter.lora_B.weight.detach()
         a = a.T if isinstance(adapter, EmbeddingLoRA) else a
         changes.append(files.LowRank(path, a, b, adapter.scale, adapter.heads, adapter.dropout))
-    score = getattr(module, "score", None)
+    score = module.score
     files.write(
         folder,
         changes,

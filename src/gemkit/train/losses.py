@@ -277,7 +277,7 @@ class _Logprobs:
 
     def derivative(self, grad_M: Tensor) -> _Logprobs:
         """The function of a row whose gradient is that of all values times `grad_M`."""
-        grads = grad_M.unbind(-1) if self.entropy else (grad_M, None)
+        grads = (grad_M[:, 0], grad_M[:, 1]) if self.entropy else (grad_M, None)
         return _Logprobs(self.targets_M, self.temperature, self.entropy, grads)
 
     def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, *beside_CV: Tensor) -> Tensor:

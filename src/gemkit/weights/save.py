@@ -60,7 +60,7 @@ def save_hf(
         ConfigError: if no published configuration can express the decoder.
     """
     config = configs.to_hf(module.config, module.vision)
-    if getattr(module, "score", None) is not None:
+    if module.score is not None:
         config = configs.as_reward_model(config)
     with appearing(folder) as work:
         kinds = _kinds(module) if quantized else {}
@@ -180,7 +180,7 @@ def _published(
             continue
         dense = value.dequantize() if isinstance(value, Quantized) else value.detach()
         yield part.theirs, part.give(dense.to(device="cpu", dtype=dtype or dense.dtype).contiguous())
-    if (score := getattr(module, "score", None)) is not None:
+    if (score := module.score) is not None:
         yield SCORE, score.weight.detach().to(device="cpu", dtype=dtype).contiguous()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(vocabulary, "_SLAB", 3 * len(WORDS))
 
 
-def model_of(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, words=WORDS, vision=None):
+def model_of(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, words=WORDS, vision=None) -> Any:
     """The first three layers of a tiny member, with random weights."""
     config = tiny(name)
     config = replace(config, vocab_size=len(words), layers=config.layers[:3])
@@ -199,7 +200,7 @@ def test_reward(name):
     objective = Reward(WORDS, centre=0.01)
     units = encoded(objective, PAIR, TURNS)
     rewards_E = torch.stack(
-        [F.linear(model.hidden(nn.Batch.of([x.ids]))[-1], model.score.weight)[0] for u in units for x in u]
+        [model.hidden(nn.Batch.of([torch.from_numpy(x.ids)]))[-1] @ model.score.weight[0] for u in units for x in u]
     )
     chosen, rejected = rewards_E[0::2], rewards_E[1::2]
     plain = -torch.sigmoid(chosen - rejected).log().sum() + 0.01 * ((chosen + rejected) ** 2).sum()
@@ -369,6 +370,7 @@ def test_every_objective_that_an_experiment_can_name_is_made():
         assert made.name == name
         assert made.forms
     made = objectives.make(Experiment(objective="dpo", options={"beta": 0.3, "loss": "ipo"}), WORDS, None, "preference")
+    assert isinstance(made, Dpo)
     assert (made.beta, made.kind) == (0.3, "ipo")
     with pytest.raises(ConfigError, match=r"options.betta: dpo has no such option; did you mean beta"):
         objectives.make(Experiment(objective="dpo", options={"betta": 0.3}), WORDS, None, "preference")

@@ -22,6 +22,7 @@ from gemkit.errors import ConfigError, nearest
 from gemkit.family import Vision
 from gemkit.text import Tokenizer
 from gemkit.train import lora
+from gemkit.train.data.infilling import Infilling
 from gemkit.train.experiment import Experiment
 from gemkit.train.objective import Objective
 from gemkit.train.objectives import judges, reference
@@ -58,13 +59,11 @@ def make(experiment: Experiment, tokenizer: Tokenizer, vision: Vision | None, fo
     options.pop(_MODELS.get(name, ""), None)
     known = set(inspect.signature(REGISTRY[name]).parameters) - {"tokenizer", "vision", "teacher", "judge", "context"}
     if name == "infill":
-        from gemkit.train.data.infilling import Infilling
-
         known = set(inspect.signature(Infilling).parameters)
     for option in options:
         if option not in known:
             raise ConfigError(f"options.{option}: {name} has no such option; {nearest(option, sorted(known))}")
-    settings = {"how": Infilling(**options)} if name == "infill" else options
+    settings: dict[str, Any] = {"how": Infilling(**options)} if name == "infill" else options
     if name == "image":
         settings["vision"] = vision
     return REGISTRY[name](tokenizer, context=experiment.data.max_length, **settings)

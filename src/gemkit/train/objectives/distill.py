@@ -35,7 +35,7 @@ class Distill:
     """
 
     name = "distill"
-    forms = ("text", "chat", "completion")
+    forms: tuple[str, ...] = ("text", "chat", "completion")
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ class Dpo:
     """
 
     name = "dpo"
-    forms = ("preference",)
+    forms: tuple[str, ...] = ("preference",)
 
     def __init__(
         self,

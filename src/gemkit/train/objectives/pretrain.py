@@ -21,6 +21,8 @@ class NextToken:
     The base of pretraining, infilling, fine-tuning and tasks on images.
     """
 
+    name: str
+    forms: tuple[str, ...]
     smoothing = 0.0  # share of the target that is spread over the vocabulary
     z_loss = 0.0  # factor of the square of log Z
 

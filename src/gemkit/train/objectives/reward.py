@@ -32,7 +32,7 @@ class Reward:
     """
 
     name = "reward"
-    forms = ("preference",)
+    forms: tuple[str, ...] = ("preference",)
 
     def __init__(self, tokenizer: Tokenizer, *, centre: float = 0.0, context: int | None = None):
         if centre < 0:

@@ -42,7 +42,7 @@ class Grpo:
     """
 
     name = "rl"
-    forms = ("prompt",)
+    forms: tuple[str, ...] = ("prompt",)
 
     def __init__(
         self,
