@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import PurePosixPath
 
 _SEARCHED = 500  # files; without a limit a repository of n files would take n * n steps
@@ -43,20 +44,22 @@ def order(files: Mapping[str, str]) -> list[str]:
         for other in of:
             users[other].append(path)
     near = {path: sorted({*needs[path], *users[path]}) for path in needs}
-    missing = {path: dict(of) for path, of in needs.items() if near[path]}
-    ready = {path for path, of in missing.items() if not of}
+    missing = {path: sum(of.values()) for path, of in needs.items() if near[path]}  # how often it names what is to come
+    ready = {path for path, count in missing.items() if not count}
+    tested = {path: _tested(path) for path in missing}
     done: list[str] = []
     while missing:
         if not ready:  # a circle: begin where the least is missing
-            path = min(missing, key=lambda path: (sum(missing[path].values()), path))
+            fewest = min(missing.values())
+            path = min(path for path, count in missing.items() if count == fewest)
         else:
-            path = _nearest(done[-1], ready, near) if done else min(ready)
+            path = _nearest(done[-1], ready, near, tested) if done else min(ready)
         done.append(path)
         ready.discard(path)
         del missing[path]
         for user in users[path]:
             if user in missing:
-                del missing[user][path]
+                missing[user] -= needs[user][path]
                 if not missing[user]:
                     ready.add(user)
     return done + sorted((path for path, of in near.items() if not of), key=_beside_what_it_tests)
@@ -76,52 +79,52 @@ def groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
 
 def dependencies(files: Mapping[str, str]) -> dict[str, Counter[str]]:
     """For each file, the others that it imports, and how many times it names them."""
-    by_suffix = _suffixes(files)
+    ends = _ends(files)
+    matched: dict[tuple[tuple[str, ...], PurePosixPath, str], str | None] = {}
     found: dict[str, Counter[str]] = {}
     for path, text in files.items():
         of: Counter[str] = Counter()
-        for wanted in _imports(head(text), PurePosixPath(path)):
-            target = _match(wanted, path, by_suffix)
+        pure = PurePosixPath(path)
+        for wanted in _imports(head(text), pure):
+            key = wanted, pure.parent, pure.suffix
+            if key not in matched:
+                matched[key] = _match(*key, ends)
+            target = matched[key]
             if target is not None and target != path:
                 of[target] += 1
         found[path] = of
     return found
 
 
-def _suffixes(files: Mapping[str, str]) -> dict[tuple[str, ...], list[str]]:
+def _ends(files: Mapping[str, str]) -> dict[tuple[str, ...], list[PurePosixPath]]:
     """Every end of every path, without its extension, with the paths that have it; a package is its `__init__`."""
-    ends: dict[tuple[str, ...], list[str]] = {}
-    for path in sorted(files):
-        pure = PurePosixPath(path)
-        for parts in {pure.with_suffix("").parts, pure.parts, pure.parent.parts if pure.stem == "__init__" else ()}:
+    ends: dict[tuple[str, ...], list[PurePosixPath]] = {}
+    for path in map(PurePosixPath, sorted(files)):
+        for parts in {path.with_suffix("").parts, path.parts, path.parent.parts if path.stem == "__init__" else ()}:
             for start in range(len(parts)):
                 ends.setdefault(parts[start:], []).append(path)
     return ends
 
 
-def _match(wanted: tuple[str, ...], path: str, ends: Mapping[tuple[str, ...], list[str]]) -> str | None:
-    """The file whose path has the longest end in common with what is imported. Of several, one in the same language
-    and near in the tree."""
+def _match(
+    wanted: tuple[str, ...],
+    folder: PurePosixPath,
+    suffix: str,
+    ends: Mapping[tuple[str, ...], Sequence[PurePosixPath]],
+) -> str | None:
+    """The file whose path has the longest end in common with what a file in `folder` imports. Of several, one in the
+    same language and near in the tree."""
+
+    def distance(path: PurePosixPath) -> tuple[bool, int, str]:
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(folder.parts, path.parts, strict=False)))
+        return path.suffix != suffix, len(path.parts) - 2 * shared, str(path)
+
     for start in range(len(wanted)):
-        if start and len(wanted) - start < 2 and len(wanted) > 2:
+        if start and len(wanted) - start < 2 < len(wanted):
             break  # of a.b.c the c alone says too little
         if candidates := ends.get(wanted[start:]):
-            pure = PurePosixPath(path)
-
-            def distance(other: str, pure: PurePosixPath = pure) -> tuple[bool, int, str]:
-                theirs = PurePosixPath(other)
-                shared = sum(1 for _ in _common(pure.parts, theirs.parts))
-                return theirs.suffix != pure.suffix, len(theirs.parts) - 2 * shared, other
-
-            return min(candidates, key=distance)
+            return str(min(candidates, key=distance))
     return None
-
-
-def _common(a: Sequence[str], b: Sequence[str]) -> Iterator[str]:
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            return
-        yield x
 
 
 def _imports(text: str, path: PurePosixPath) -> Iterator[tuple[str, ...]]:
@@ -150,14 +153,15 @@ def _imports(text: str, path: PurePosixPath) -> Iterator[tuple[str, ...]]:
             yield parts
 
 
-def _nearest(last: str, ready: set[str], near: Mapping[str, Sequence[str]]) -> str:
+def _nearest(last: str, ready: set[str], near: Mapping[str, Sequence[str]], tested: Mapping[str, str | None]) -> str:
     """Of `ready`, the file with the fewest imports between it and `last`, whichever way they point; a test of `last`
     before others, then by name. Where many are passed without finding one, none is near, and the name decides."""
     seen, layer = {last}, [last]
     while layer and len(seen) < _SEARCHED:
         reached = {other for path in layer for other in near[path]} - seen
         if found := reached & ready:
-            return min(found, key=lambda path: (_tested(path) != PurePosixPath(last).stem, path))
+            stem = PurePosixPath(last).stem
+            return min(found, key=lambda path: (tested[path] != stem, path))
         seen |= reached
         layer = [*reached]
     return min(ready)
