@@ -41,7 +41,7 @@ def model_with(head: str, dtype=torch.float64, seed: int = 0) -> nn.Decoder:
 
     model.embed_tokens.weight.data = noise(VOCAB, config.width)
     if head == "hooked":
-        model.lm_head.register_forward_hook(lambda module, args, logits: logits * 1.5)
+        model.lm_head.register_forward_hook(lambda _module, _args, logits: 1.5 * logits)  # type: ignore[operator]
     if head == "adapted":
         adapter = LoRA(config.width, VOCAB, 3, 0.5)
         adapter.lora_A.weight.data, adapter.lora_B.weight.data = noise(3, config.width), noise(VOCAB, 3)

@@ -108,4 +108,4 @@ def new_score(module: Any, seed: int) -> None:
     if module.score is None:
         drawn = torch.randn(1, module.config.width, generator=torch.Generator().manual_seed(seed))
         put_score(module, 0.02 * drawn)
-    module.score.requires_grad_(True)
+    module.get_submodule("score").requires_grad_(True)

@@ -60,7 +60,7 @@ def function(name: str) -> Judge:
     if "" not in sys.path:
         sys.path.insert(0, "")  # what lies beside the user
     try:
-        found: Any = getattr(importlib.import_module(module), attribute)
+        found: Judge = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{name!r}: {error}") from error
     if not callable(found):
