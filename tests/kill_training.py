@@ -1,7 +1,7 @@
 """Kill a training run twenty times, at random moments, and compare it with one that was left alone, bit by bit.
 
-`python tests/kill_training.py [kills] [seed]`; a part of `make parity-full`. All weights are trained in one run, adapters
-with dropout in another.
+`python tests/kill_training.py [kills] [seed]`; a part of `make parity-full`. All weights are trained in one run,
+adapters with dropout in another.
 """
 
 from __future__ import annotations

@@ -17,19 +17,8 @@ import numpy as np
 from tiny_models import tokenizer, write
 
 STEPS = 30
-_ARGUMENTS = [
-    "--steps",
-    STEPS,
-    "--batch-size",
-    4,
-    "--max-length",
-    64,
-    "--set",
-    "save.every=3",
-    "--set",
-    "step.threads=1",
-]
-_MORE = ["--set", "step.max_tokens=100", "--set", "optimizer.learning_rate=1e-3", "--set", "watch.evaluate_every=7"]
+_ARGUMENTS = ["--steps", STEPS, "--batch-size", 4, "--max-length", 64, "--lr", 1e-3]
+_FIELDS = ["save.every=3", "step.threads=1", "step.max_tokens=100", "watch.evaluate_every=7"]
 
 
 def prepare(folder: Path) -> None:
@@ -46,7 +35,8 @@ def prepare(folder: Path) -> None:
 def command(folder: Path, run: str, *, lora: bool) -> list[str]:
     adapters = ["--lora", 4, "--set", "lora.dropout=0.2"] if lora else []
     data = ["--data", folder / "train.jsonl", "--held-out", folder / "held-out.jsonl"]
-    parts = ["pretrain", "-m", folder / "model", *data, "-o", folder / run, *_ARGUMENTS, *_MORE, *adapters]
+    parts = ["pretrain", "-m", folder / "model", *data, "-o", folder / run, *_ARGUMENTS, *adapters]
+    parts += [word for field in _FIELDS for word in ("--set", field)]
     return [sys.executable, "-m", "gemkit.cli", "tune", *map(str, parts)]
 
 

@@ -1,6 +1,9 @@
 """`gemkit tune` from a data file to a chat with the result, and what goes wrong on the way."""
 
 import json
+import signal
+import subprocess
+import time
 import tomllib
 
 import pytest
@@ -11,6 +14,7 @@ from peft import PeftModel
 import gemkit
 import killing
 from gemkit.train import experiment
+from gemkit.train.checkpoint import Checkpoints
 from tiny_models import tokenizer, write
 
 WORDS = "abc def ghi"
@@ -37,6 +41,7 @@ def log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
 def test_adapters_from_data_to_chat(run, models, chats, tmp_path):
     out = tmp_path / "first"
     samples = ["--held-out", chats, "--set", "watch.evaluate_every=2", "--set", 'watch.samples=["hi"]']
@@ -61,7 +66,7 @@ def test_adapters_from_data_to_chat(run, models, chats, tmp_path):
     assert all(
         part in card for part in ("LoRA of rank 4", "chats.jsonl", "12 records", "Gemma Terms of Use", "Held out")
     )
-    code, stdout, err = run("generate", "-m", out, "hi", "-n", 3)
+    code, _, err = run("generate", "-m", out, "hi", "-n", 3)
     assert code == 0, err
     assert gemkit.load(out).chat("hi", max_tokens=2, temperature=0).text is not None
     base = transformers.AutoModelForCausalLM.from_pretrained(models / "chat", attn_implementation="eager")
@@ -120,12 +125,9 @@ depth = 2
     [
         ("dpo", "preference", []),
         ("dpo", "preference", ["--lora", 2]),
-        ("distill", "text", ["--set", "options.teacher=TEACHER"]),
-        (
-            "rl",
-            "prompt",
-            ["--set", "options.reward=answer", "--set", "options.max_tokens=4", "--set", "options.group=3"],
-        ),
+        ("reward", "preference", []),
+        ("distill", "text", ["--teacher", "TEACHER"]),
+        ("rl", "prompt", ["--reward", "rewards:length", "--set", "options.max_tokens=4", "--set", "options.group=3"]),
     ],
 )
 def test_other_objectives(run, models, tmp_path, objective, form, extra):
@@ -154,6 +156,36 @@ def test_killed_runs_go_on_to_the_same_bits(tmp_path):
     assert len(killing.check(tmp_path, lora=True, kills=2, seed=1)) == 2
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_process_that_is_asked_to_stop(tmp_path, times):
+    """Once: it finishes the step, saves and exits with 0. Twice: it is gone at once."""
+    killing.prepare(tmp_path)
+    line = killing.command(tmp_path, "run", lora=False)
+    line[line.index("--steps") + 1] = "100000"
+    process = subprocess.Popen(
+        line, env=killing.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while len(killing.entries(tmp_path / "run")) < 3 and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        if times == 2:
+            while "once more to exit at once" not in (said := process.stderr.readline()) and said:
+                pass
+            process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if times == 1:
+        assert process.returncode == 0, err
+        assert "stopped after step" in out
+        assert "gemkit tune --resume" in out
+        steps = Checkpoints(tmp_path / "run" / "checkpoints").steps()
+        assert steps[-1] == killing.entries(tmp_path / "run")[-1]["step"]
+    else:  # the step may have ended between the two
+        assert process.returncode in (-signal.SIGTERM, 0)
+
+
 def test_a_finished_run_is_not_trained_again(run, models, texts, tmp_path):
     out = tmp_path / "out"
     assert run("tune", "pretrain", "-m", models / "random", "--data", texts, *QUICK, "-o", out)[0] == 0
@@ -167,25 +199,29 @@ def test_a_finished_run_is_not_trained_again(run, models, texts, tmp_path):
 # ── plans ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+SMALL = ["--max-length", 64, "--set", "step.max_tokens=64"]  # one sequence is computed
+
+
 def test_a_plan(run, models, texts):
-    code, stdout, err = run("tune", "pretrain", "-m", models / "random", "--data", texts, "--lora", 4, "--plan")
+    arguments = ["pretrain", "-m", models / "random", "--data", texts, "--lora", 4, *SMALL, "--plan"]
+    code, stdout, err = run("tune", *arguments)
     assert code == 0, err
     assert "12 records, 2 steps" in stdout
     assert all(f"\n{line}" in stdout for line in ("trained ", "weights ", "activations ", "peak memory ", "step "))
-    code, stdout, _ = run("tune", "pretrain", "-m", models / "random", "--data", texts, "--lora", 4, "--plan", "--json")
+    code, stdout, _ = run("tune", *arguments, "--json")
     told = json.loads(stdout)
     assert code == 0
     account = gemkit.load(models / "random", executor="torch").enable_lora(4, quiet=True)
     assert told["trainable"] == account.parameters
-    assert told["peak"] > told["weights"] + told["optimizer"] + told["activations"]
+    assert told["peak"] > told["weights"] + told["optimizer"] + max(told["activations"], told["loss"])
 
 
 def test_what_cannot_fit_is_refused(run, models, texts, tmp_path, monkeypatch):
     from gemkit.train import run as runs
 
     monkeypatch.setattr(runs, "available_memory", lambda: 1_000_000)
-    arguments = ["tune", "pretrain", "-m", models / "random", "--data", texts, "-o", tmp_path / "out"]
-    code, _, err = run(*arguments)
+    arguments = ["pretrain", "-m", models / "random", "--data", texts, *SMALL, "--lora", 4, "-o", tmp_path / "out"]
+    code, _, err = run("tune", *arguments)
     assert code == 1
     assert "at its highest and 1.00 MB are free; not even" in err
     assert not (tmp_path / "out" / "log.jsonl").exists()
@@ -197,39 +233,28 @@ def test_what_cannot_fit_is_refused(run, models, texts, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sft", "--data", "DATA"], "-o FOLDER: where the run is kept"),
-        (["--data", "DATA", "-o", "OUT"], "no objective: one of sft, pretrain"),
-        (["sft", "-o", "OUT"], "no data.train"),
-        (["sft", "--data", "none.jsonl", "-o", "OUT"], "none.jsonl"),
-        (["dpo", "--data", "DATA", "-o", "OUT"], "dpo learns from records of the form preference"),
-        (["sft", "--data", "DATA", "-o", "OUT", "--lora", "500"], "rank=500 is larger than"),
-        (
-            ["sft", "--data", "DATA", "-o", "OUT", "--lora", "2", "--set", "lora.targets=x_proj"],
-            "target 'x_proj' matches",
-        ),
-        (
-            ["sft", "--data", "DATA", "-o", "OUT", "--set", "options.smooth=1"],
-            "no option 'smooth'; did you mean smoothing",
-        ),
-        (["sft", "--data", "DATA", "-o", "OUT", "--set", "optimizer.lr=1"], "there is no optimizer.lr"),
-        (
-            ["sft", "--data", "DATA", "-o", "OUT", "--max-length", "9999"],
-            "data.max_length=9999 is beyond the 256 tokens",
-        ),
-        (
-            ["sft", "--data", "DATA", "-o", "OUT", "--set", "model.freeze=visio"],
-            "model.freeze='visio' is the beginning of",
-        ),
-        (["sft", "--data", "DATA", "-o", "DATA"], "chats.jsonl"),
-        (["distill", "--data", "DATA", "-o", "OUT"], "distill needs options.teacher"),
-        (["--resume", "OUT"], "holds no run"),
-        (["sft", "--resume", "OUT"], "goes on with what is in the folder"),
+        ("sft --data DATA", "-o FOLDER: where the run is kept"),
+        ("--data DATA -o OUT", "no objective: one of sft, pretrain"),
+        ("sft -o OUT", "no data.train"),
+        ("sft --data none.jsonl -o OUT", "none.jsonl"),
+        ("dpo --data DATA -o OUT", "dpo learns from records of the form preference"),
+        ("sft --data DATA -o OUT --lora 500", "rank=500 is larger than"),
+        ("sft --data DATA -o OUT --lora 2 --set lora.targets=x_proj", "target 'x_proj' matches nothing"),
+        ("sft --data DATA -o OUT --set options.smooth=1", "sft has no such option; did you mean smoothing"),
+        ("sft --data DATA -o OUT --set optimizer.lr=1", "there is no optimizer.lr"),
+        ("sft --data DATA -o OUT --max-length 9999", "data.max_length=9999 is beyond the 256 tokens"),
+        ("sft --data DATA -o OUT --set model.freeze=visio", "model.freeze='visio' is the beginning of no weight"),
+        ("sft --data DATA -o DATA", "chats.jsonl"),
+        ("distill --data DATA -o OUT", "distill has no teacher: options.teacher"),
+        ("sft --data DATA -o OUT --reward rewards:length", "sft judges no answers"),
+        ("--resume OUT", "holds no run"),
+        ("sft --resume OUT", "goes on with what is in the folder"),
     ],
 )
 def test_mistakes(run, models, chats, tmp_path, arguments, message):
     names = {"DATA": str(chats), "OUT": str(tmp_path / "out")}
     model = [] if "--resume" in arguments else ["-m", models / "chat", "--max-length", 64]
-    code, out, err = run("tune", *model, *(names.get(a, a) for a in arguments))
+    code, out, err = run("tune", *model, *(names.get(word, word) for word in arguments.split()))
     assert (code, out) == (1, "")
     assert message in err.splitlines()[-1]
     assert not (tmp_path / "out" / "log.jsonl").exists()
@@ -281,10 +306,9 @@ def test_two_processes_in_one_folder(models, texts, tmp_path):
     from gemkit.errors import TrainingError
     from gemkit.train.run import Run
 
-    asked = experiment.set_fields(
-        experiment.Experiment("pretrain"),
-        [f"model.name={models / 'random'}", f"data.train={texts}", "data.max_length=64"],
-    )
-    with Run.start(asked, tmp_path / "out") as one, one._alone(), Run.start(asked, tmp_path / "out") as other:
-        with pytest.raises(TrainingError, match="another process is training in"):
+    named = [f"model.name={models / 'random'}", f"data.train={texts}", "data.max_length=64"]
+    asked = experiment.set_fields(experiment.Experiment("pretrain"), named)
+    with Run.start(asked, tmp_path / "out") as one, Run.start(asked, tmp_path / "out") as other, one._alone():
+        refused = pytest.raises(TrainingError, match="another process is training in")
+        with refused:
             other.train()

@@ -13,8 +13,9 @@ import gemkit
 from gemkit import family, ops, text
 from gemkit.generate import Chunk, sample
 from gemkit.generate.sampler import GREEDY, token_logprob
+from gemkit.train import objectives
 from gemkit.train.experiment import Experiment, to_tables
-from gemkit.weights.checkpoint import find
+from gemkit.weights.checkpoint import SCORE, find
 from gemkit.weights.maps import name_map
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +120,7 @@ def _published() -> Iterator[str]:
     ours = [name for name, _ in family.parameters(MEMBER)]
     yield from ours
     yield "lm_head.weight"
+    yield SCORE
     for name in ours:
         path = name.removesuffix(".weight")
         yield path
@@ -129,7 +131,7 @@ def _published() -> Iterator[str]:
 
 
 PARAMETERS = set(_published())
-FIELDS = set(_fields(to_tables(Experiment())))
+FIELDS = {*_fields(to_tables(Experiment())), *(f"options.{name}" for name in objectives._MODELS.values())}
 VERBS = make_tables.parsers()
 
 

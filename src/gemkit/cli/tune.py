@@ -14,12 +14,14 @@ from gemkit.train.experiment import OBJECTIVES, Experiment
 
 if TYPE_CHECKING:
     from gemkit.train import trainer
+    from gemkit.train.run import Run
 
 _EXAMPLES = """\
   gemkit tune sft --data answers.jsonl --lora 8 -o runs/first
   gemkit tune sft --data answers.jsonl --held-out others.jsonl --lora 8 --set optimizer.learning_rate=1e-4 -o runs/b
   gemkit tune dpo -m gemma-2-2b-it --data pairs.jsonl --lora 16 --plan
   gemkit tune pretrain --config tiny.toml --data texts/ -o runs/tiny
+  gemkit tune rl --data sums.jsonl --reward my_rewards:correct --lora 8 -o runs/sums
   gemkit tune --resume runs/first
   gemkit chat -m runs/first"""
 
@@ -37,6 +39,7 @@ _FIELDS = {  # an option and the field that it sets
     "device": "model.device",
     "weights": "model.weights",
     "seed": "seed",
+    "teacher": "options.teacher",
 }
 
 
@@ -56,10 +59,18 @@ def add(subparsers: Any) -> None:
     group.add_argument("--epochs", type=float, metavar="X", help="passes over the data (default: 1)")
     group.add_argument("--lr", type=float, metavar="X", help="highest learning rate (default: as published)")
     group.add_argument("--batch-size", type=int, metavar="N", help="examples a step (default: 8)")
-    group.add_argument("--max-length", type=int, metavar="N", help="tokens of an example at most (default: 1024)")
+    group.add_argument(
+        "--max-length", type=int, metavar="N", help="tokens of an example at most (default: 1024, if it can)"
+    )
     group.add_argument("--dtype", metavar="TYPE", help="bfloat16 or float32 (default: the file's own)")
     group.add_argument("--device", metavar="NAME", help="a torch device (default: cpu)")
     group.add_argument("--weights", choices=("int8", "int4"), help="with --lora: quantize what is not trained")
+    group.add_argument("--teacher", metavar="MODEL", help="distill: what to learn from")
+    group.add_argument(
+        "--reward",
+        metavar="MODEL",
+        help="rl: a reward model, or module:function of yours, which is then imported",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="of everything that is drawn (default: 0)")
     group.add_argument(
         "--set",
@@ -69,9 +80,6 @@ def add(subparsers: Any) -> None:
         help="any field of the experiment, such as step.max_tokens=4096 or options.beta=0.2 (repeatable)",
     )
     group.add_argument("--force", action="store_true", help="with --resume: although model, data or settings changed")
-    group.add_argument(
-        "--reward", metavar="MODULE:FUNCTION", help="rl: a function of yours, reward(prompt, answer, record) -> float"
-    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
@@ -82,44 +90,34 @@ def experiment(args: argparse.Namespace) -> Experiment:
     """What the command line asks for: the file, then the options, then --set."""
     made = Experiment() if args.config is None else settings.read(args.config)
     given = [] if args.objective is None else [("objective", args.objective)]
-    return settings.set_fields(settings.with_fields(made, [*given, *_given(args)]), args.set)
+    return _changed(settings.with_fields(made, given), args)
+
+
+def _changed(made: Experiment, args: argparse.Namespace) -> Experiment:
+    return settings.set_fields(settings.with_fields(made, _given(args)), args.set)
 
 
 def _given(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    return [(field, getattr(args, name)) for name, field in _FIELDS.items() if getattr(args, name) is not None]
+    given = [(field, getattr(args, name)) for name, field in _FIELDS.items() if getattr(args, name) is not None]
+    if args.reward is not None and not _is_function(args.reward):
+        given.append(("options.reward", args.reward))
+    return given
+
+
+def _is_function(reward: str | None) -> bool:
+    return reward is not None and ":" in reward and "/" not in reward
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.resume is None:
-        asked = experiment(args)
-        if args.output is None and not args.plan:
-            raise ConfigError("-o FOLDER: where the run is kept")
-    elif args.objective or args.config or args.output:
-        raise ConfigError(f"--resume {args.resume} goes on with what is in the folder; --set FIELD=VALUE changes it")
-    from gemkit.train.run import Run
-
-    if args.resume is not None:
-        opened = Run.resume(
-            args.resume, lambda kept: settings.set_fields(settings.with_fields(kept, _given(args)), args.set)
-        )
-    else:
-        opened = Run.start(asked, args.output)
-    with opened as the_run:
-        if args.reward is not None:
-            _judge(the_run, args.reward)
+    with _opened(args) as the_run:
         if args.plan:
             return _plan(args, the_run)
-        talk = (lambda _: None) if args.quiet else _Talk()
+        talk = _Talk(quiet=args.quiet)
         with Progress(enabled=not args.quiet) as progress:
             outcome = the_run.train(
-                go_on=args.resume is not None,
-                force=args.force,
-                on_step=talk.step if isinstance(talk, _Talk) else talk,
-                say=talk,
-                progress=progress,
+                go_on=args.resume is not None, force=args.force, on_step=talk.step, say=talk.line, progress=progress
             )
-        if isinstance(talk, _Talk):
-            talk.close()
+        talk.close()
         folder = str(the_run.folder)
         if args.json:
             print_json({"folder": folder, **asdict(outcome)})
@@ -130,16 +128,31 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _judge(the_run: Any, name: str) -> None:
-    """Let a function judge. It is named here alone, for naming it runs its module; a file never does."""
-    from gemkit.train.objectives import judges
+def _opened(args: argparse.Namespace) -> Run:
+    """The run that is asked for, its files open and nothing loaded."""
+    if args.resume is not None:
+        if args.objective or args.config or args.output:
+            raise ConfigError(
+                f"--resume {args.resume} goes on with what is in the folder; --set FIELD=VALUE changes it"
+            )
+        from gemkit.train.run import Run
 
-    if the_run.objective.name != "rl":
-        raise ConfigError(f"--reward {name} is for rl; {the_run.objective.name} learns from its records alone")
-    the_run.objective.judge = judges.function(name)
+        opened = Run.resume(args.resume, lambda kept: _changed(kept, args))
+    else:
+        asked = experiment(args)
+        if args.output is None and not args.plan:
+            raise ConfigError("-o FOLDER: where the run is kept")
+        from gemkit.train.run import Run
+
+        opened = Run.start(asked, args.output)
+    if _is_function(args.reward):  # code is named at the command line alone, never by a file
+        from gemkit.train.objectives import judges
+
+        opened.judge(judges.function(args.reward))
+    return opened
 
 
-def _plan(args: argparse.Namespace, the_run: Any) -> int:
+def _plan(args: argparse.Namespace, the_run: Run) -> int:
     from gemkit.weights.load import available_memory
 
     plan, rate, available = the_run.plan(), the_run.rate(), available_memory()
@@ -155,19 +168,20 @@ def _plan(args: argparse.Namespace, the_run: Any) -> int:
 class _Talk:
     """One line that is rewritten on a terminal, plain lines in a file."""
 
-    def __init__(self) -> None:
-        self._on_terminal, self._shown = sys.stderr.isatty(), False
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet, self._on_terminal, self._shown = quiet, sys.stderr.isatty(), False
 
     def step(self, progress: trainer.Progress) -> None:
-        if self._on_terminal:
+        if self._on_terminal and not self._quiet:
             rewrite(str(progress))
             self._shown = True
         else:
-            say(str(progress))
+            self.line(str(progress))
 
-    def __call__(self, line: str) -> None:
+    def line(self, text: str) -> None:
         self.close()
-        say(line)
+        if not self._quiet:
+            say(text)
 
     def close(self) -> None:
         """Leave the terminal at the beginning of a line, under the last step."""

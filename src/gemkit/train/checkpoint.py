@@ -168,8 +168,14 @@ class Checkpoints:
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether all of its numbers are. The sum of finite numbers in float64 is, and a sum takes no memory."""
-    return not value.is_floating_point() or math.isfinite(value.detach().sum(dtype=torch.float64).item())
+    """Whether all of its numbers are: then their sum in float64 is, and only then."""
+    return not value.is_floating_point() or math.isfinite(sum(part.sum().item() for part in wide_parts(value)))
+
+
+def wide_parts(value: Tensor) -> Iterator[Tensor]:
+    """Its numbers in float64, some at a time: all at once would be twice a model in float32."""
+    for part in value.detach().reshape(-1).split(1 << 22):
+        yield part.double()
 
 
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -52,7 +52,7 @@ class Data:
     train: str = ""  # .jsonl or .parquet, or hub:owner/name
     held_out: str = ""  # the same, never trained on
     form: str = ""  # "text", "chat", ...; empty: as the records show
-    max_length: int = 1024  # tokens of an example at most
+    max_length: int = 0  # tokens of an example at most; 0: 1024, or what the model was trained to see if that is less
     batch_size: int = 8  # examples (pairs, prompts) a step
     batch_tokens: int = 0  # tokens a step instead; 0: count examples
     on_bad: Literal["error", "skip"] = "error"  # about a broken record; more than 1 % of them are never skipped
@@ -138,7 +138,7 @@ class Experiment:
             "steps": (self.steps, 0),
             "epochs": (self.epochs, 0),
             "seed": (self.seed, 0),
-            "data.max_length": (self.data.max_length, 2),
+            "data.max_length": (self.data.max_length, 0),
             "data.batch_size": (self.data.batch_size, 1),
             "data.batch_tokens": (self.data.batch_tokens, 0),
             "lora.rank": (self.lora.rank, 0),

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from gemkit.errors import ConfigError, TrainingError
 from gemkit.train import experiment
+from gemkit.train.checkpoint import wide_parts
 
 KIND = "adamw/1"  # what wrote a state; another cannot go on with it
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -99,8 +100,7 @@ class Optimizer:
 
     def norm(self) -> float:
         """The length of all gradients as one vector. It is not finite if any of them is not."""
-        squares = [torch.linalg.vector_norm(grad, dtype=torch.float64) ** 2 for grad in self.gradients().values()]
-        return float(torch.stack([square.cpu() for square in squares]).sum().sqrt()) if squares else 0.0
+        return math.sqrt(sum(part.dot(part).item() for grad in self.gradients().values() for part in wide_parts(grad)))
 
     @torch.no_grad()
     def step(self, step: int, norm: float) -> float:

@@ -29,11 +29,11 @@ from gemkit.inspect.units import exact, memory
 from gemkit.nn import Batch, Decoder, PaliGemma, build
 from gemkit.train.experiment import Experiment
 from gemkit.train.trainer import blocks_again
-from gemkit.train.vocabulary import extra_bytes
+from gemkit.train.vocabulary import _CHUNK, extra_bytes
 
-# What memory is asked for over what is in use at the highest moment: malloc keeps freed pieces for later ones of their
-# size. Measured, see docs/training.md.
-_SLACK = 1.05
+# Memory that is taken over what is in use at the highest moment: malloc keeps freed pieces for later ones of their
+# size. Measured with the starter model, see docs/training.md.
+_SLACK = 1.08
 # Time of a whole step over that of its products alone, at the rate that a product of its size is measured with.
 _OVERHEAD = 1.4
 
@@ -59,9 +59,14 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        """Bytes at the highest moment."""
-        held = self.weights + self.gradients + self.optimizer
-        return int((held + max(self.activations, self.loss)) * _SLACK) + self.process
+        """Bytes at the highest moment: at the head, or on the way back, when the gradients come to be. A step in parts
+        has them from the second part on."""
+        held = self.weights + self.optimizer
+        if self.tokens_per_step > self.tokens:
+            working = self.gradients + max(self.activations, self.loss)
+        else:
+            working = max(self.loss, self.activations + self.gradients)
+        return int((held + working) * _SLACK) + self.process
 
     def seconds(self, rate: float) -> float:
         """Of a step, on a machine of so many operations a second."""
@@ -112,15 +117,13 @@ def predict(
     tokens = longest * sequences
     with fake:
         module, (trained, bytes_trained, bytes_masters, bytes_all) = seen
-        batch, pixels = _batch(sequences, longest, vision, dtype)
-        with blocks_again(module, checkpointing), _Meter() as meter:
-            x_TD = module.hidden(batch, None, torch.arange(tokens), pixels)
-            kept = meter.now
-            if x_TD.requires_grad:
-                x_TD.backward(torch.zeros_like(x_TD))
+        with blocks_again(module, checkpointing):
+            peak, kept, flops = _computed(module, sequences, longest, dtype)
     counts = sum(math.prod(shape) for _, shape in family.parameters(decoder, vision))
     table_trained = any(name.endswith("embed_tokens.weight") for name in trained)
     head = extra_bytes(tokens, decoder.vocab_size, decoder.width, itemsize=dtype.itemsize, table=table_trained)
+    if stored is not None:  # the logits and their gradients of a chunk are not made in place then
+        head += 3 * min(tokens * decoder.vocab_size, _CHUNK) * 4
     own = bytes_all if stored is None else stored + bytes_trained
     head_flops = (6 if table_trained else 4) * tokens * decoder.width * decoder.vocab_size
     return Plan(
@@ -129,12 +132,12 @@ def predict(
         weights=own + (models - 1) * (bytes_all if stored is None else stored),
         gradients=4 * sum(trained.values()),
         optimizer=8 * sum(trained.values()) + bytes_masters,
-        activations=meter.peak,
-        loss=kept + head,
+        activations=int(peak),
+        loss=int(kept) + head,
         process=_process_bytes(),
         tokens=tokens,
         tokens_per_step=per_step,
-        flops=(meter.flops + head_flops) * per_step / tokens * (1 + (models - 1) / 3),
+        flops=(flops + head_flops) * per_step / tokens * (1 + (models - 1) / 3),
         checkpointing=checkpointing,
     )
 
@@ -232,6 +235,24 @@ def _fake(decoder: family.Decoder, vision: family.Vision | None, prepare: Prepar
     return mode, (module, (trained, bytes_trained, bytes_masters, bytes_all))
 
 
+def _computed(module: Any, sequences: int, length: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Bytes at the highest moment, bytes kept for the gradient, and operations, of sequences forward and back.
+
+    More than two are not computed: each takes what the second takes besides the first.
+    """
+    if sequences > 2:
+        one, two = (_computed(module, count, length, dtype) for count in (1, 2))
+        first, *others = (a + (sequences - 1) * (b - a) for a, b in zip(one, two, strict=True))
+        return first, others[0], others[1]
+    batch, pixels = _batch(sequences, length, module.vision, dtype)
+    with _Meter() as meter:
+        x_TD = module.hidden(batch, None, torch.arange(sequences * length), pixels)
+        kept = meter.now
+        if x_TD.requires_grad:
+            x_TD.backward(torch.zeros_like(x_TD))
+    return meter.peak, kept, meter.flops
+
+
 def _forget(parameter: Tensor) -> None:
     parameter.grad = None
 
@@ -297,19 +318,22 @@ class _Meter(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            self._count(value, new=False)  # a weight that was there before: a view of it, such as its transpose, is too
         out = func(*args, **(kwargs or {}))
         self.flops += _flops(func, args, out)
         for value in tree_leaves(out):
-            if isinstance(value, Tensor):
-                self._count(value)
+            self._count(value, new=True)
         return out
 
-    def _count(self, value: Tensor) -> None:
+    def _count(self, value: Any, *, new: bool) -> None:
+        if not isinstance(value, Tensor):
+            return
         storage = value.untyped_storage()
         key = storage._cdata
         if key not in self._alive:
-            self._alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
+            self._alive[key] = storage.nbytes() if new else 0
+            self.now += self._alive[key]
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._free, key)
 

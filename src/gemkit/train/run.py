@@ -45,6 +45,8 @@ from gemkit.train.data import Data, Steps, open_data
 from gemkit.train.experiment import Experiment
 from gemkit.train.initialise import new_module
 from gemkit.train.objective import Objective
+from gemkit.train.objectives import judges
+from gemkit.train.objectives.rl import Grpo
 from gemkit.train.plan import Plan, choose, flops_per_second, predict
 from gemkit.train.rows import Unit
 from gemkit.train.trainer import Outcome, Progress, Trainer
@@ -53,6 +55,7 @@ from gemkit.weights.checkpoint import Checkpoint, find
 from gemkit.weights.load import available_memory, load_module
 from gemkit.weights.save import save_hf
 
+MAX_LENGTH = 1024
 EXPERIMENT, LOCK = "experiment.toml", ".lock"
 _SAMPLE = 1 << 20  # bytes from the beginning and the end of a file of weights, by which it is known again
 _DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -103,6 +106,9 @@ class Run:
             held_out = None
             if experiment.data.held_out:
                 held_out = open_data(experiment.data.held_out, experiment.data.form or None, experiment.data.on_bad)
+            if not experiment.data.max_length:
+                longest = min(MAX_LENGTH, decoder.max_context)
+                experiment = replace(experiment, data=replace(experiment.data, max_length=longest))
             if experiment.data.max_length > decoder.max_context:
                 raise ConfigError(
                     f"data.max_length={experiment.data.max_length} is beyond the {decoder.max_context} tokens that "
@@ -190,6 +196,16 @@ class Run:
             return None
         return sum(entry.nbytes for entry in entries)
 
+    def judge(self, function: judges.Judge) -> None:
+        """Let a function of yours say how good an answer is.
+
+        Raises:
+            ConfigError: if nothing is judged here.
+        """
+        if not isinstance(self.objective, Grpo):
+            raise ConfigError(f"{self.objective.name} judges no answers: a reward is for rl")
+        self.objective.judge = function
+
     def rate(self) -> float:
         """Operations that this machine does in a second, measured for a moment."""
         return flops_per_second(self.decoder, self.experiment.step.max_tokens, self.dtype, self.experiment.model.device)
@@ -265,7 +281,10 @@ class Run:
         if self.folder is None:
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"{self.folder} cannot be the folder of a run: {error.strerror}") from error
         with open(self.folder / LOCK, "w", encoding="ascii") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

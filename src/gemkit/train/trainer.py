@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.utils import deterministic as _deterministic
 
 from gemkit.errors import NoSpaceError, TrainingError
 from gemkit.inspect import curves
@@ -47,8 +48,8 @@ class Source(Protocol):
         """The position after the step that was handed out last, for JSON."""
         ...
 
-    def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
+    def resume(self, state: Mapping[str, Any], *, force: bool = False) -> None:
+        """Go on from there; with `force` even if the data is another."""
         ...
 
 
@@ -366,7 +367,7 @@ class Trainer:
         for name, value in saved.weights.items():
             mine[name].copy_(value)
         self.optimizer.resume(saved.optimizer)
-        self.source.resume(state["data"])
+        self.source.resume(state["data"], force=force)
         self.step, self._skipped = saved.step, int(state.get("skipped", 0))
         self.log.cut(saved.step)
 
@@ -422,17 +423,17 @@ def seeded(seed: int, step: int, purpose: int = 0) -> None:
 def _settings(experiment: Experiment) -> Iterator[None]:
     """Threads and algorithms, on which the last bit of a sum depends, as they are for the run alone."""
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = deterministic.fill_uninitialized_memory
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
     torch.set_num_threads(experiment.step.threads or threads)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would write all new memory twice
+    deterministic.fill_uninitialized_memory = False  # it would write all new memory twice
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(strict)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        deterministic.fill_uninitialized_memory = filled
 
 
 def blocks(model: Any) -> list[Module]:
@@ -542,6 +543,7 @@ def curve(entries: Sequence[Mapping[str, Any]], title: str) -> str | None:
     return curves.draw(panels, title=title, x_label="steps", notes=notes, logarithmic=False)
 
 
+deterministic: Any = _deterministic  # a module whose one setting torch's stubs do not know
 POINTS = 400  # of a curve: a picture is no wider
 
 

@@ -94,3 +94,24 @@ def test_too_many_or_no_curves_are_refused():
         drawn(*(Curve(name, [(1, 1)]) for name in "abcde"))
     with pytest.raises(ConfigError, match="0 points"):
         drawn(Curve("a", []))
+
+
+def test_a_straight_axis_begins_at_zero_with_round_ticks():
+    """Of x and of y, the latter around the values: 0 to 100 steps, losses from 2.1 to 2.9."""
+    panel = Panel("loss", [Curve("a", [(1, 2.9), (50, 2.5), (97, 2.1)])], lambda y: f"{y:g}", from_zero=False)
+    root = ET.fromstring(draw([panel], title="t", x_label="steps", logarithmic=False))
+    (line,) = lines(root)
+    (x0, y0), (x1, y1), (x2, y2) = line
+    assert (x1 - x0) / (x2 - x1) == pytest.approx(49 / 47, rel=0.01)  # written to a tenth of a unit
+    assert y1 - y0 == pytest.approx(y2 - y1, abs=0.2)
+    assert {"0", "20", "100", "2", "2.2", "3"} <= set(texts(root))
+    below = Panel("loss", [Curve("a", [(0, -1.5), (5, 0.5)])], lambda y: f"{y:g}", from_zero=False)
+    assert {"-1.5", "0.5"} <= set(texts(ET.fromstring(draw([below], title="t", x_label="", logarithmic=False))))
+
+
+def test_long_curves_are_lines_without_marks():
+    curve = Curve("a", [(x, x) for x in range(1, 100)])
+    panel = Panel("loss", [curve], lambda y: f"{y:g}")
+    root = ET.fromstring(draw([panel], title="t", x_label="steps", logarithmic=False))
+    assert [len(line) for line in lines(root)] == [99]
+    assert len([*root.iter(f"{SVG}circle")]) == 1  # of the legend
