@@ -429,7 +429,7 @@ class Gemma:
     @property
     def is_reward_model(self) -> bool:
         """Whether it has a head of one number, `score`, that `gemkit tune reward` trains."""
-        if isinstance(self.executor, Native):
+        if isinstance(self.executor, Native) and self._following is None:  # its modules were never opened
             return self._scored
         return self.module.score is not None
 

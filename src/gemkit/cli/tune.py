@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from gemkit.cli.common import Progress, print_json, rewrite, say, verb
 from gemkit.errors import ConfigError
-from gemkit.train import experiment as settings
-from gemkit.train.experiment import OBJECTIVES, Experiment
+from gemkit.train import OBJECTIVES
 
 if TYPE_CHECKING:
     from gemkit.train import trainer
+    from gemkit.train.experiment import Experiment
     from gemkit.train.run import Run
 
 _EXAMPLES = """\
@@ -22,8 +22,7 @@ _EXAMPLES = """\
   gemkit tune dpo -m gemma-2-2b-it --data pairs.jsonl --lora 16 --plan
   gemkit tune pretrain --config tiny.toml --data texts/ -o runs/tiny
   gemkit tune rl --data sums.jsonl --reward my_rewards:correct --lora 8 -o runs/sums
-  gemkit tune --resume runs/first
-  gemkit chat -m runs/first"""
+  gemkit tune --resume runs/first"""
 
 _FIELDS = {  # an option and the field that it sets
     "model": "model.name",
@@ -88,12 +87,16 @@ def add(subparsers: Any) -> None:
 
 def experiment(args: argparse.Namespace) -> Experiment:
     """What the command line asks for: the file, then the options, then --set."""
-    made = Experiment() if args.config is None else settings.read(args.config)
+    from gemkit.train import experiment as settings
+
+    made = settings.Experiment() if args.config is None else settings.read(args.config)
     given = [] if args.objective is None else [("objective", args.objective)]
     return _changed(settings.with_fields(made, given), args)
 
 
 def _changed(made: Experiment, args: argparse.Namespace) -> Experiment:
+    from gemkit.train import experiment as settings
+
     return settings.set_fields(settings.with_fields(made, _given(args)), args.set)
 
 
@@ -110,6 +113,10 @@ def _is_function(reward: str | None) -> bool:
 
 def run(args: argparse.Namespace) -> int:
     with _opened(args) as the_run:
+        if _is_function(args.reward):  # code is named at the command line alone, never by a file
+            from gemkit.train.objectives import judges
+
+            the_run.judge(judges.function(args.reward))
         if args.plan:
             return _plan(args, the_run)
         talk = _Talk(quiet=args.quiet)
@@ -137,19 +144,13 @@ def _opened(args: argparse.Namespace) -> Run:
             )
         from gemkit.train.run import Run
 
-        opened = Run.resume(args.resume, lambda kept: _changed(kept, args))
-    else:
-        asked = experiment(args)
-        if args.output is None and not args.plan:
-            raise ConfigError("-o FOLDER: where the run is kept")
-        from gemkit.train.run import Run
+        return Run.resume(args.resume, lambda kept: _changed(kept, args))
+    asked = experiment(args)
+    if args.output is None and not args.plan:
+        raise ConfigError("-o FOLDER: where the run is kept")
+    from gemkit.train.run import Run
 
-        opened = Run.start(asked, args.output)
-    if _is_function(args.reward):  # code is named at the command line alone, never by a file
-        from gemkit.train.objectives import judges
-
-        opened.judge(judges.function(args.reward))
-    return opened
+    return Run.start(asked, args.output)
 
 
 def _plan(args: argparse.Namespace, the_run: Run) -> int:

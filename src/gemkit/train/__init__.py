@@ -7,3 +7,5 @@ adapters, `trainer.py` the loop and `checkpoint.py` what survives its being kill
 What may not be here: a second forward pass (models are computed by `nn`), a second loop that generates (answers come
 from `generate`), padding.
 """
+
+OBJECTIVES = ("sft", "pretrain", "infill", "distill", "dpo", "reward", "rl")  # what can be learned, by name

@@ -27,8 +27,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gemkit.errors import ConfigError, nearest
 from gemkit.family import Decoder, Global, Layer, Recurrent, Sliding, Vision, get, repeat
+from gemkit.train import OBJECTIVES
 
-OBJECTIVES = ("sft", "pretrain", "infill", "distill", "dpo", "reward", "rl")
 Decay = Literal["constant", "cosine", "linear", "rsqrt"]
 
 

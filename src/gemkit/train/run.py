@@ -38,8 +38,8 @@ from gemkit.nn import Decoder, PaliGemma
 from gemkit.program.eager import Eager
 from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import IMAGE
+from gemkit.train import OBJECTIVES, lora, objectives
 from gemkit.train import experiment as settings
-from gemkit.train import lora, objectives
 from gemkit.train.checkpoint import Checkpoints, Saved, replace_bytes
 from gemkit.train.data import Data, Steps, open_data
 from gemkit.train.experiment import Experiment
@@ -87,7 +87,7 @@ class Run:
             GemkitError: one of its kinds, before anything is loaded.
         """
         if not experiment.objective:
-            raise ConfigError(f"no objective: one of {', '.join(settings.OBJECTIVES)}")
+            raise ConfigError(f"no objective: one of {', '.join(OBJECTIVES)}")
         if not experiment.data.train:
             raise ConfigError("no data.train: a file of examples, as --data FILE")
         checkpoint, tokenizer, label = None, None, "a new model"

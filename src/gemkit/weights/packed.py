@@ -171,7 +171,8 @@ class Following:
 
     A change is what torch counts as one: an operation in place, such as an optimizer's step or `load_state_dict`,
     another tensor in a weight's place, an adapter more, less or of another strength. What is written through `.data`
-    or a NumPy array of the same memory is not counted, and not seen.
+    or a NumPy array of the same memory is not counted, and not seen; nor is anything in weights that were opened in
+    torch's inference mode, which can only be replaced.
     """
 
     def __init__(self, module: Any, native: Native):
@@ -220,7 +221,7 @@ def _stamps(module: Any) -> dict[str, Any]:
         held |= {leaf: value for leaf, value in vars(owner).items() if isinstance(value, Quantized)}
         for leaf, value in held.items():
             tensors = value.planes.values() if isinstance(value, Quantized) else (value,)
-            stamps[f"{path}.{leaf}"] = _Same(value), sum(tensor._version for tensor in tensors)
+            stamps[f"{path}.{leaf}"] = _Same(value), sum(t._version for t in tensors if not t.is_inference())
         if isinstance(owner, Adapter):
             stamps[path] = owner.factor
     return stamps

@@ -363,7 +363,7 @@ def test_a_function_is_found_by_its_name():
 
 
 def test_every_objective_that_an_experiment_can_name_is_made():
-    from gemkit.train.experiment import OBJECTIVES
+    from gemkit.train import OBJECTIVES
 
     for name in OBJECTIVES:
         made = objectives.make(Experiment(objective=name), WORDS, None, "text")
