@@ -5,9 +5,11 @@ A recipe uses the public package alone. What is here would be of no use to anybo
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import sysconfig
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -119,16 +121,19 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def library_files() -> list[Path]:
-    """The Python standard library's own files, without its tests and what other tools generated in it."""
+    """The Python standard library's own files, its tests with them where they are installed."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data", "encodings", "__pycache__"}
+    left_out = {"site-packages", "pydoc_data", "encodings", "__pycache__"}  # others' own, and tables
     found = [path for path in root.rglob("*.py") if not left_out & set(path.relative_to(root).parts)]
-    return sorted(path for path in found if _is_utf8(path))
+    return sorted(path for path in found if _is_module(path))
 
 
-def _is_utf8(path: Path) -> bool:
+def _is_module(path: Path) -> bool:
+    """Some test files are broken on purpose."""
     try:
-        path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)
+            ast.parse(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, SyntaxError, ValueError):
         return False
     return True
