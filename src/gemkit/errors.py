@@ -7,9 +7,12 @@
     ├── WeightsError        a checkpoint that is truncated, corrupt, of another layout or of another model
     │   └── AccessError     weights that exist but cannot be had: gated, offline, no network
     ├── TextError           text that cannot be encoded; a conversation or an infilling request that makes no prompt
+    ├── DataError           a file of training examples that is broken, or a record that has not the form of the others
     ├── ImageError          a picture that cannot be read, or what was found in one and contradicts it
     ├── ContextError        more tokens than the model was trained to see
     ├── StateError          a state used with another model, out of order, or rolled back too far
+    ├── TrainingError       a run that cannot go on: a loss that is not finite, a checkpoint of another run
+    │   └── NoSpaceError        a checkpoint that does not fit on the disk; the run itself can go on
     └── MissingExtraError   an optional part of gemkit that is not installed
 
 Messages name the thing, the value and the way out. The command line prints the message and exits with 1.
@@ -49,6 +52,10 @@ class TextError(GemkitError, ValueError):
     """Text that cannot be encoded, or messages that do not make a prompt."""
 
 
+class DataError(GemkitError, ValueError):
+    """A file of training examples that is broken, or a record of one that has not the form of the others."""
+
+
 class ImageError(GemkitError, ValueError):
     """A picture that cannot be read (damaged, of another format, beyond a limit), or something found in one that
     contradicts it."""
@@ -60,6 +67,15 @@ class ContextError(GemkitError, ValueError):
 
 class StateError(GemkitError):
     """A state used with another model, out of order, or rolled back too far."""
+
+
+class TrainingError(GemkitError):
+    """A run that cannot go on: a loss or a gradient that is not finite, a checkpoint that is damaged or of another
+    run."""
+
+
+class NoSpaceError(TrainingError):
+    """A checkpoint that does not fit on the disk. What was there before is untouched, and the run can go on."""
 
 
 class MissingExtraError(GemkitError, ImportError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -30,7 +31,7 @@ from gemkit.program.native import Native
 from gemkit.sight import Sight
 from gemkit.text import Prompt, Tokenizer, tasks
 from gemkit.text.tasks import CaptionStyle
-from gemkit.weights.checkpoint import Checkpoint, find, open_path
+from gemkit.weights.checkpoint import Checkpoint, find, open_path, with_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from gemkit.nn import Decoder, PaliGemma
     from gemkit.nn.mask_decoder import MaskDecoder
     from gemkit.program.eager import Eager
+    from gemkit.train.lora import Account, Rule
     from gemkit.weights.quantize import Weights
     from gemkit.weights.report import Report
 
@@ -78,12 +80,14 @@ def load(
     quantized: bool = True,
     weights: Weights | None = None,
     calibrate: bool | str = True,
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     progress: Callable[[int, int], Any] | None = None,
 ) -> Gemma:
     """A model, ready to run.
 
     Args:
-        name: a member ("gemma-2-2b-it"), a hub id, a folder, a .gguf or .ckpt file; None: the starter model.
+        name: a member ("gemma-2-2b-it"), a hub id, a folder, a .gguf or .ckpt file; None: the starter model. The folder
+            of an adapter opens what it was trained on, with it.
         device: any torch device.
         dtype: "bfloat16" or "float32". None: bfloat16 where the file has it, else float32.
         executor: what computes it: "native" (C++, on a CPU), or "torch" (any device, any dtype). "auto" takes native
@@ -92,6 +96,7 @@ def load(
         weights: "int8" or "int4" quantizes them on the way; those that are stored in no more bits stay as they are.
         calibrate: int4 is rounded by what the model computes from a text of ours (True), which takes a while, or from
             this text; False rounds each weight by itself, at once and worse.
+        adapter: the folder of one in PEFT's layout, or several, which all add to what the model computes.
         progress: is called with (bytes read, bytes in all).
 
     Raises:
@@ -99,11 +104,13 @@ def load(
     """
     if executor not in ("auto", "native", "torch"):
         raise ConfigError(f"executor={executor!r} is not one of auto, native, torch")
-    only_torch = _only_torch(device, dtype, quantized or weights is not None)
+    asked = (adapter,) if isinstance(adapter, str | os.PathLike) else tuple(adapter)
     how: dict[str, Any] = {"quantized": quantized, "weights": weights, "calibrate": calibrate}
-    if executor == "native" and only_torch:
-        raise ConfigError(f"executor='native' cannot do {only_torch}: use executor='torch'")
     with find(name) as checkpoint:
+        adapters = (*checkpoint.adapters, *map(Path, asked))
+        only_torch = _only_torch(device, dtype, quantized or weights is not None, adapters)
+        if executor == "native" and only_torch:
+            raise ConfigError(f"executor='native' cannot do {only_torch}: use executor='torch'")
         if executor == "native" or (executor == "auto" and not only_torch and native.available()[0]):
             from gemkit.weights.packed import load_native
 
@@ -114,10 +121,13 @@ def load(
 
         _check_device(device)
         module, report = load_module(checkpoint, dtype=dtype, device=device, **how, progress=progress)
-        return Gemma(checkpoint, Eager(module), report, how)
+        model = Gemma(checkpoint, Eager(module), report, how)
+        for folder in adapters:
+            report.notes.append(str(model.load_adapter(folder)))
+        return model
 
 
-def _only_torch(device: str, dtype: Any, quantized: bool) -> str:
+def _only_torch(device: str, dtype: Any, quantized: bool, adapters: Sequence[Path]) -> str:
     """What is asked for that only the torch executor has; empty: nothing."""
     asked = []
     if device != "cpu":
@@ -126,6 +136,7 @@ def _only_torch(device: str, dtype: Any, quantized: bool) -> str:
         asked.append(f"dtype={str(dtype).removeprefix('torch.')}")
     if not quantized:
         asked.append("quantized=False")
+    asked += [f"adapter={str(folder)!r}" for folder in adapters]
     return ", ".join(asked)
 
 
@@ -153,6 +164,7 @@ class Gemma:
         self.report = report
         self.executor: Any = executor
         self._path, self._how = checkpoint.path, how  # to open its modules when they are asked for
+        self._base = checkpoint.name  # what opens it again
 
     def __repr__(self) -> str:
         return f"Gemma({self.label!r})"
@@ -178,6 +190,101 @@ class Gemma:
         from gemkit.program.eager import Eager
 
         self.executor = Eager(self.module)
+
+    # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────
+    #
+    # An adapter is a small change beside the weights, and all that is trained (`train.lora`). From the first on, torch
+    # computes the model.
+
+    def enable_lora(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        targets: str | Sequence[str] | None = None,
+        *,
+        rule: Rule = "lora",
+        dropout: float = 0.0,
+        name: str = "default",
+        seed: int = 0,
+        quiet: bool = False,
+    ) -> Account:
+        """Put new adapters beside the weights, and freeze everything else; `train.lora.enable_lora` has the details.
+
+        Says on stderr, unless `quiet`, what was matched and how many parameters are trained.
+        """
+        from gemkit.train import lora
+
+        told = lora.enable_lora(self.module, rank, alpha, targets, rule=rule, dropout=dropout, name=name, seed=seed)
+        self.use_torch()
+        if not quiet:
+            print(told, file=sys.stderr)
+        return told
+
+    def load_adapter(
+        self, folder: str | os.PathLike[str], name: str | None = None, *, trainable: bool = False
+    ) -> Account:
+        """Put an adapter from a folder in PEFT's layout beside the weights.
+
+        Args:
+            name: None takes the folder's.
+            trainable: train it further, and freeze everything else.
+        """
+        from gemkit.train import lora
+
+        told = lora.attach(self.module, folder, name, trainable=trainable)
+        self.prompts = with_adapters(self.prompts, [Path(folder).expanduser()])
+        self.use_torch()
+        return told
+
+    def save_adapter(
+        self, folder: str | os.PathLike[str], name: str | None = None, *, data: Sequence[str] = ()
+    ) -> Path:
+        """Write an adapter to a new folder that PEFT and Transformers load, with a model card.
+
+        Args:
+            name: which, if there are several.
+            data: what it was trained on, for the card.
+        """
+        from gemkit.train import lora
+
+        return lora.save(self.module, folder, name, base=self._base, named=self._named, prompts=self.prompts, data=data)
+
+    def adapters(self) -> list[str]:
+        """Names of the adapters that there are, merged ones included."""
+        from gemkit.train import lora
+
+        return lora.names(self.module)
+
+    def scale_adapter(self, strength: float, name: str | None = None) -> None:
+        """Let an adapter count more or less than it was trained to: 1 is as it was, 0 is off."""
+        from gemkit.train import lora
+
+        lora.set_strength(self.module, strength, name)
+
+    def merge_adapters(self, name: str | None = None) -> list[str]:
+        """Add the adapters, or the one of this name, to the weights; their names."""
+        from gemkit.train import lora
+
+        return lora.merge(self.module, name)
+
+    def unmerge_adapters(self) -> list[str]:
+        """Take merged adapters out of the weights again, exactly; their names."""
+        from gemkit.train import lora
+
+        return lora.unmerge(self.module)
+
+    def remove_adapter(self, name: str | None = None) -> None:
+        """Take an adapter away."""
+        from gemkit.train import lora
+
+        lora.remove(self.module, name)
+
+    @property
+    def _named(self) -> str:
+        """What others know the base by: its hub id, or its place."""
+        if self._base is not None:
+            return self._base
+        return self.member.hub_id if self.member is not None else self.label
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -463,8 +570,16 @@ class Gemma:
             *self._images_line(),
             f"executor   {self.executor.name}: {self.executor.about()}",
         ]
+        lines += [f"adapter    {told}" for told in self._accounts()]
         lines += [f"note       {note}" for note in self.report.notes]
         return "\n".join(lines)
+
+    def _accounts(self) -> list[Account]:
+        if isinstance(self.executor, Native):
+            return []
+        from gemkit.train import lora
+
+        return [lora.account(self.module, name) for name in lora.names(self.module)]
 
     def _images_line(self) -> list[str]:
         if self.vision is None:
@@ -473,14 +588,39 @@ class Gemma:
         return [f"images     {size} x {size} pixels, {tokens:,} tokens each"]
 
     def save(
-        self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None, quantized: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        quantized: bool = False,
+        card: str | None = None,
     ) -> Path:
         """Write a folder that Transformers loads unchanged: quantized weights are made dense, exactly. With `quantized`
-        they are written as they are, which only gemkit reads."""
+        they are written as they are, which only gemkit reads.
+
+        Args:
+            card: its README.md. None: one that says what was merged, if something was.
+        """
+        from gemkit.train import lora
         from gemkit.weights.save import save_hf
 
+        module = self.module
+        inside = lora.merged(module)
+        if beside := [name for name in lora.names(module) if name not in inside]:
+            raise ConfigError(
+                f"{', '.join(beside)} stand beside the weights and would be lost: merge_adapters() first, or "
+                "save_adapter() to keep them apart"
+            )
+        if card is None and inside:
+            card = lora.merged_card(module, Path(folder).expanduser().resolve().name, self._named)
         return save_hf(
-            self.module, folder, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype, quantized=quantized
+            module,
+            folder,
+            tokenizer=self.tokenizer,
+            prompts=self.prompts,
+            dtype=dtype,
+            quantized=quantized,
+            card=card,
         )
 
     def warn_if_not_tuned_for_chat(self) -> None:

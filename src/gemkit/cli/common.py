@@ -53,6 +53,13 @@ def add_model(parser: argparse.ArgumentParser, *, runs: bool = True, images: boo
             choices=("int8", "int4"),
             help="quantize them on the way (int4 takes a while: `gemkit quantize`)",
         )
+        group.add_argument(
+            "--adapter",
+            action="append",
+            default=[],
+            metavar="DIR",
+            help="a LoRA in PEFT's layout beside the model (repeatable); -m DIR opens one with its base",
+        )
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = 256) -> None:
@@ -138,6 +145,7 @@ def load_model(args: argparse.Namespace, **options: Any) -> Gemma:
             executor=args.executor,
             quantized=not args.dequantize,
             weights=args.weights,
+            adapter=getattr(args, "adapter", ()),
             progress=progress,
             **options,
         )

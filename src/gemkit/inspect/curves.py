@@ -1,4 +1,4 @@
-"""Curves as an SVG file, written by hand: a few panels under one another over one logarithmic axis.
+"""Curves as an SVG file, written by hand: a few panels under one another over one axis, logarithmic or not.
 
 The file needs nothing: no script, no font of its own, no style sheet. Curves differ in colour and in the shape of
 their points, so that they can be told apart in grey, and each ends in its last value.
@@ -27,11 +27,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is on the y axis, its unit included, and the curves; the axis begins at 0."""
+    """What is on the y axis, its unit included, and the curves."""
 
     label: str
     curves: Sequence[Curve]
     written: Callable[[float], str]  # a value of the y axis as text
+    from_zero: bool = True  # where the axis begins; else it reaches around the values
 
 
 # blue and vermilion of Okabe and Ito's palette, which colour-blind readers tell apart, then its green and purple
@@ -40,23 +41,34 @@ _INK, _SOFT, _GRID = "#1f2328", "#59636e", "#e4e8ec"
 _WIDTH, _LEFT, _RIGHT = 760, 84, 92
 _INSET = 18  # between the ends of the axis and the first and last x
 _TOP, _PANEL, _GAP, _FOOT = 120, 208, 72, 92
+_MARKED = 40  # points of a curve; with more it is a line alone
 _FONT = "system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', Helvetica, Arial, sans-serif"
 
 
-def draw(panels: Sequence[Panel], *, title: str, x_label: str, notes: Sequence[str] = ()) -> str:
-    """The panels as the text of an SVG file; the x axis is logarithmic and has a tick at every x of a point.
+def draw(
+    panels: Sequence[Panel], *, title: str, x_label: str, notes: Sequence[str] = (), logarithmic: bool = True
+) -> str:
+    """The panels as the text of an SVG file.
+
+    Args:
+        logarithmic: the x axis is, and has a tick at every x of a point. False: it begins at 0, with round ticks.
 
     Raises:
         ConfigError: if there is nothing to draw, or a number that cannot be on its axis.
     """
     points = [point for panel in panels for curve in panel.curves for point in curve.points]
-    for x, y in points:
-        if not (x > 0 and y >= 0 and math.isfinite(x) and math.isfinite(y)):
-            raise ConfigError(f"the point ({x}, {y}) cannot be drawn: x must be positive, y at least 0, both finite")
+    for panel in panels:
+        for x, y in (point for curve in panel.curves for point in curve.points):
+            on_axes = (x > 0 or (x == 0 and not logarithmic)) and (y >= 0 or not panel.from_zero)
+            if not (on_axes and math.isfinite(x) and math.isfinite(y)):
+                raise ConfigError(
+                    f"the point ({x}, {y}) cannot be drawn: x must be positive, y at least 0 on an axis from there, "
+                    "both finite"
+                )
     names = list(dict.fromkeys(curve.name for panel in panels for curve in panel.curves))
     if not points or len(names) > len(_COLOURS):
         raise ConfigError(f"{len(names)} curves with {len(points)} points: 1 to {len(_COLOURS)} curves can be drawn")
-    xs = sorted({x for x, _ in points})
+    xs = _ticks(0, max(x for x, _ in points)) if not logarithmic else sorted({x for x, _ in points})
     height = _TOP + len(panels) * (_PANEL + _GAP) + _FOOT - _GAP + 16 * len(notes)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
@@ -68,7 +80,7 @@ def draw(panels: Sequence[Panel], *, title: str, x_label: str, notes: Sequence[s
     ]
     for i, panel in enumerate(panels):
         last = i == len(panels) - 1
-        parts += _panel(panel, _TOP + i * (_PANEL + _GAP), xs, names, x_label if last else "")
+        parts += _panel(panel, _TOP + i * (_PANEL + _GAP), xs, names, x_label if last else "", logarithmic)
     foot = height - 16 * len(notes) - 4
     parts += [_text(_LEFT, foot + 16 * i, note, size=11, colour=_SOFT) for i, note in enumerate(notes)]
     return "\n".join([*parts, "</svg>", ""])
@@ -84,19 +96,24 @@ def _legend(names: Sequence[str]) -> list[str]:
     return parts
 
 
-def _panel(panel: Panel, top: float, xs: Sequence[float], names: Sequence[str], x_label: str) -> list[str]:
-    ticks = _ticks(max(y for curve in panel.curves for _, y in curve.points))
+def _panel(
+    panel: Panel, top: float, xs: Sequence[float], names: Sequence[str], x_label: str, logarithmic: bool
+) -> list[str]:
+    ys = [y for curve in panel.curves for _, y in curve.points]
+    ticks = _ticks(0 if panel.from_zero else min(ys), max(ys))
     first, right, bottom = _LEFT + _INSET, _WIDTH - _RIGHT, top + _PANEL
-    low, high = math.log(xs[0]), math.log(xs[-1])
+    scale = math.log if logarithmic else float
+    low, high = scale(xs[0]), scale(xs[-1])
 
     def place(x: float, y: float) -> Point:
-        along = (math.log(x) - low) / (high - low) if high > low else 0.5
-        return first + along * (right - _INSET - first), bottom - y / ticks[-1] * _PANEL
+        along = (scale(x) - low) / (high - low) if high > low else 0.5
+        up = (y - ticks[0]) / (ticks[-1] - ticks[0])
+        return first + along * (right - _INSET - first), bottom - up * _PANEL
 
     parts = [_text(_LEFT, top - 14, panel.label, weight=600)]
     for tick in ticks:
         _, y = place(xs[0], tick)
-        colour = _GRID if tick else _SOFT
+        colour = _SOFT if tick == ticks[0] else _GRID
         parts.append(f'<path d="M{_LEFT} {y:.1f}H{right}" stroke="{colour}"/>')
         round_value = re.sub(r"\.0+(?!\d)", "", panel.written(tick))  # 50 MB, not 50.0 MB
         parts.append(_text(_LEFT - 10, y + 4.5, round_value, anchor="end", colour=_SOFT))
@@ -116,6 +133,8 @@ def _panel(panel: Panel, top: float, xs: Sequence[float], names: Sequence[str], 
             f'<polyline points="{line}" fill="none" stroke="{_COLOURS[i]}" stroke-width="2.5" stroke-linejoin="round"/>'
         )
         for (x, y), (at, value) in zip(placed, curve.points, strict=True):
+            if len(placed) > _MARKED:
+                break
             said = escape(f"{curve.name}: {panel.written(value)} at {at:,g}")
             parts.append(_marker(i, x, y, f"<title>{said}</title>"))
         parts.append("</g>")
@@ -128,12 +147,15 @@ def _panel(panel: Panel, top: float, xs: Sequence[float], names: Sequence[str], 
     return parts
 
 
-def _ticks(largest: float) -> list[float]:
-    """0 and three to six round steps that reach the largest value."""
-    rough = (largest or 1) / 5
+def _ticks(smallest: float, largest: float) -> list[float]:
+    """Round steps from below the smallest value (0 for 0) to the largest: three to seven of them."""
+    if largest == smallest:
+        return [0, 1] if not largest else sorted([0, 2 * largest])
+    rough = (largest - smallest) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
-    return [step * i for i in range(math.ceil(largest / step - 1e-9) + 1)] if largest else [0, 1]
+    begin, end = math.floor(smallest / step + 1e-9), math.ceil(largest / step - 1e-9)
+    return [step * i for i in range(begin, end + 1)]
 
 
 def _marker(i: int, x: float, y: float, inside: str = "") -> str:

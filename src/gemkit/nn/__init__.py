@@ -2,7 +2,7 @@
 
 `decoder.py` is the text decoder of the whole family: read it first. `griffin.py` is the recurrent mixer of some of its
 layers, `siglip.py` the image tower and `paligemma.py` the two together, `weighted.py` the modules that all of it is put
-together from, `lora.py` what may stand beside a projection. `mask_decoder.py` stands by itself: codes to a mask and
+together from, `lora.py` what may stand beside their weights. `mask_decoder.py` stands by itself: codes to a mask and
 back. `batch.py` and `state.py` are what goes in beside the weights: the tokens of many sequences laid end to end, and
 what a model remembers of them between calls.
 
@@ -12,8 +12,8 @@ syntax trees), a weight read outside the module that owns it, a member's name, m
 
 from gemkit.nn.batch import Batch
 from gemkit.nn.decoder import Decoder
-from gemkit.nn.lora import LoRA
+from gemkit.nn.lora import EmbeddingLoRA, LoRA
 from gemkit.nn.paligemma import PaliGemma, build
 from gemkit.nn.state import State
 
-__all__ = ["Batch", "Decoder", "LoRA", "PaliGemma", "State", "build"]
+__all__ = ["Batch", "Decoder", "EmbeddingLoRA", "LoRA", "PaliGemma", "State", "build"]

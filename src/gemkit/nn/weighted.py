@@ -27,8 +27,17 @@ class Weighted(Module):
         return self
 
 
-class Embedding(Weighted):
-    """Rows of a table by token id, scaled."""
+class Adaptable(Weighted):
+    """A module with adapters beside its weight, each of which adds its own to what it gives (`lora`), if it has any."""
+
+    def __init__(self):
+        super().__init__()
+        self.adapters: Any = None  # a ModuleDict by name, once there is one
+        self.merged: Any = None  # what `train.lora` needs to take merged adapters out of the weight again
+
+
+class Embedding(Adaptable):
+    """Rows of a table by token id, scaled. What an adapter adds to them never changes the head, whose table it is."""
 
     def __init__(self, rows: int, width: int, scale: float, scale_dtype: str):
         super().__init__()
@@ -37,20 +46,20 @@ class Embedding(Weighted):
         self.run_dtype: Any = None  # what a quantized table is read as; None is float32
 
     def forward(self, tokens_T):
-        return ops.embed(tokens_T, self.weight, self.scale, self.scale_dtype, self.run_dtype)
+        x_TD = ops.embed(tokens_T, self.weight, self.scale, self.scale_dtype, self.run_dtype)
+        if self.adapters is not None:
+            for adapter in self.adapters.values():
+                x_TD = ops.add(x_TD, ops.in_dtype_of(adapter(tokens_T), x_TD))
+        return x_TD
 
     def extra_repr(self):
         return "{}, {}".format(*self.weight.shape)
 
 
-class Projection(Weighted):
-    """What multiplies rows by a weight, with adapters beside it that add their own (`lora.LoRA`), if it has any."""
+class Projection(Adaptable):
+    """What multiplies rows by a weight."""
 
     bias: Any
-
-    def __init__(self):
-        super().__init__()
-        self.adapters: Any = None  # a ModuleDict by name, once there is one
 
     def forward(self, x_TI):
         y_TO = ops.linear(x_TI, self.weight, self.bias)

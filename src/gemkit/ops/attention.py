@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemkit.ops.basic import wide
 from gemkit.ops.symbolic import op
 
 # Queries a tile. 64, 128, 256, 512 and 1,024 took 399, 345, 370, 453 and 502 ms without a soft cap and 442, 431, 511,
@@ -157,14 +158,14 @@ def _tile_explicit(
 ) -> Tensor:
     """The definition: scores, cap, mask and softmax in float32."""
     kv_heads, queries = k_KSH.shape[0], q_TNH.shape[0]
-    q_KEH = _fold(q_TNH, kv_heads).float() * scale
-    scores_KES = q_KEH @ k_KSH.float().transpose(1, 2)
+    q_KEH = wide(_fold(q_TNH, kv_heads)) * scale
+    scores_KES = q_KEH @ wide(k_KSH).transpose(1, 2)
     if softcap is not None:
         scores_KES = softcap * torch.tanh(scores_KES / softcap)
     if visible_TS is not None:
         hidden_ES = ~visible_TS.repeat(q_KEH.shape[1] // queries, 1)
         scores_KES = scores_KES.masked_fill(hidden_ES, float("-inf"))
-    out_KEH = scores_KES.softmax(-1) @ v_KSH.float()
+    out_KEH = scores_KES.softmax(-1) @ wide(v_KSH)
     return _unfold(out_KEH, queries).to(q_TNH.dtype)
 
 

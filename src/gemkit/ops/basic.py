@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +16,12 @@ from gemkit.ops.symbolic import op, same
 # between being written and being multiplied. With a quarter and with four times of it a product of one token took 1.1
 # to 2.7 times as long (Q8_0, Q5_0 and Q4_K, 65,536 x 768, two runs on two busy CPU cores).
 _DENSE_ELEMENTS = 1 << 20
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32, or in float64 if it is: what is computed in float32 by contract stays exact where gradients are
+    checked in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def new_weight(*shape: int) -> Tensor:
@@ -44,20 +53,58 @@ def embed(
 
 @op(lambda x_TI, weight_OI, **_: (*x_TI.shape[:-1], weight_OI.shape[0]))
 def linear(x_TI: Tensor, weight_OI: Tensor | Quantized, bias_O: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`: (T, in) to (T, out). A quantized weight is multiplied in float32, a few rows at a time."""
-    if not isinstance(weight_OI, Quantized):
-        return F.linear(x_TI, weight_OI, bias_O)
-    rows, columns = weight_OI.shape
-    step = max(1, _DENSE_ELEMENTS // columns)
+    """`x @ weight.T + bias`: (T, in) to (T, out), in the dtype of x.
+
+    A dense weight of another dtype, such as an adapter's that stays float32, is multiplied in its own. A quantized one
+    is multiplied in float32, a few rows at a time, and so is its gradient, which only x has.
+    """
+    if isinstance(weight_OI, Quantized):
+        if torch.is_grad_enabled() and x_TI.requires_grad:
+            y_TO = _QuantizedLinear.apply(x_TI, weight_OI)
+        else:
+            y_TO = _by_pieces(x_TI, weight_OI)
+        return y_TO if bias_O is None else y_TO + bias_O
+    if weight_OI.dtype != x_TI.dtype:
+        return F.linear(x_TI.to(weight_OI.dtype), weight_OI, bias_O).to(x_TI.dtype)
+    return F.linear(x_TI, weight_OI, bias_O)
+
+
+def _by_pieces(x_TI: Tensor, weight_OI: Quantized) -> Tensor:
     x32_TI = x_TI.float()
     # one result for all pieces: small ones kept between the large temporary ones stopped malloc from using the room of
     # these again, and a head of 168 million weights grew by 670 MB
-    y_TO = x32_TI.new_empty(x_TI.shape[0], rows)
+    y_TO = x32_TI.new_empty(x_TI.shape[0], weight_OI.shape[0])
+    for rows, piece in _pieces(weight_OI):
+        y_TO[:, rows] = x32_TI @ piece.dequantize().T
+    return y_TO.to(x_TI.dtype)
+
+
+def _pieces(weight_OI: Quantized) -> Iterator[tuple[slice, Quantized]]:
+    """A few rows at a time, still quantized, and which they are."""
+    rows, columns = weight_OI.shape
+    step = max(1, _DENSE_ELEMENTS // columns)
     for start in range(0, rows, step):
-        piece = weight_OI.narrow_rows(start, min(step, rows - start))
-        y_TO[:, start : start + step] = x32_TI @ piece.dequantize().T
-    y_TO = y_TO.to(x_TI.dtype)
-    return y_TO if bias_O is None else y_TO + bias_O
+        length = min(step, rows - start)
+        yield slice(start, start + length), weight_OI.narrow_rows(start, length)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    """`_by_pieces` with a gradient that makes each piece dense anew, so that between the two passes nothing is kept:
+    neither pieces, which together are the dense weight, nor x, which a frozen weight's gradient does not need."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TI: Tensor, weight_OI: Quantized) -> Tensor:
+        ctx.weight_OI = weight_OI
+        return _by_pieces(x_TI, weight_OI)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, None]:
+        grad32_TO = grad_TO.float()
+        grad_TI = grad32_TO.new_zeros(grad_TO.shape[0], ctx.weight_OI.shape[1])
+        for rows, piece in _pieces(ctx.weight_OI):
+            grad_TI.addmm_(grad32_TO[:, rows], piece.dequantize())
+        return grad_TI.to(grad_TO.dtype), None
 
 
 @op(same)
@@ -67,9 +114,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     `1 + weight`: Gemma stores norms around zero. The product with it happens before the cast: casting first, as
     Llama does, gives other bits in bf16.
     """
-    x32 = x.float()
+    x32 = wide(x)
     normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1.0 + weight_D.float())).to(x.dtype)
+    return (normed * (1.0 + wide(weight_D))).to(x.dtype)
 
 
 @op(same)
@@ -78,7 +125,7 @@ def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tenso
 
     The ordinary one: unlike in `rms_norm` the weight is the factor itself.
     """
-    normed = F.layer_norm(x.float(), weight_D.shape, weight_D.float(), bias_D.float(), eps)
+    normed = F.layer_norm(wide(x), weight_D.shape, wide(weight_D), wide(bias_D), eps)
     return normed.to(x.dtype)
 
 
@@ -97,7 +144,7 @@ def geglu(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
 @op(same)
 def softcap(x: Tensor, cap: float) -> Tensor:
     """`cap * tanh(x / cap)` in float32: bounds logits smoothly (Gemma 2 report, arXiv:2408.00118, section 2)."""
-    return cap * torch.tanh(x.float() / cap)
+    return cap * torch.tanh(wide(x) / cap)
 
 
 @op(lambda a, **_: a.shape)
@@ -116,6 +163,12 @@ def mul(a: Tensor, b: Tensor) -> Tensor:
 def scale(x: Tensor, factor: float) -> Tensor:
     """The product with a number."""
     return x * factor
+
+
+@op(same)
+def in_dtype_of(x: Tensor, other: Tensor) -> Tensor:
+    """x in the dtype of another array: what an adapter adds to it, which stays float32."""
+    return x.to(other.dtype)
 
 
 @op(same)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemkit.ops.attention import Sequences, opaque
+from gemkit.ops.basic import wide
 from gemkit.ops.symbolic import op
 
 # Rows a block of the scan. At 4,096 rows 131 steps depend on each other: 32 through all blocks at once, 67 to scan what
@@ -70,12 +71,12 @@ def causal_conv1d(
         parts += [x_TR.new_zeros(back, x_TR.shape[1]) if before_CR is None else before_CR, x_TR[first:end]]
     seen = torch.cat(parts)
 
-    taps = _wide(weight_RC).unbind(1)
+    taps = wide(weight_RC).unbind(1)
 
     def convolve(first: int, end: int) -> tuple[Tensor]:
-        y = _wide(bias_R) + _wide(seen[first:end]) * taps[0]
+        y = wide(bias_R) + wide(seen[first:end]) * taps[0]
         for tap in range(1, back + 1):
-            y.addcmul_(_wide(seen[first + tap : end + tap]), taps[tap])
+            y.addcmul_(wide(seen[first + tap : end + tap]), taps[tap])
         return (y.to(x_TR.dtype),)
 
     (y,) = _in_pieces(convolve, seen.shape[0] - back, seen.shape[1])
@@ -113,14 +114,14 @@ def rg_lru(
     remembered = [None if memory is None else memory.hidden(slot) for _, _, slot, _ in spans]
     fresh = _rows([first for (first, *_), h_R in zip(spans, remembered, strict=True) if h_R is None], x_TR)
     going_on = _rows([first for (first, *_), h_R in zip(spans, remembered, strict=True) if h_R is not None], x_TR)
-    rate_R = -8.0 * F.softplus(_wide(param_R))
+    rate_R = -8.0 * F.softplus(wide(param_R))
     is_fresh_T1 = torch.zeros(len(x_TR), 1, dtype=torch.bool, device=x_TR.device).index_fill_(0, fresh, True)
 
     def gates(first: int, end: int) -> tuple[Tensor, Tensor]:
-        log_a = torch.sigmoid(_wide(recurrent_gate_TR[first:end])) * rate_R
+        log_a = torch.sigmoid(wide(recurrent_gate_TR[first:end])) * rate_R
         log_a.masked_fill_(is_fresh_T1[first:end], -torch.inf)  # a = 0, sqrt(1 - a^2) = 1, and no gradient
         scale = _bounded_sqrt(-torch.expm1(2.0 * log_a))  # exact where a is near 1
-        return torch.exp(log_a), scale * torch.sigmoid(_wide(input_gate_TR[first:end])) * _wide(x_TR[first:end])
+        return torch.exp(log_a), scale * torch.sigmoid(wide(input_gate_TR[first:end])) * wide(x_TR[first:end])
 
     a_TR, b_TR = _in_pieces(gates, *x_TR.shape)
     if len(going_on):  # never while gradients are recorded, so that writing in place is safe
@@ -237,8 +238,3 @@ def _in_pieces(compute: Callable[[int, int], tuple[Tensor, ...]], rows: int, cha
 
 def _rows(indices: list[int], like: Tensor) -> Tensor:
     return torch.tensor(indices, dtype=torch.int64, device=like.device)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In float32, or in float64 if it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

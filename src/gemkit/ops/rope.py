@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gemkit.family import Rope
+from gemkit.ops.basic import wide
 from gemkit.ops.symbolic import op
 
 
@@ -31,6 +32,6 @@ def rope(x_TNH: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the first R dimensions of every head by its token's angles, in float32; the rest passes unchanged."""
     cos_TR, sin_TR = (part[:, None, :] for part in table)
     half = cos_TR.shape[-1]
-    first, second, rest = x_TNH.float().split((half, half, x_TNH.shape[-1] - 2 * half), dim=-1)
+    first, second, rest = wide(x_TNH).split((half, half, x_TNH.shape[-1] - 2 * half), dim=-1)
     turned = (first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR, rest)
     return torch.cat(turned, dim=-1).to(x_TNH.dtype)

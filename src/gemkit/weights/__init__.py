@@ -12,6 +12,8 @@
     checkpoint.py   what a name or a path stands for: its reader, its architecture, its vocabulary
     mask_decoder.py the published file of PaliGemma's mask decoder and encoder
     load.py, save.py    from a checkpoint to a module, and back
+    adapters.py     what PEFT's folders hold: low-rank changes of a model
+    card.py         the README of what was changed
 
 Readers trust nothing in a file: every count and offset is checked against the bytes that are there before it is used.
 They list what a file holds without importing torch.

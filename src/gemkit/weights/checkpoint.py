@@ -6,18 +6,19 @@ Nothing here imports torch: printing or comparing a checkpoint costs reading its
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gemkit import family
-from gemkit.errors import WeightsError
+from gemkit.errors import AccessError, UnknownModelError, WeightsError
 from gemkit.family import Decoder, Member, Prompt, Vision
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import FIM_PREFIX
 from gemkit.text.vocabulary import IMAGE
-from gemkit.weights import configs, hub
+from gemkit.weights import adapters, configs, hub
 from gemkit.weights.ckpt import CkptReader
 from gemkit.weights.entries import DENSE, MAX_HEADER, Format, Reader, parse_json, sniff
 from gemkit.weights.gguf import GGUFReader
@@ -37,6 +38,8 @@ class Checkpoint:
     member: Member | None = None  # the member that it was asked for as, if it was by name
     vision: Vision | None = None
     notes: list[str] = field(default_factory=list)  # what a user should know of how it was read
+    adapters: tuple[Path, ...] = ()  # folders of what is to be added to it, if it was asked for by one
+    name: str | None = None  # what `find` opens it by again, from any folder; None is the starter model
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -85,6 +88,10 @@ class Checkpoint:
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:
         """What it was trained to answer: by the member's data, else by what the files say of themselves."""
+        return with_adapters(self._own_prompts, self.adapters)
+
+    @property
+    def _own_prompts(self) -> tuple[Prompt, ...]:
         if self.member is not None:
             return self.member.prompts
         if self.vision is not None:
@@ -132,8 +139,13 @@ def find(name: str | os.PathLike[str] | None) -> Checkpoint:
         return open_path(hub.starter(), "gemma-3-270m (starter, Q4_K_M)", family.get(hub.STARTER))
     place, member = hub.locate(os.fspath(name))
     if isinstance(place, Path):
-        return open_path(place, os.fspath(name))
-    return open_path(hub.download(place), member.name if member else place, member)
+        checkpoint = open_path(place, os.fspath(name))
+        if not checkpoint.adapters:
+            checkpoint.name = os.path.abspath(place)
+        return checkpoint
+    checkpoint = open_path(hub.download(place), member.name if member else place, member)
+    checkpoint.name = place
+    return checkpoint
 
 
 def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer, tuple[Prompt, ...]]:
@@ -154,7 +166,9 @@ def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer
 
 
 def open_path(path: Path, label: str, member: Member | None = None) -> Checkpoint:
-    """Read and check the headers of a checkpoint."""
+    """Read and check the headers of a checkpoint; of an adapter's base, if the path is one's."""
+    if adapters.is_adapter(path):
+        return _base(path, label)
     format = sniff(path)
     reader = _READERS[format](path)
     try:
@@ -162,6 +176,20 @@ def open_path(path: Path, label: str, member: Member | None = None) -> Checkpoin
     except BaseException:
         reader.close()
         raise
+
+
+def _base(path: Path, label: str) -> Checkpoint:
+    """What an adapter was trained on, which knows that it is asked for by that adapter."""
+    name = adapters.base_of(path)
+    way_out = f"give its base by name: -m BASE --adapter {label}"
+    if name is not None and adapters.is_adapter(Path(name).expanduser()):
+        raise WeightsError(f"{label} names {name} as its base, which is an adapter itself: {way_out}")
+    try:
+        checkpoint = find(name)
+    except (UnknownModelError, AccessError) as error:
+        raise type(error)(f"{label} was trained on {name}: {error}; or {way_out}") from error
+    checkpoint.label, checkpoint.adapters = f"{checkpoint.label} + {label}", (path,)
+    return checkpoint
 
 
 _READERS: dict[Format, type[Reader]] = {"safetensors": SafetensorsReader, "gguf": GGUFReader, "ckpt": CkptReader}
@@ -207,6 +235,13 @@ def _prompts(tokenizer: Tokenizer, has_chat_template: bool) -> tuple[Prompt, ...
     if FIM_PREFIX in tokenizer:
         found.append("infill")
     return tuple(found)
+
+
+def with_adapters(prompts: tuple[Prompt, ...], folders: Iterable[Path]) -> tuple[Prompt, ...]:
+    """What a model answers with adapters: one that was tuned for chat leaves a template beside it."""
+    if "chat" not in prompts and any(map(_has_chat_template, folders)):
+        return (*prompts, "chat")
+    return prompts
 
 
 def _has_chat_template(folder: Path) -> bool:

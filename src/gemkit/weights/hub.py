@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +29,7 @@ GATED = (
     "Gemma weights are gated. Once: 1. sign in at huggingface.co, open huggingface.co/{repo} and accept the licence; "
     "2. make a token with read access under Settings > Access Tokens; 3. run `hf auth login`, or set HF_TOKEN."
 )
+GATED_DATA = "If its page huggingface.co/datasets/{repo} asks for it: sign in there, accept, and run `hf auth login`."
 
 
 def is_repo_id(name: str) -> bool:
@@ -68,20 +70,37 @@ def download(repo: str, *, weights: bool = True) -> Path:
     """
     if not is_repo_id(repo):
         raise WeightsError(f"{repo!r} is not a hub id: those are owner/name, such as google/gemma-2-2b-it")
+    return _snapshot(repo, "model", [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())])
+
+
+def download_data(repo: str, files: Sequence[str]) -> Path:
+    """The local folder of a data set on the hub, with those of its files that match one of the patterns `files`.
+
+    Nothing of it is run: a data set that is a script has no files to read.
+
+    Raises:
+        AccessError: as `download` does, and if `repo` is no hub id.
+    """
+    if not is_repo_id(repo):
+        raise AccessError(f"{repo!r} is not a hub id: those are owner/name")
+    return _snapshot(repo, "dataset", files)
+
+
+def _snapshot(repo: str, kind: str, patterns: Sequence[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    wanted = [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())]
+    gated = GATED if kind == "model" else GATED_DATA
     try:
-        return Path(snapshot_download(repo, allow_patterns=wanted))
+        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=[*patterns]))
     except errors.GatedRepoError as error:
-        raise AccessError(f"no access to {repo}. " + GATED.format(repo=repo)) from error
+        raise AccessError(f"no access to {repo}. " + gated.format(repo=repo)) from error
     except errors.RepositoryNotFoundError as error:
-        raise AccessError(f"the hub knows no {repo}, or not for this token. " + GATED.format(repo=repo)) from error
+        raise AccessError(f"the hub knows no {repo}, or not for this token. " + gated.format(repo=repo)) from error
     except errors.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if is_offline() else "the hub cannot be reached"
+        instead = "a local folder or a .gguf file" if kind == "model" else "local files"
         raise AccessError(
-            f"{repo} is not in the local cache ({cache_folder()}) and {why}: go online once, or give a local folder or "
-            "a .gguf file instead"
+            f"{repo} is not in the local cache ({cache_folder()}) and {why}: go online once, or give {instead} instead"
         ) from error
     except Exception as error:  # a network lost on the way is whatever the client's HTTP library of the year raises
         why = " ".join(str(error).split()) or type(error).__name__

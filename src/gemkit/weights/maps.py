@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_TOWER, _PROJECTOR, _DECODER = "vision_tower.", "multi_modal_projector.", "language_model."
+_HEAD = "lm_head"
 Shape = tuple[int, ...]
 
 
@@ -77,6 +79,7 @@ class Branch:
     ours: str = ""  # what our names of its parameters begin with
     theirs: tuple[str, ...] = ("",)  # what published ones may begin with; the first is what we write
     anchor: str = "embed_tokens.weight"  # the parameter whose published name tells which it is, without `ours`
+    modules: str | None = None  # what Transformers' modules begin with, where its files do not: adapters go by these
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,22 @@ class NameMap:
             KeyError: if the format has no such parameter.
         """
         return self._branch(ours).theirs[0] + self.within(ours)
+
+    def module(self, ours: str) -> str:
+        """Transformers' name of one of our modules with a weight, which adapters are stored under.
+
+        Raises:
+            KeyError: if the format has no such module.
+        """
+        return self.modules(ours)[0]
+
+    def modules(self, ours: str) -> tuple[str, ...]:
+        """Names that Transformers has given to one of our modules with a weight, today's first."""
+        if ours.removeprefix(_DECODER) == _HEAD:  # has no parameter of its own
+            return (_HEAD, _DECODER + _HEAD)
+        branch, within = self._branch(ours), self.within(ours + ".weight").removesuffix(".weight")
+        beginnings = branch.theirs if branch.modules is None else (branch.modules, *branch.theirs)
+        return tuple(dict.fromkeys(beginning + within for beginning in beginnings))
 
     def within(self, ours: str) -> str:
         """The published name of one of our parameters within its branch.
@@ -211,9 +230,10 @@ def _hf_paligemma(text: NameMap) -> NameMap:
                 _TOWER,
                 (_TOWER + "vision_model.", _TOWER, f"model.{_TOWER}", f"model.{_TOWER}vision_model."),
                 "embeddings.patch_embedding.weight",
+                modules=f"model.{_TOWER}",
             ),
-            Branch(_PROJECTOR, (_PROJECTOR, f"model.{_PROJECTOR}"), "linear.weight"),
-            Branch(_DECODER, (_DECODER + "model.", f"model.{_DECODER}")),
+            Branch(_PROJECTOR, (_PROJECTOR, f"model.{_PROJECTOR}"), "linear.weight", modules=f"model.{_PROJECTOR}"),
+            Branch(_DECODER, (_DECODER + "model.", f"model.{_DECODER}"), modules=f"model.{_DECODER}"),
         ),
         ignored=(
             r"(model\.)?vision_tower\.(vision_model\.)?head\..*",  # pools an image to one vector, which nothing reads
@@ -223,7 +243,6 @@ def _hf_paligemma(text: NameMap) -> NameMap:
     )
 
 
-_TOWER, _PROJECTOR, _DECODER = "vision_tower.", "multi_modal_projector.", "language_model."
 HF_PALIGEMMA1, HF_PALIGEMMA2 = _hf_paligemma(HF_GEMMA1), _hf_paligemma(HF_GEMMA2)
 
 _GGUF_ENDS = (("token_embd.weight", "embed_tokens.weight"), ("output_norm.weight", "norm.weight"))

@@ -7,10 +7,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from gemkit import family
@@ -37,6 +39,7 @@ def save_hf(
     dtype: torch.dtype | None = None,
     quantized: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    card: str | None = None,
 ) -> Path:
     """Write configuration, weights and vocabulary.
 
@@ -49,20 +52,14 @@ def save_hf(
         quantized: write quantized weights as they are, each plane as a tensor `<weight>.<plane>`, their block types in
             the configuration. Such a folder is for gemkit alone.
         shard_bytes: a file is closed before it grows beyond this.
+        card: the README.md (`weights.card`); None: there is none.
 
     Raises:
         WeightsError: if the folder exists, or cannot be written; nothing is left behind then.
         ConfigError: if no published configuration can express the decoder.
     """
-    target = new_folder(folder)
     config = configs.to_hf(module.config, module.vision)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        work.chmod(0o755)
-    except OSError as error:
-        raise WeightsError(f"cannot write to {target.parent}: {error}") from error
-    try:
+    with appearing(folder) as work:
         kinds = _kinds(module) if quantized else {}
         saved_as = _write_weights(module, work, dtype, kinds, shard_bytes)
         quantization = configs.quantization_to_hf(kinds)
@@ -71,14 +68,34 @@ def save_hf(
             _write_vocabulary(tokenizer, prompts, work)
         if module.vision is not None:
             _write_json(work / "preprocessor_config.json", configs.preprocessor_to_hf(module.vision))
+        if card is not None:
+            (work / "README.md").write_text(card, encoding="utf-8")
+    return Path(folder).expanduser()
+
+
+@contextmanager
+def appearing(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write to, which appears under its name when the block ends, and not at all if it fails.
+
+    Raises:
+        WeightsError: if the folder exists with something in it, or cannot be written; nothing is left behind then.
+    """
+    target = new_folder(folder)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        work.chmod(0o755)
+    except OSError as error:
+        raise WeightsError(f"cannot write to {target.parent}: {error}") from error
+    try:
+        yield work
         if target.exists():
             target.rmdir()
         os.replace(work, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to the library
         raise WeightsError(f"could not save to {target}: {error}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return target
 
 
 def new_folder(folder: str | os.PathLike[str]) -> Path:

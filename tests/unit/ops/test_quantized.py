@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from gemkit import ops
 from gemkit.errors import WeightsError
 from gemkit.ops.quantized import _CHUNK, KINDS, Quantized
 
@@ -114,3 +115,63 @@ def test_refuses_planes_of_another_shape_or_dtype():
 def test_refuses_rows_that_do_not_divide_into_blocks():
     with pytest.raises(WeightsError, match="Q4_K: rows of 640 are not a multiple of 256"):
         KINDS["Q4_K"].layout(1, 640)
+
+
+# ── multiplied by ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def product(weight, dtype=torch.float32, tokens=3):
+    """A product with a gradient of x; the same with the weight made dense."""
+    generator = torch.Generator().manual_seed(4)
+    x_TI = torch.randn(tokens, weight.shape[1], generator=generator).to(dtype)
+    bias_O = torch.randn(weight.shape[0], generator=generator).to(dtype)
+    upstream_TO = torch.randn(tokens, weight.shape[0], generator=generator).to(dtype)
+    results = []
+    for given in (weight, weight.dequantize()):
+        x, bias = x_TI.clone().requires_grad_(), bias_O.clone().requires_grad_()
+        y = ops.linear(x, given, bias)
+        y.backward(upstream_TO)
+        results.append((y.detach(), x.grad, bias.grad))
+    return results
+
+
+@EVERY_KIND
+def test_the_gradient_of_a_product_is_that_of_the_dense_weight(kind):
+    for got, expected in zip(*product(random_weight(kind, 40, 512)), strict=True):
+        # float32 sums of up to 512 terms in another order, relative to the largest
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
+def test_the_gradient_is_the_same_on_both_sides_of_a_piece(rows, monkeypatch):
+    monkeypatch.setattr("gemkit.ops.basic._DENSE_ELEMENTS", 256 * 64)
+    for got, expected in zip(*product(random_weight(KINDS["Q4_0"], rows, 64)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_in_bfloat16_gradients_have_the_dtype_of_x():
+    (_, grad, _), (_, expected, _) = product(random_weight(KINDS["Q8_0"], 40, 64), torch.bfloat16)
+    assert grad.dtype == torch.bfloat16
+    # theirs is summed in bf16's own product, ours in float32: each is rounded once, to 2**-8
+    torch.testing.assert_close(grad, expected, rtol=2**-6, atol=2**-7 * expected.abs().max().item())
+
+
+def test_nothing_dense_is_kept_between_the_passes():
+    weight = random_weight(KINDS["Q4_0"], 300, 64)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)), lambda _: None):
+        x = torch.randn(5, 64, requires_grad=True)
+        y = ops.linear(x, weight)
+        assert y.requires_grad
+        rows = ops.embed(torch.tensor([1, 2]), weight, 8.0)
+    assert kept == []
+    assert not rows.requires_grad  # a table that nothing can change has no gradient
+
+
+def test_a_weight_of_another_dtype_is_multiplied_in_its_own():
+    """An adapter's, which stays float32 beside a model in bfloat16."""
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).bfloat16()
+    got = ops.linear(x, weight)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, (x.float() @ weight.T).bfloat16())

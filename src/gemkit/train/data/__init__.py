@@ -1,0 +1,37 @@
+"""What is learned from: files of examples, checked record by record, encoded, and put in an order that can be resumed.
+
+forms.py       what a record may look like, and what is wrong with one that does not
+files.py       files, folders and the hub to checked records, with the line of what is wrong
+repository.py  the files of a repository in the order in which they build on one another
+encoding.py    a record to sequences with a weight for the loss of each token
+infilling.py   files of code to sequences that teach infilling
+order.py       records to steps: shuffled, each once an epoch, filled without padding, resumed where it stopped
+"""
+
+from gemkit.train.data.encoding import (
+    encode_answer,
+    encode_chat,
+    encode_completion,
+    encode_image,
+    encode_text,
+    prompt_ids,
+)
+from gemkit.train.data.files import Data, open_data
+from gemkit.train.data.forms import FORMS
+from gemkit.train.data.infilling import Infilling, encode_infill
+from gemkit.train.data.order import Steps
+
+__all__ = [
+    "FORMS",
+    "Data",
+    "Infilling",
+    "Steps",
+    "encode_answer",
+    "encode_chat",
+    "encode_completion",
+    "encode_image",
+    "encode_infill",
+    "encode_text",
+    "open_data",
+    "prompt_ids",
+]

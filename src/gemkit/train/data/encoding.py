@@ -1,0 +1,179 @@
+"""A record to sequences, each token with what its loss counts: the formats are those of `text.prompts`, to the id.
+
+    text        <bos> TEXT <eos>                           a long one in pieces, each with a <bos> of its own
+    completion  <bos> prompt COMPLETION <eos>
+    chat        <bos> ... <start_of_turn> model \\n ANSWER <end_of_turn> \\n ...       every answer of the conversation
+    image       <image>... <bos> task \\n SUFFIX <eos>      all before the suffix sees itself in both directions
+
+What is in capitals is learned, and the token that ends it: it is what the model has to say to stop. The line break
+after `<end_of_turn>` is the format's and never asked of a model, so it is read and not learned.
+
+Whatever is learned comes after exactly the ids that a prompt to the model would have, and is what those of an answer
+would be: no piece reaches over the border between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+
+from gemkit import images
+from gemkit.errors import ContextError, TextError
+from gemkit.family import Vision
+from gemkit.images.read import Source
+from gemkit.text import Tokenizer, prompts
+from gemkit.text.vocabulary import IMAGE
+from gemkit.train.rows import Example
+
+Messages = Sequence[Mapping[str, str]]
+
+
+def encode_text(tokenizer: Tokenizer, text: str, *, context: int | None = None) -> list[Example]:
+    """A document; every token of it is learned, and the `<eos>` at its end.
+
+    Args:
+        context: a document that is longer is cut into pieces of so many tokens. Each begins with `<bos>`, as everything
+            does that a member of the family was trained to see; only the last ends with `<eos>`.
+
+    Raises:
+        TextError: if `text` cannot be encoded.
+    """
+    ids = [*tokenizer.encode(text), tokenizer.eos]
+    step = len(ids) if context is None else _room(context, 1)
+    return [_learned([tokenizer.bos], ids[start : start + step]) for start in range(0, len(ids), step)]
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Messages) -> list[int]:
+    """What a model is given to go on from: a text after `<bos>`, messages as turns with the model's turn opened.
+
+    Raises:
+        TextError: if it makes no prompt.
+    """
+    made = prompts.complete(tokenizer, prompt) if isinstance(prompt, str) else prompts.chat(tokenizer, prompt)
+    return made.ids
+
+
+def encode_answer(
+    tokenizer: Tokenizer, prompt: str | Messages, answer: str, *, context: int | None = None, learn_prompt: bool = False
+) -> Example:
+    """An answer to a prompt. The answer to messages ends with `<end_of_turn>`, that to a text with `<eos>`.
+
+    Args:
+        context: tokens that the model sees. A sequence that is longer is refused: cut, it would teach not to stop.
+        learn_prompt: count the loss of the prompt's tokens too.
+
+    Raises:
+        TextError: if prompt or answer cannot be encoded.
+        ContextError: if it is too long.
+    """
+    before = prompt_ids(tokenizer, prompt)
+    if isinstance(prompt, str):
+        said = [*tokenizer.encode(answer), tokenizer.eos]
+    else:
+        said = [*tokenizer.encode(answer.strip()), tokenizer.id(prompts.END_OF_TURN)]
+    _fits(len(before) + len(said), context, "prompt and answer")
+    return _learned(before[:1], before[1:] + said) if learn_prompt else _learned(before, said)
+
+
+def encode_completion(
+    tokenizer: Tokenizer, prompt: str | Messages, completion: str, *, context: int | None = None
+) -> Example:
+    """A prompt and what comes after it, of which the latter is learned. As `encode_answer`."""
+    return encode_answer(tokenizer, prompt, completion, context=context)
+
+
+def encode_chat(tokenizer: Tokenizer, messages: Messages, *, context: int | None = None) -> Example:
+    """A conversation; every answer of the assistant is learned, with the `<end_of_turn>` that ends it.
+
+    A system message goes before the first user message, as in `prompts.chat`. What the user says last, without an
+    answer, is left out, for nothing is to be learned of it.
+
+    Args:
+        context: tokens that the model sees. Of a longer conversation the turns at its end are left out, whole, and
+            `extra["turns_left_out"]` is their number: an answer cut short would teach not to stop.
+
+    Raises:
+        TextError: if the messages make no conversation, or none with an answer.
+        ContextError: if `context` does not hold the first answer.
+    """
+    last = max((i for i, m in enumerate(messages) if prompts.ROLES.get(m.get("role", "")) == "model"), default=-1)
+    if last < 0:
+        raise TextError("no message is by the assistant, so there is nothing to learn")
+    prompt = prompts.chat(tokenizer, messages[: last + 1], answer=False)
+    spans = prompt.spans
+    ids = np.fromiter(chain.from_iterable(span.ids for span in spans), np.int64)
+    said = [span.role == "model" and (span.kind == "content" or span.text == prompts.END_OF_TURN) for span in spans]
+    weights = np.repeat(np.array(said, np.float32), [len(span.ids) for span in spans])
+    if context is None or len(ids) <= context:
+        return Example(ids, weights)
+    ends = np.flatnonzero((ids == tokenizer.id(prompts.END_OF_TURN)) & (weights > 0)) + 2  # with the line break
+    fitting = ends[ends <= context]
+    if not len(fitting):
+        raise ContextError(
+            f"a conversation of {len(ids)} tokens, {ends[0]} to the end of its first answer, and context={context}"
+        )
+    # between two answers is one message by the user
+    return Example(ids[: fitting[-1]], weights[: fitting[-1]], extra={"turns_left_out": 2 * (len(ends) - len(fitting))})
+
+
+def encode_image(
+    tokenizer: Tokenizer,
+    pictures: Source | list[Source] | tuple[Source, ...],
+    prompt: str,
+    suffix: str,
+    *,
+    vision: Vision,
+    context: int | None = None,
+    average: Literal["example", "token"] = "token",
+) -> Example:
+    """A task on pictures and the answer to it, of which the latter is learned, with `<eos>`.
+
+    Pictures are decoded here and made what the image tower takes, as `Gemma` does with those that it is shown.
+
+    Args:
+        pictures: one, or several in a list or tuple; paths, or whatever `images.read` takes.
+        suffix: the answer, with places as `<loc0000>`; empty where there is nothing to say.
+        vision: the image tower, for the size of pictures and the number of their placeholders.
+        average: "example": the weights of the suffix make 1, so that long and short answers count the same, as the
+            models were trained; "token": each token counts 1.
+
+    Raises:
+        ImageError: if a picture cannot be read.
+        TextError: if a text cannot be encoded.
+        ContextError: if it is longer than `context`.
+
+    Source: prefix-LM loss on the suffix, averaged per example: google-research/big_vision, trainers/proj/paligemma.
+    """
+    sources = pictures if isinstance(pictures, list | tuple) else [pictures]
+    made = prompts.image(tokenizer, prompt, patches=vision.num_patches, images=len(sources))
+    said = [*tokenizer.encode(suffix), tokenizer.eos]
+    _fits(len(made) + len(said), context, "pictures, prompt and suffix")
+    return _learned(
+        made.ids,
+        said,
+        weight=1 / len(said) if average == "example" else 1.0,
+        prefix=made.prefix,
+        images=tuple(images.preprocess(images.read(source), vision.image_size) for source in sources),
+        image_token=tokenizer.id(IMAGE),
+    )
+
+
+def _learned(before: Sequence[int], said: Sequence[int], *, weight: float = 1.0, **parts) -> Example:
+    """A sequence of which the second part is learned."""
+    weights = np.zeros(len(before) + len(said), np.float32)
+    weights[len(before) :] = weight
+    return Example(np.array([*before, *said], np.int64), weights, **parts)
+
+
+def _room(context: int, taken: int) -> int:
+    if context <= taken:
+        raise ContextError(f"context={context} has no room for text: the format alone takes {taken}")
+    return context - taken
+
+
+def _fits(length: int, context: int | None, what: str) -> None:
+    if context is not None and length > context:
+        raise ContextError(f"{what} are {length} tokens, and context={context}")

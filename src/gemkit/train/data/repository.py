@@ -1,0 +1,169 @@
+"""The files of a repository in the order in which they build on one another, for rows of several files.
+
+As the CodeGemma report (arXiv:2406.11409, section 2.3) describes its packing: imports at the head of each file are
+matched with the longest path suffix; a file comes after those that it imports; where imports go round in a circle the
+weakest are dropped; of the files that may come next, the nearest to the last one does. Files that import nothing and
+are imported by none are sorted by name, each unit test beside what it tests.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+
+HEAD_LINES = 100  # in which imports are looked for; the report says the top N and no number
+
+_IMPORTS = re.compile(
+    r"""^\s*(?:
+        from\s+(?P<package>\.*[\w.]*)\s+import\s+\(?\s*(?P<names>[\w, ]+)  # Python
+      | import\s+(?P<modules>[A-Za-z_][\w.]*(?:\s+as\s+\w+)?(?:\s*,\s*[\w.]+(?:\s+as\s+\w+)?)*)\s*;?\s*(?:\#.*)?$
+      | import\s+(?:static\s+)?(?P<java>[\w.]+)(?:\.\*)?\s*;  # Java, Kotlin
+      | \#\s*include\s+["<](?P<include>[^">]+)[">]  # C
+      | (?:import|export)\b[^'"\n]*['"](?P<script>[^'"\n]+)['"]  # JavaScript, TypeScript
+      | (?:const|let|var)\b[^'"\n]*\brequire\(['"](?P<required>[^'"\n]+)['"]\)
+    )""",
+    re.VERBOSE | re.MULTILINE,
+)
+_TEST = re.compile(r"(?:^test_(?P<a>.+)|^(?P<b>.+?)[_.-](?:test|spec)s?|^Test(?P<c>[A-Z].*)|^(?P<d>.+)Tests?)$")
+
+
+def head(text: str) -> str:
+    """The lines of a file in which its imports are looked for."""
+    return "".join(text.splitlines(keepends=True)[:HEAD_LINES])
+
+
+def order(files: Mapping[str, str]) -> list[str]:
+    """The paths of `files` (path -> text), each after those that it imports. The same for the same files."""
+    needs = dependencies(files)
+    near: dict[str, set[str]] = {path: set(of) for path, of in needs.items()}
+    for path, of in needs.items():
+        for other in of:
+            near[other].add(path)
+    linked = sorted(path for path, of in near.items() if of)
+    waiting = {path: dict(needs[path]) for path in linked}
+    done: list[str] = []
+    while waiting:
+        ready = {path for path, of in waiting.items() if not of}
+        if not ready:  # a circle: begin where the least is missing
+            path = min(waiting, key=lambda path: (sum(waiting[path].values()), path))
+        else:
+            path = _nearest(done[-1], ready, near) if done else min(ready)
+        done.append(path)
+        del waiting[path]
+        for of in waiting.values():
+            of.pop(path, None)
+    return done + sorted((path for path, of in near.items() if not of), key=_beside_what_it_tests)
+
+
+def groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
+    """Neighbours of together at most `limit`: (first, after the last). One that is larger is alone."""
+    start, size = 0, 0
+    for i, more in enumerate(sizes):
+        if i > start and size + more > limit:
+            yield start, i
+            start, size = i, 0
+        size += more
+    if start < len(sizes):
+        yield start, len(sizes)
+
+
+def dependencies(files: Mapping[str, str]) -> dict[str, Counter[str]]:
+    """For each file, the others that it imports, and how many times it names them."""
+    by_suffix = _suffixes(files)
+    found: dict[str, Counter[str]] = {}
+    for path, text in files.items():
+        of: Counter[str] = Counter()
+        for wanted in _imports(head(text), PurePosixPath(path)):
+            target = _match(wanted, path, by_suffix)
+            if target is not None and target != path:
+                of[target] += 1
+        found[path] = of
+    return found
+
+
+def _suffixes(files: Mapping[str, str]) -> dict[tuple[str, ...], list[str]]:
+    """Every end of every path, without its extension, with the paths that have it; a package is its `__init__`."""
+    ends: dict[tuple[str, ...], list[str]] = {}
+    for path in sorted(files):
+        pure = PurePosixPath(path)
+        for parts in {pure.with_suffix("").parts, pure.parts, pure.parent.parts if pure.stem == "__init__" else ()}:
+            for start in range(len(parts)):
+                ends.setdefault(parts[start:], []).append(path)
+    return ends
+
+
+def _match(wanted: tuple[str, ...], path: str, ends: Mapping[tuple[str, ...], list[str]]) -> str | None:
+    """The file whose path has the longest end in common with what is imported. Of several, one in the same language
+    and near in the tree."""
+    for start in range(len(wanted)):
+        if start and len(wanted) - start < 2 and len(wanted) > 2:
+            break  # of a.b.c the c alone says too little
+        if candidates := ends.get(wanted[start:]):
+            pure = PurePosixPath(path)
+
+            def distance(other: str, pure: PurePosixPath = pure) -> tuple[bool, int, str]:
+                theirs = PurePosixPath(other)
+                shared = sum(1 for _ in _common(pure.parts, theirs.parts))
+                return theirs.suffix != pure.suffix, len(theirs.parts) - 2 * shared, other
+
+            return min(candidates, key=distance)
+    return None
+
+
+def _common(a: Sequence[str], b: Sequence[str]) -> Iterator[str]:
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            return
+        yield x
+
+
+def _imports(text: str, path: PurePosixPath) -> Iterator[tuple[str, ...]]:
+    """What a file imports, each as parts of a path."""
+    for found in _IMPORTS.finditer(text):
+        if (package := found["package"]) is not None:
+            dots = len(package) - len(package.lstrip("."))
+            base = path.parts[: max(0, len(path.parts) - dots)] if dots else ()
+            parts = (*base, *filter(None, package.lstrip(".").split(".")))
+            names = [name.split()[0] for name in found["names"].split(",") if name.strip()]
+            for name in names:  # each may be a module of the package, or something in it
+                yield (*parts, name)
+            if parts:
+                yield parts
+        elif modules := found["modules"]:
+            for module in modules.split(","):
+                yield tuple(module.split()[0].split("."))
+        elif java := found["java"]:
+            yield tuple(java.split("."))
+        else:
+            target = found["include"] or found["script"] or found["required"]
+            base = path.parent.parts if target.startswith(".") or found["include"] else ()
+            parts: tuple[str, ...] = tuple(base)
+            for part in PurePosixPath(target).parts:
+                parts = parts[:-1] if part == ".." else parts if part == "." else (*parts, part)
+            yield parts
+
+
+def _nearest(last: str, ready: set[str], near: Mapping[str, set[str]]) -> str:
+    """Of `ready`, the file with the fewest imports between it and `last`, whichever way they point; a test of `last`
+    before others, then by name."""
+    seen, layer = {last}, deque([last])
+    while layer:
+        reached = sorted({other for path in layer for other in near[path]} - seen)
+        if found := [path for path in reached if path in ready]:
+            return min(found, key=lambda path: (_tested(path) != PurePosixPath(last).stem, path))
+        seen.update(reached)
+        layer = deque(reached)
+    return min(ready)
+
+
+def _tested(path: str) -> str | None:
+    """The name of what a unit test tests; None if it is none."""
+    found = _TEST.match(PurePosixPath(path).stem)
+    return next(filter(None, found.groups()), None) if found else None
+
+
+def _beside_what_it_tests(path: str) -> tuple[str, bool, str]:
+    tested = _tested(path)
+    return (tested or PurePosixPath(path).stem), tested is not None, path

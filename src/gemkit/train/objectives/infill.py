@@ -1,0 +1,33 @@
+"""Infilling: next-token prediction on code whose middle was cut out and comes last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gemkit.train.objectives.pretrain import NextToken
+
+from gemkit.text import Tokenizer
+from gemkit.train.data.infilling import Infilling, encode_infill
+from gemkit.train.rows import Unit
+
+
+class Infill(NextToken):
+    """Learns to write what goes between, from files of code alone or several of a repository.
+
+    The formats, and which of this is published, are in `data.infilling`.
+    """
+
+    name = "infill"
+    forms = ("text", "files")
+
+    def __init__(self, tokenizer: Tokenizer, *, context: int, how: Infilling = Infilling()):  # noqa: B008  # frozen
+        self.tokenizer, self.context, self.how = tokenizer, context, how
+
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+        if "files" in record:
+            files = [(file["path"], file["text"]) for file in record["files"]]
+        else:
+            files = [(record.get("path"), record["text"])]
+        return [(row,) for row in encode_infill(self.tokenizer, files, rng, how=self.how, context=self.context)]

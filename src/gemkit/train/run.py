@@ -1,0 +1,505 @@
+"""A run: from an experiment to a folder that holds everything about it, and at the end the model itself.
+
+    runs/x/
+        experiment.toml    what was asked for, with everything that was left out
+        log.jsonl          an object for each step, evaluation and set of samples
+        curve.svg          the losses, drawn
+        checkpoints/       the newest few, see `checkpoint`
+        README.md          the model card             ┐
+        config.json, model.safetensors, tokenizer ... ├ when it is finished: `gemkit chat -m runs/x`
+        or adapter_config.json, adapter_model...      ┘ for an adapter, in PEFT's layout
+
+`Run.start` opens what is read at once, headers and data, so that what is wrong is said before anyone waits; `plan` says
+what it will take; `train` loads the weights and trains.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemkit import family
+from gemkit import generate as loop
+from gemkit import text as formats
+from gemkit.errors import ConfigError, TrainingError
+from gemkit.family import Prompt
+from gemkit.generate import Request
+from gemkit.nn import Decoder, PaliGemma
+from gemkit.program.eager import Eager
+from gemkit.text import Tokenizer
+from gemkit.text.vocabulary import IMAGE
+from gemkit.train import experiment as settings
+from gemkit.train import lora, objectives
+from gemkit.train.checkpoint import Checkpoints, Saved, replace_bytes
+from gemkit.train.data import Data, Steps, open_data
+from gemkit.train.experiment import Experiment
+from gemkit.train.initialise import new_module
+from gemkit.train.objective import Objective
+from gemkit.train.plan import Plan, choose, flops_per_second, predict
+from gemkit.train.rows import Unit
+from gemkit.train.trainer import Outcome, Progress, Trainer
+from gemkit.weights.card import NOTICE, card
+from gemkit.weights.checkpoint import Checkpoint, find
+from gemkit.weights.load import available_memory, load_module
+from gemkit.weights.save import save_hf
+
+EXPERIMENT, LOCK = "experiment.toml", ".lock"
+_SAMPLE = 1 << 20  # bytes from the beginning and the end of a file of weights, by which it is known again
+_DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+Say = Callable[[str], Any]
+
+
+@dataclass
+class Run:
+    """An experiment whose files are open. A context manager."""
+
+    experiment: Experiment  # with nothing left out
+    decoder: family.Decoder
+    vision: family.Vision | None
+    tokenizer: Tokenizer
+    prompts: tuple[Prompt, ...]  # what the model will have been trained to answer
+    label: str
+    checkpoint: Checkpoint | None  # None: the model is new
+    data: Data
+    held_out: Data | None
+    objective: Objective
+    steps: int
+    folder: Path | None  # None: nothing is written
+
+    @classmethod
+    def start(cls, experiment: Experiment, folder: str | os.PathLike[str] | None) -> Run:
+        """Open what an experiment names, and check that it fits together.
+
+        Raises:
+            GemkitError: one of its kinds, before anything is loaded.
+        """
+        if not experiment.objective:
+            raise ConfigError(f"no objective: one of {', '.join(settings.OBJECTIVES)}")
+        if not experiment.data.train:
+            raise ConfigError("no data.train: a file of examples, as --data FILE")
+        checkpoint, tokenizer, label = None, None, "a new model"
+        if experiment.model.new:
+            tokenizer = _tokenizer(Path(experiment.model.tokenizer).expanduser(), experiment)
+            decoder, vision = settings.new_model(experiment.model.new, len(tokenizer))
+            if vision is not None:
+                vision = replace(vision, image_token=tokenizer.id(IMAGE))
+            prompts: tuple[Prompt, ...] = ("complete",)
+        else:
+            checkpoint = find(experiment.model.name or None)
+            decoder, vision, label = checkpoint.decoder, checkpoint.vision, checkpoint.label
+            tokenizer, prompts = checkpoint.tokenizer, checkpoint.prompts
+        try:
+            data = open_data(experiment.data.train, experiment.data.form or None, experiment.data.on_bad)
+            held_out = None
+            if experiment.data.held_out:
+                held_out = open_data(experiment.data.held_out, experiment.data.form or None, experiment.data.on_bad)
+            if experiment.data.max_length > decoder.max_context:
+                raise ConfigError(
+                    f"data.max_length={experiment.data.max_length} is beyond the {decoder.max_context} tokens that "
+                    f"{label} was trained to see"
+                )
+            optimizer = settings.published(experiment.optimizer, decoder, vision, new=checkpoint is None)
+            experiment = replace(experiment, optimizer=optimizer)
+            objective = objectives.make(experiment, tokenizer, vision, data.form)
+            steps = experiment.steps or _steps(experiment, data, objective)
+            threads = experiment.step.threads or torch.get_num_threads()
+            experiment = replace(experiment, steps=steps, step=replace(experiment.step, threads=threads))
+            prompts = _answers(prompts, objective, data)
+            where = None if folder is None else Path(folder).expanduser().absolute()
+            return cls(
+                experiment, decoder, vision, tokenizer, prompts, label, checkpoint, data, held_out, objective, steps,
+                where,
+            )  # fmt: skip
+        except BaseException:
+            if checkpoint is not None:
+                checkpoint.__exit__()
+            raise
+
+    @classmethod
+    def resume(
+        cls, folder: str | os.PathLike[str], change: Callable[[Experiment], Experiment] = lambda kept: kept
+    ) -> Run:
+        """Open a run that was begun, with its experiment changed, if at all, in what a checkpoint does not depend on."""
+        path = Path(folder).expanduser()
+        if not (path / EXPERIMENT).is_file():
+            raise ConfigError(f"{folder} holds no run: there is no {EXPERIMENT} in it")
+        return cls.start(change(settings.read(path / EXPERIMENT)), path)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.__exit__()
+
+    # ── before ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def plan(self) -> Plan:
+        """What it will take.
+
+        Raises:
+            ConfigError: if it cannot fit, with the setting that would.
+        """
+        on_cpu = torch.device(self.experiment.model.device).type == "cpu"
+        return choose(self.experiment, self._plan, available_memory() if on_cpu else None, quantizes=True)
+
+    def _plan(self, experiment: Experiment, checkpointing: bool) -> Plan:
+        return predict(
+            experiment,
+            self.decoder,
+            self.vision,
+            lambda module: _prepare(module, experiment),
+            dtype=self.dtype,
+            stored=self._stored(experiment),
+            checkpointing=checkpointing,
+            models=1 + objectives.others(experiment),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That the model is computed in."""
+        asked = self.experiment.model.dtype
+        if asked not in _DTYPES:
+            raise ConfigError(f"model.dtype={asked!r} is not one of float32, bfloat16")
+        if (dtype := _DTYPES[asked]) is not None:
+            return dtype
+        stored = () if self.checkpoint is None else (e.dtype for e in self.checkpoint.reader.entries.values())
+        return torch.bfloat16 if "BF16" in stored else torch.float32
+
+    def _stored(self, experiment: Experiment) -> int | None:
+        """Bytes of the weights where they stay quantized; None where all are dense."""
+        if not experiment.lora.rank or self.checkpoint is None:
+            return None
+        shapes = family.parameters(self.decoder, self.vision)
+        if experiment.model.weights:
+            bits = {"int8": 8.5, "int4": 4.75}[experiment.model.weights]
+            sizes = (math.prod(s) * (bits / 8 if len(s) == 2 else self.dtype.itemsize) for _, s in shapes)
+            return int(sum(sizes))
+        entries = self.checkpoint.reader.entries.values()
+        if all(entry.dtype in ("F32", "F16", "BF16") for entry in entries):
+            return None
+        return sum(entry.nbytes for entry in entries)
+
+    def rate(self) -> float:
+        """Operations that this machine does in a second, measured for a moment."""
+        return flops_per_second(self.decoder, self.experiment.step.max_tokens, self.dtype, self.experiment.model.device)
+
+    # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def train(
+        self,
+        *,
+        go_on: bool = False,
+        force: bool = False,
+        on_step: Callable[[Progress], Any] = lambda _: None,
+        say: Say = lambda _: None,
+        progress: Callable[[int, int], Any] | None = None,
+    ) -> Outcome:
+        """Load, train to the end or to a signal, and save the model when the end is reached.
+
+        Args:
+            go_on: from the newest checkpoint of the folder.
+            force: even if the data or the model has changed since.
+            on_step, say: are told how steps went, and what else happens.
+            progress: is called with (bytes read, bytes in all) while weights are loaded.
+
+        Raises:
+            TrainingError: if numbers are not finite, or a checkpoint is of another run.
+        """
+        saved: Saved | None = None
+        with self._alone():
+            plan = self.plan()
+            step = replace(self.experiment.step, checkpointing="on" if plan.checkpointing else "off")
+            computed = replace(self.experiment, step=step)
+            if self.folder is not None:
+                checkpoints = Checkpoints(self.folder / "checkpoints", self.experiment.save.keep)
+                if not go_on:
+                    self._begin(self.folder)
+                elif checkpoints.steps():
+                    saved = checkpoints.newest()
+                else:  # it was killed before its first checkpoint
+                    say("there is no checkpoint yet: the run begins anew")
+                    (self.folder / "log.jsonl").unlink(missing_ok=True)
+            module = self._load(progress)
+            account = _prepare(module, self.experiment)
+            if account is not None:
+                say(str(account))
+            objectives.attach(self.objective, self.experiment, module)
+            source = self._source()
+            trainer = Trainer(
+                module,
+                self.objective,
+                source,
+                computed,
+                self.steps,
+                folder=self.folder,
+                origin=self.origin(),
+                held_out=self._held_out(),
+                sample=self._sampler(module) if self.experiment.watch.samples else None,
+                on_step=on_step,
+                say=say,
+            )
+            if saved is not None:
+                trainer.resume(saved, force=force)
+                say(f"going on from step {saved.step} of {self.steps}")
+            outcome = trainer.run()
+            for line in (source.report(), *self.data.bad[:3]):
+                say(f"data: {line}")
+            if not outcome.stopped and self.folder is not None:
+                self._save(module, outcome, self.folder)
+            return outcome
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No two processes train in one folder. The lock is the process's: it is gone when it dies, however it does."""
+        if self.folder is None:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / LOCK, "w", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise TrainingError(f"another process is training in {self.folder}") from error
+            yield
+
+    def _begin(self, folder: Path) -> None:
+        if any(path.name != LOCK for path in folder.iterdir()):
+            raise ConfigError(
+                f"{folder} exists and is not empty: --resume {folder} goes on with the run in it, or take a new folder"
+            )
+        replace_bytes(folder / EXPERIMENT, settings.to_toml(self.experiment).encode())
+
+    def _load(self, progress: Callable[[int, int], Any] | None) -> Decoder | PaliGemma:
+        model = self.experiment.model
+        if self.checkpoint is None:
+            return new_module(
+                self.decoder, self.vision, seed=self.experiment.seed, dtype=self.dtype, device=model.device
+            )
+        module, _ = load_module(
+            self.checkpoint,
+            dtype=self.dtype,
+            device=model.device,
+            quantized=self.experiment.lora.rank > 0,
+            weights=model.weights or None,  # type: ignore[arg-type]  # checked by it
+            progress=progress,
+        )
+        return module
+
+    def _source(self) -> Steps:
+        return _source(self.experiment, self.data, self.objective)
+
+    def _held_out(self) -> list[Unit]:
+        if self.held_out is None:
+            return []
+        most = self.experiment.watch.evaluate_examples
+        steps = Steps(
+            self.held_out,
+            self.objective,
+            seed=self.experiment.seed,
+            batch_size=most,
+            max_length=self.experiment.data.max_length,
+            shuffle=False,
+            epochs=1,
+        )
+        return next(steps)
+
+    def _sampler(self, module: Decoder | PaliGemma) -> Callable[[], list[tuple[str, str]]]:
+        if self.vision is not None:
+            raise ConfigError("watch.samples: a model that sees images is not asked for samples; look at held_out")
+        asked = self.experiment.watch
+        made = [
+            formats.chat(self.tokenizer, [{"role": "user", "content": prompt}])
+            if "chat" in self.prompts
+            else formats.complete(self.tokenizer, prompt)
+            for prompt in asked.samples
+        ]
+        requests = [Request(p.ids, max_tokens=asked.sample_tokens, stop_ids=p.stop_ids) for p in made]
+
+        def sample() -> list[tuple[str, str]]:
+            results = loop.complete(Eager(module), requests, text_stream=self.tokenizer.stream)
+            return [(prompt, result.text) for prompt, result in zip(asked.samples, results, strict=True)]
+
+        return sample
+
+    # ── what it is made of, and what becomes of it ──────────────────────────────────────────────────────────────────
+
+    def origin(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to go on from it: other numbers would come of anything else."""
+        tables = settings.to_tables(self.experiment)
+        kept = ("objective", "steps", "seed", "lora", "optimizer", "options")
+        return {
+            "the model": self._fingerprint(),
+            "the tokenizer": _digest(self.tokenizer.vocabulary.pieces),
+            "the data": self.data.fingerprint,
+            "model.freeze": list(self.experiment.model.freeze),
+            "model.dtype": str(self.dtype),
+            "model.weights": self.experiment.model.weights,
+            "data.batch": [
+                self.experiment.data.batch_size, self.experiment.data.batch_tokens, self.experiment.data.max_length
+            ],
+            "step.max_tokens": self.experiment.step.max_tokens,
+            **{name: tables[name] for name in kept},
+        }  # fmt: skip
+
+    def _fingerprint(self) -> str:
+        """Of the architecture, and of the names, sizes and ends of the files of weights."""
+        parts = [repr(self.decoder), repr(self.vision)]
+        if self.checkpoint is not None:
+            entries = self.checkpoint.reader.entries
+            parts += [f"{name} {entry.dtype} {tuple(entry.shape)}" for name, entry in sorted(entries.items())]
+            for path in sorted({Path(entry.path) for entry in entries.values()}):
+                with open(path, "rb") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    parts.append(str(size))
+                    for begin in (0, max(0, size - _SAMPLE)):
+                        file.seek(begin)
+                        parts.append(hashlib.sha256(file.read(_SAMPLE)).hexdigest())
+        return _digest(parts)
+
+    def _save(self, module: Decoder | PaliGemma, outcome: Outcome, folder: Path) -> None:
+        """The model into the run folder, its configuration last: without that it is no model yet."""
+        work = folder / ".model"
+        shutil.rmtree(work, ignore_errors=True)
+        module.eval()
+        if self.experiment.lora.rank:
+            assert self.checkpoint is not None
+            base = self.checkpoint.name
+            lora.save(module, work, base=base, named=self._named, prompts=self.prompts)
+        else:
+            save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts)
+        objectives.save(self.objective, module, work)
+        (work / "README.md").write_text(self._card(outcome, folder.name), encoding="utf-8")
+        last = ("config.json", "adapter_config.json")
+        for path in sorted(work.iterdir(), key=lambda path: (path.name in last, path.name)):
+            os.replace(path, folder / path.name)
+        work.rmdir()
+
+    @property
+    def _named(self) -> str:
+        """What others know the base by."""
+        assert self.checkpoint is not None
+        if self.checkpoint.name is not None:
+            return self.checkpoint.name
+        return self.checkpoint.member.hub_id if self.checkpoint.member is not None else self.label
+
+    def _card(self, outcome: Outcome, title: str) -> str:
+        e = self.experiment
+        trained = f"LoRA of rank {e.lora.rank}" if e.lora.rank else "all weights"
+        lines = [
+            f"Trained with gemkit: {e.objective}, {trained}, {outcome.step:,} steps, AdamW with a rate of "
+            f"{e.optimizer.learning_rate:g} ({e.optimizer.decay}), seed {e.seed}.",
+            *([] if outcome.loss is None else [f"Loss of the last step: {outcome.loss:.4f}."]),
+            *(f"Held out: {name} {value:.4f}." for name, value in outcome.held_out.items()),
+            f"The whole experiment is in `{EXPERIMENT}`, its losses in `log.jsonl` and `curve.svg`.",
+        ]
+        data = [f"`{os.path.basename(e.data.train)}`: {len(self.data):,} records, SHA-256 {self.data.fingerprint}"]
+        if self.held_out is not None:
+            data.append(f"`{os.path.basename(e.data.held_out)}`, held out: {len(self.held_out):,} records")
+        if self.checkpoint is None:
+            return _new_card(title, lines, data)
+        return card(title, self._named, lines, adapter=bool(e.lora.rank), data=data)
+
+
+def _new_card(title: str, lines: Sequence[str], data: Sequence[str]) -> str:
+    return "\n".join(
+        [
+            f"# {title}",
+            "",
+            "A model of the Gemma architecture, trained from random weights: none of Gemma's own are in it.",
+            "",
+            *lines,
+            "",
+            "## Data",
+            "",
+            *(f"- {source}" for source in data),
+            "",
+            "## Licence",
+            "",
+            "Yours, as far as the data allows. If answers of a Gemma were among the data, the model is a derivative:",
+            f"{NOTICE}.",
+            "",
+        ]
+    )
+
+
+def _prepare(module: Any, experiment: Experiment) -> lora.Account | None:
+    """Say which weights are trained: adapters, or all but those that are frozen."""
+    e = experiment.lora
+    if e.rank:
+        account = lora.enable_lora(
+            module,
+            e.rank,
+            e.alpha,
+            list(e.targets) or None,
+            rule=e.rule or "lora",
+            dropout=e.dropout,
+            seed=experiment.seed,
+        )
+    else:
+        account = None
+        module.requires_grad_(True)
+    names = [name for name, _ in module.named_parameters()]
+    for beginning in experiment.model.freeze:
+        if not any(name.startswith(beginning) for name in names):
+            raise ConfigError(f"model.freeze={beginning!r} is the beginning of no weight's name")
+    for name, parameter in module.named_parameters():
+        if name.startswith(experiment.model.freeze or ("\0",)):
+            parameter.requires_grad_(False)
+    return account
+
+
+def _source(experiment: Experiment, data: Data, objective: Objective, epochs: int | None = None) -> Steps:
+    e = experiment.data
+    return Steps(
+        data,
+        objective,
+        seed=experiment.seed,
+        batch_size=None if e.batch_tokens else e.batch_size,
+        batch_tokens=e.batch_tokens or None,
+        max_length=e.max_length,
+        epochs=epochs,
+    )
+
+
+def _steps(experiment: Experiment, data: Data, objective: Objective) -> int:
+    """How many steps so many epochs take: those of the first are counted, by making them."""
+    if not experiment.epochs:
+        raise ConfigError("steps=0 and epochs=0: nothing is trained")
+    first = sum(1 for _ in _source(experiment, data, objective, epochs=1))
+    return max(1, math.ceil(first * experiment.epochs))
+
+
+def _answers(prompts: tuple[Prompt, ...], objective: Objective, data: Data) -> tuple[Prompt, ...]:
+    """What the model answers after it has learned from this."""
+    learned: Prompt | None = None
+    record: Mapping[str, Any] = data[0]
+    if data.form == "chat" or isinstance(record.get("prompt"), list):
+        learned = "chat"
+    elif objective.name == "infill":
+        learned = "infill"
+    return prompts if learned is None or learned in prompts else (*prompts, learned)
+
+
+def _tokenizer(path: Path, experiment: Experiment) -> Tokenizer:
+    path = path / "tokenizer.model" if path.is_dir() else path
+    read = Tokenizer.from_json if path.suffix == ".json" else Tokenizer.from_model
+    tokenizer = read(path)
+    return tokenizer.with_places() if "vision" in experiment.model.new else tokenizer
+
+
+def _digest(parts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
