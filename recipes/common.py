@@ -1,4 +1,4 @@
-"""What the recipes share: small tokenizers and new models in the family's own layout, and what measurements look like.
+"""What the recipes share: small tokenizers that begin as the family's do, and files of records.
 
 A recipe uses the public package alone. What is here would be of no use to anybody who does not start from nothing.
 """
@@ -15,19 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
-import torch
 
-from gemkit import family
-from gemkit.nn import Decoder, PaliGemma, build
+from gemkit.inspect.curves import Curve
 from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import INFILL
 
 HERE = Path(__file__).parent
 TOKENIZERS = HERE / "tokenizers"
-DOCS = HERE.parent / "docs"
 
-# The first pieces of Gemma 1's vocabulary, in order: control tokens, then runs of newlines and of spaces. With these the
-# ids that people know by heart (2, 67 to 70, 106, 107, 108) are the same in a small vocabulary.
+# The first pieces of Gemma 1's vocabulary, in order: control tokens, then runs of newlines and of spaces. With these
+# the ids that people know by heart (2, 67 to 70, 106, 107, 108) are the same in a small vocabulary.
 _UNUSED = [f"<unused{i}>" for i in range(99)]
 FAMILY = [
     *("<mask>", "<2mass>", "[@BOS@]", *_UNUSED, "<start_of_turn>", "<end_of_turn>"),
@@ -76,35 +73,6 @@ def small_tokenizer(texts: Iterable[str], pieces: int, *, infill: bool = False) 
     return Tokenizer.from_model(model.getvalue())
 
 
-def new_model(config: family.Decoder, vision: family.Vision | None = None, *, seed: int) -> Decoder | PaliGemma:
-    """A model with random weights: normal with a standard deviation of 1 / sqrt(inputs), in the last projection of each
-    branch divided by sqrt(2 * layers) so that all branches together add no more than one would; norms and biases 0.
-
-    The decay of a recurrence is drawn as Griffin's is (arXiv:2402.19427): the state keeps 0.9 to 0.999 of itself.
-    """
-    model = build(config, vision)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            in_tower = "vision_tower" in name
-            if name.endswith("recurrent_param"):
-                kept = torch.empty_like(weight).uniform_(0.9**2, 0.999**2, generator=generator).sqrt()
-                weight.copy_(torch.log(1 / kept - 1))
-            elif name.endswith("bias") or weight.dim() == 1:
-                # the norms of the tower are factors, those of the decoder are added to 1
-                weight.fill_(float(in_tower and "norm" in name and name.endswith("weight")))
-            elif "position_embedding" in name:
-                weight.normal_(0, 0.02, generator=generator)
-            elif "conv_1d" in name:
-                weight.normal_(0, (0.01 / weight.shape[1]) ** 0.5, generator=generator)
-            else:
-                inputs = weight.shape[1] if "gate.weight" in name else weight[0].numel()
-                depth = vision.depth if vision is not None and in_tower else len(config.layers)
-                is_last = name.split(".")[-2] in ("o_proj", "down_proj", "out_proj", "fc2", "linear_out")
-                weight.normal_(0, (inputs * (2 * depth if is_last else 1)) ** -0.5, generator=generator)
-    return model
-
-
 def write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> int:
     """One record a line; how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,3 +105,23 @@ def _is_module(path: Path) -> bool:
     except (UnicodeDecodeError, SyntaxError, ValueError):
         return False
     return True
+
+
+def log(folder: Path | str) -> list[dict[str, Any]]:
+    """What a run wrote down: an object for each step, evaluation and set of samples."""
+    return list(read_jsonl(Path(folder) / "log.jsonl"))
+
+
+def curve(name: str, entries: Iterable[Mapping[str, Any]], field: str, every: int = 1) -> Curve:
+    """A field of the log by step, each point the mean of so many steps; one of the evaluations by "held_out.loss"."""
+    outer, _, inner = field.partition(".")
+    points = [(entry["step"], entry[outer][inner] if inner else entry[outer]) for entry in entries if outer in entry]
+    groups = [points[i : i + every] for i in range(0, len(points), every)]
+    return Curve(name, [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups])
+
+
+def save_picture(name: str, svg: str) -> None:
+    """Into `docs/recipes`, where the pages about the recipes show it."""
+    folder = HERE.parent / "docs" / "recipes"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(svg, encoding="utf-8")

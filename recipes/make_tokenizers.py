@@ -18,6 +18,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parent))
 
 from common import FAMILY, TOKENIZERS, library_files, small_tokenizer
+
 from gemkit.text import PieceType, Tokenizer, tasks
 from gemkit.text.vocabulary import BYTES
 

@@ -1,4 +1,4 @@
-"""Short Python files to fill in, made of the standard library's own, and a new tiny CodeGemma.
+"""Short Python files to fill in, made of the standard library's own.
 
     python recipes/b-codegemma/make_data.py --out data/code
 
@@ -8,7 +8,6 @@ module's imports that are used, then the code. What is learned of them is what t
 the code below.
 
     train.jsonl, held-out.jsonl   {"text": "import sys\n\n\ndef main():\n ...", "path": "json/tool.py"}
-    start/                        the model to train, with random weights
 
 Whole modules are held out, one in twenty, chosen by their paths.
 """
@@ -29,11 +28,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import TOKENIZERS, library_files, new_model, write_jsonl
-from gemkit.family import Decoder, Global
-from gemkit.nn import Decoder as Model
-from gemkit.text import Tokenizer
-from gemkit.weights.save import save_hf
+from common import library_files, write_jsonl
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 SHORTEST, LONGEST = 20, 600  # characters of a file
@@ -91,7 +86,10 @@ def _imports(tree: ast.Module) -> Iterator[tuple[set[str], str]]:
                 yield {alias.asname or alias.name.split(".")[0]}, f"import {ast.unparse(alias)}"
         elif isinstance(node, ast.ImportFrom) and node.names[0].name != "*":
             for alias in node.names:
-                yield {alias.asname or alias.name}, f"from {'.' * node.level}{node.module or ''} import {ast.unparse(alias)}"
+                yield (
+                    {alias.asname or alias.name},
+                    f"from {'.' * node.level}{node.module or ''} import {ast.unparse(alias)}",
+                )
 
 
 def is_held_out(path: str) -> bool:
@@ -109,28 +107,6 @@ def records(seed: int) -> Iterator[dict[str, str]]:
                 yield {"text": text, "path": str(path.relative_to(LIBRARY))}
 
 
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_model(TOKENIZERS / "code.model")
-
-
-def model(vocabulary: Tokenizer, seed: int = 0) -> Model:
-    """Gemma 1 in small: one key/value head, as in the 2B."""
-    config = Decoder(
-        vocab_size=len(vocabulary),
-        width=192,
-        ffw_width=576,
-        num_heads=6,
-        num_kv_heads=1,
-        head_dim=32,
-        layers=(Global(),) * 6,
-        max_context=1024,
-        query_scale=32**-0.5,
-    )
-    module = new_model(config, seed=seed)
-    assert isinstance(module, Model)
-    return module
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/code"))
@@ -141,9 +117,7 @@ def main() -> None:
     trained = [record for record in everything if not is_held_out(record["path"])]
     write_jsonl(options.out / "train.jsonl", trained)
     write_jsonl(options.out / "held-out.jsonl", held_out)
-    vocabulary = tokenizer()
-    save_hf(model(vocabulary), options.out / "start", tokenizer=vocabulary, prompts=("infill", "complete"))
-    print(f"{len(trained)} files to train on, {len(held_out)} to measure with, and a new model in {options.out}")
+    print(f"{len(trained)} files to train on, {len(held_out)} to measure with, in {options.out}")
 
 
 if __name__ == "__main__":

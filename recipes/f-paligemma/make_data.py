@@ -1,10 +1,10 @@
 """Pictures of coloured shapes and what to answer about them, a vocabulary, and a new tiny PaliGemma.
 
-    python recipes/f-paligemma/make_data.py --out data/shapes
+python recipes/f-paligemma/make_data.py --out data/shapes
 
-    train.jsonl, held-out.jsonl   {"image": "train/000017.png", "prompt": "detect red circle", "answer": "<loc0310>..."}
-    train/, held-out/             the pictures, 112 x 112
-    start/                        the model to train, with random weights
+train.jsonl, held-out.jsonl   {"image": "train/000017.png", "prompt": "detect red circle", "suffix": "<loc0310>..."}
+train/, held-out/             the pictures, 112 x 112
+start/                        the model to train, with random weights
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,13 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from common import TOKENIZERS, new_model, write_jsonl
+from common import TOKENIZERS, write_jsonl
+
 from gemkit.family import Decoder, Global, Vision
 from gemkit.nn import PaliGemma
 from gemkit.text import Box, Place, Tokenizer, places, tasks
 from gemkit.text.vocabulary import IMAGE
+from gemkit.train.initialise import new_module
 from gemkit.weights.save import save_hf
 
 SIDE = 112  # pixels
@@ -63,9 +65,9 @@ class Shape:
         return np.clip(0.5 - outside, 0, 1)
 
 
-def scene(rng: np.random.Generator) -> list[Shape]:
-    """Two to four different things that do not touch."""
-    wanted = int(rng.integers(2, 5))
+def scene(rng: np.random.Generator, fewest: int = 2) -> list[Shape]:
+    """Up to four different things that do not touch."""
+    wanted = int(rng.integers(fewest, 5))
     names = rng.permutation(THINGS)
     shapes: list[Shape] = []
     while len(shapes) < wanted:
@@ -77,9 +79,9 @@ def scene(rng: np.random.Generator) -> list[Shape]:
 
 
 def draw(shapes: list[Shape], rng: np.random.Generator) -> np.ndarray:
-    """The picture, uint8 (Y, X, 3): shapes of uneven colour on an uneven grey."""
+    """The picture, uint8 (Y, X, 3): shapes on grey, each in a shade of its colour."""
     centres = np.arange(SIDE) + 0.5
-    picture = np.full((SIDE, SIDE, 3), rng.uniform(150, 235)) + rng.normal(0, 4, (SIDE, SIDE, 1))
+    picture = np.full((SIDE, SIDE, 3), rng.uniform(150, 235))
     for shape in shapes:
         covered = shape.covers(centres, centres[:, None])[..., None]
         colour = np.array(COLOURS[shape.thing.split()[0]]) + rng.normal(0, 12, 3)
@@ -106,7 +108,7 @@ def examples(seed: int) -> Iterator[tuple[np.ndarray, str, str]]:
     """Picture, prompt and answer, without end."""
     rng = np.random.default_rng(seed)
     while True:
-        shapes = scene(rng)
+        shapes = scene(rng, fewest=1)  # with one alone, places are learned before it is known what things are called
         things = question(shapes, rng)
         yield draw(shapes, rng), tasks.detect(things), answer(shapes, things)
 
@@ -127,31 +129,45 @@ def tokenizer() -> Tokenizer:
 
 
 def model(vocabulary: Tokenizer, seed: int = 0) -> PaliGemma:
-    """A tower and a decoder of four layers each. The rows of the places begin on a smooth curve, so that neighbours
-    begin alike and what is learned of one is learned of those around it."""
-    vision = Vision(SIDE, patch_size=14, width=96, depth=4, num_heads=4, mlp_width=256, image_token=vocabulary.id(IMAGE))
+    """A tower and a decoder of three layers each.
+
+    Where patches are, and the rows of the places that are answered, begin on smooth curves: neighbours begin alike, and
+    what is learned of one is learned of those around it. All else begins as new models do.
+    """
+    tower = Vision(SIDE, patch_size=14, width=128, depth=3, num_heads=4, mlp_width=384)
+    vision = replace(tower, image_token=vocabulary.id(IMAGE))
     config = Decoder(
         vocab_size=len(vocabulary),
-        width=96,
-        ffw_width=256,
+        width=128,
+        ffw_width=384,
         num_heads=4,
         num_kv_heads=1,
         head_dim=32,
-        layers=(Global(),) * 4,
+        layers=(Global(),) * 3,
         max_context=256,
         query_scale=32**-0.5,
     )
-    module = new_model(config, vision, seed=seed)
+    module = new_module(config, vision, seed=seed)
     assert isinstance(module, PaliGemma)
+    generator = torch.Generator().manual_seed(seed + 1)
+    grid = torch.linspace(0, 1, SIDE // tower.patch_size)
+    down_PP, across_PP = torch.meshgrid(grid, grid, indexing="ij")
+    where_P2 = torch.stack([down_PP.flatten(), across_PP.flatten()], 1)
     first = vocabulary.id("<loc0000>")
     with torch.no_grad():
-        table = module.embed_tokens.weight
-        where = torch.arange(1024)[:, None] / 1023
-        generator = torch.Generator().manual_seed(seed + 1)
-        rate = torch.empty(config.width).exponential_(1 / 12, generator=generator)  # most turn slowly, some fast
-        phase = torch.empty(config.width).uniform_(0, 2 * torch.pi, generator=generator)
-        table[first : first + 1024] = (2 / config.width) ** 0.5 * torch.cos(where * rate + phase)
+        patches = module.vision_tower.embeddings.position_embedding.weight
+        patches.copy_(0.5 * _curve(where_P2, tower.width, 6.0, generator))
+        rows = module.embed_tokens.weight[first : first + 1024]
+        rows.copy_(config.width**-0.5 * _curve(torch.linspace(0, 1, 1024)[:, None], config.width, 20.0, generator))
     return module
+
+
+def _curve(where_PX: torch.Tensor, width: int, rate: float, generator: torch.Generator) -> torch.Tensor:
+    """(P, width), of mean square 1: cosines of where each point is, most of them slower than `rate`, some faster."""
+    rates_XW = torch.empty(where_PX.shape[1], width).exponential_(1 / rate, generator=generator)
+    rates_XW *= torch.randint(0, 2, rates_XW.shape, generator=generator) * 2 - 1
+    phases_W = torch.empty(width).uniform_(0, 2 * torch.pi, generator=generator)
+    return 2**0.5 * torch.cos(where_PX @ rates_XW + phases_W)
 
 
 def _write(folder: Path, name: str, chosen: Iterator[tuple[np.ndarray, str, str]]) -> int:
@@ -159,15 +175,15 @@ def _write(folder: Path, name: str, chosen: Iterator[tuple[np.ndarray, str, str]
     records = []
     for i, (picture, prompt, said) in enumerate(chosen):
         image = f"{name}/{i:06}.png"
-        Image.fromarray(picture).save(folder / image)
-        records.append({"image": image, "prompt": prompt, "answer": said})
+        Image.fromarray(picture).save(folder / image, compress_level=1)
+        records.append({"image": image, "prompt": prompt, "suffix": said})
     return write_jsonl(folder / f"{name}.jsonl", records)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/shapes"))
-    parser.add_argument("--examples", type=int, default=60_000)
+    parser.add_argument("--examples", type=int, default=48_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     endless = examples(options.seed)
