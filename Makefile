@@ -32,9 +32,11 @@ docs: .venv/dev
 oracles: .venv/dev
 	$(BIN)/python tests/fetch_oracles.py
 
-# Slow proofs: the full published geometry of the 2B members, one model in memory at a time.
+# Slow proofs: the full published geometry of the 2B members, one model in memory at a time; a training run that is
+# killed twenty times.
 parity-full: .venv/dev
 	$(BIN)/python tests/parity_full.py
+	$(BIN)/python tests/kill_training.py
 
 # Ours and its rivals side by side, then the floors. llama.cpp is built from source, so it has an environment of its own.
 bench: .venv/dev .venv-bench/ready

@@ -31,7 +31,7 @@ from gemkit.program.native import Native
 from gemkit.sight import Sight
 from gemkit.text import Prompt, Tokenizer, tasks
 from gemkit.text.tasks import CaptionStyle
-from gemkit.weights.checkpoint import Checkpoint, find, open_path, with_adapters
+from gemkit.weights.checkpoint import SCORE, Checkpoint, find, open_path, with_adapters
 
 if TYPE_CHECKING:
     import torch
@@ -165,6 +165,7 @@ class Gemma:
         self.executor: Any = executor
         self._path, self._how = checkpoint.path, how  # to open its modules when they are asked for
         self._base = checkpoint.name  # what opens it again
+        self._scored = SCORE in checkpoint.reader.entries
 
     def __repr__(self) -> str:
         return f"Gemma({self.label!r})"
@@ -396,6 +397,24 @@ class Gemma:
             prefix=task.prefix,
             images=self._pixels(pictures),
         )
+
+    def reward(self, answer: str, prompt: str = "") -> float:
+        """What a reward model makes of an answer to a prompt, in the format that it was trained on: turns, if the model
+        was tuned for chat and there is a prompt, else text.
+
+        Raises:
+            ModelError: if it is no reward model.
+        """
+        from gemkit.train.objectives.judges import Reward
+
+        return Reward(self.module, self.tokenizer, self.prompts)(prompt, answer)
+
+    @property
+    def is_reward_model(self) -> bool:
+        """Whether it has a head of one number, `score`, that `gemkit tune reward` trains."""
+        if isinstance(self.executor, Native):
+            return self._scored
+        return getattr(self.module, "score", None) is not None
 
     # ── asking about images ─────────────────────────────────────────────────────────────────────────────────────────
     #

@@ -12,6 +12,9 @@ from gemkit.train import lora
 from gemkit.weights.maps import name_map
 from tiny import TOWER, VOCAB, WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
 
+# PEFT asks Transformers for something by its old name
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
 NAMES = [
     "gemma-2b",  # MQA
     "gemma-2-2b",  # soft caps, four norms
@@ -54,9 +57,7 @@ def our_logits(ours):
     asked = given(ours)
     if asked["pixels"] is None:
         return ours(Batch.of([asked["ids"]]))
-    return ours(
-        Batch.of([asked["ids"]], prefixes=[PREFIX], image_rows=range(PATCHES)), pixels_ICSS=asked["pixels"]
-    )
+    return ours(Batch.of([asked["ids"]], prefixes=[PREFIX], image_rows=range(PATCHES)), pixels_ICSS=asked["pixels"])
 
 
 def their_logits(theirs, ours):
@@ -337,4 +338,4 @@ def test_target_modules_are_short_where_they_can_be(pair, tmp_path):
     lora.enable_lora(ours, 2, targets=["q_proj", "up_proj"])
     lora.save(ours, tmp_path / "a", **OURS)
     targets = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
-    assert targets == (["q_proj", "up_proj"] if ours.vision is None else r".*\.language_model\..*\.(q_proj|up_proj)")
+    assert targets == (["q_proj", "up_proj"] if ours.vision is None else r"(.*\.)?language_model\..*\.(q_proj|up_proj)")

@@ -56,12 +56,7 @@ def test_what_is_learned_of_a_chat(name, turns, system):
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     theirs, plain = marked(name)
-    made = theirs.apply_chat_template(
-        messages,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"add_special_tokens": False},
-    )
+    made = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     rendered = theirs.apply_chat_template(messages, chat_template=plain, tokenize=False)
     assert theirs.apply_chat_template(messages, tokenize=False) == rendered  # the marks change nothing
     ours = encode_chat(tokenizer(name), messages)

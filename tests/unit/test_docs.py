@@ -13,6 +13,7 @@ import gemkit
 from gemkit import family, ops, text
 from gemkit.generate import Chunk, sample
 from gemkit.generate.sampler import GREEDY, token_logprob
+from gemkit.train.experiment import Experiment, to_tables
 from gemkit.weights.checkpoint import find
 from gemkit.weights.maps import name_map
 
@@ -66,11 +67,22 @@ def problem(name: str) -> str | None:
     if re.fullmatch(r"[\w./-]*/[\w.-]*|[\w.-]+\.(py|md)", name):
         return None if any((base / name).exists() for base in (ROOT, ROOT / "src" / "gemkit", DOCS)) else "no such file"
     if re.fullmatch(r"[A-Za-z_]\w*(\.\w+)+", name):
-        known = name in PARAMETERS or re.fullmatch(r"\w+\.(json|model|safetensors|gguf|ckpt)", name) or _resolves(name)
+        known = name in PARAMETERS or re.fullmatch(FILES, name) or name in FIELDS or _resolves(name)
         return None if known else "neither code nor a parameter nor a file"
     if name.startswith(("gemkit ", "make ")):
         return _command_problem(name)
     return None
+
+
+FILES = r"[\w-]+\.(json|jsonl|model|safetensors|gguf|ckpt|svg|toml)"
+
+
+def _fields(tables: dict, path: str = "") -> Iterator[str]:
+    """Dotted names of the fields of an experiment."""
+    for name, value in tables.items():
+        yield path + name
+        if isinstance(value, dict):
+            yield from _fields(value, f"{path}{name}.")
 
 
 def _resolves(name: str) -> bool:
@@ -117,6 +129,7 @@ def _published() -> Iterator[str]:
 
 
 PARAMETERS = set(_published())
+FIELDS = set(_fields(to_tables(Experiment())))
 VERBS = make_tables.parsers()
 
 
@@ -135,6 +148,7 @@ def test_what_is_named_exists(page):
         "nn/encoder.py",
         "missing.py",
         "nn.decoder.Encoder",
+        "step.max_token",
         "wieghts.load.load_module",
         "layers.0.self_attn.w_proj.weight",
         "tests/parity/test_decoder.py::test_nothing",

@@ -30,6 +30,7 @@ from gemkit.cli import (
     score,
     segment,
     show,
+    tune,
 )
 from gemkit.cli.common import say
 from gemkit.errors import GemkitError
@@ -47,6 +48,7 @@ _VERBS = (
     detect,
     segment,
     score,
+    tune,
     quantize,
     merge,
     show,

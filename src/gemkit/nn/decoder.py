@@ -120,6 +120,7 @@ class Decoder(Module):
         self.layers = ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = Head(self.embed_tokens)
+        self.score: Any = None  # of a reward model: a `weighted.Score`, which reads what the head reads
 
     def forward(self, batch: Batch | Any, state: State | None = None, rows=None, features_ED=None):
         """Logits of every token, or of `rows` of them only.

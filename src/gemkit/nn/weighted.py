@@ -98,6 +98,20 @@ class Head(Projection):
         return f"in_features={in_features}, out_features={out_features}, tied to embed_tokens"
 
 
+class Score(Weighted):
+    """One number of a row: what a reward model has beside the head. Adapters have no part in it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = Parameter(ops.new_weight(1, width))
+
+    def forward(self, x_BD):
+        return ops.linear(ops.in_dtype_of(x_BD, self.weight), self.weight)
+
+    def extra_repr(self):
+        return f"in_features={self.weight.shape[1]}, out_features=1"
+
+
 class RMSNorm(Weighted):
     """Division by the root mean square, then by channel times `1 + weight`."""
 

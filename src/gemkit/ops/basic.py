@@ -58,15 +58,15 @@ def linear(x_TI: Tensor, weight_OI: Tensor | Quantized, bias_O: Tensor | None = 
     A dense weight of another dtype, such as an adapter's that stays float32, is multiplied in its own. A quantized one
     is multiplied in float32, a few rows at a time, and so is its gradient, which only x has.
     """
-    if isinstance(weight_OI, Quantized):
-        if torch.is_grad_enabled() and x_TI.requires_grad:
-            y_TO = _QuantizedLinear.apply(x_TI, weight_OI)
-        else:
-            y_TO = _by_pieces(x_TI, weight_OI)
-        return y_TO if bias_O is None else y_TO + bias_O
-    if weight_OI.dtype != x_TI.dtype:
-        return F.linear(x_TI.to(weight_OI.dtype), weight_OI, bias_O).to(x_TI.dtype)
-    return F.linear(x_TI, weight_OI, bias_O)
+    if not isinstance(weight_OI, Quantized):
+        if weight_OI.dtype == x_TI.dtype:
+            return F.linear(x_TI, weight_OI, bias_O)
+        y_TO = F.linear(x_TI.to(weight_OI.dtype), weight_OI).to(x_TI.dtype)
+    elif torch.is_grad_enabled() and x_TI.requires_grad:
+        y_TO = _QuantizedLinear.apply(x_TI, weight_OI)
+    else:
+        y_TO = _by_pieces(x_TI, weight_OI)
+    return y_TO if bias_O is None else y_TO + bias_O
 
 
 def _by_pieces(x_TI: Tensor, weight_OI: Quantized) -> Tensor:

@@ -6,9 +6,9 @@
         state.json               the step, the position in the data, what the run was made of
         manifest.json            size and SHA-256 of the others
 
-They are written to a hidden folder, each file flushed to the disk, the manifest last, and then renamed: a folder of that
-name is whole, whenever the process dies. Those before it are deleted after that. Nothing in one is ever executed: tensors
-and JSON only.
+They are written to a hidden folder, each file flushed to the disk, the manifest last, and then renamed: a folder of
+that name is whole, whenever the process dies. Those before it are deleted after that. Nothing in one is ever executed:
+tensors and JSON only.
 
 Random numbers need no file. Those of a step come from the seed and the number of the step alone (`trainer.seeded`).
 """

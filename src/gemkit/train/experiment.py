@@ -182,8 +182,8 @@ def published(settings: Optimizer, decoder: Decoder, vision: Vision | None, *, n
 
     RecurrentGemma's fine-tuning colab: rate 1e-4, betas 0.9 and 0.96, decay 0.1. PaliGemma's transfers (big_vision,
     forkme.py): rate 1e-5 by a cosine with 5 % of warm-up, and a decay of 3e-7 that is not multiplied with the rate,
-    which is 0.03 of it. The others by the tutorials of Keras: rate 5e-5 that stays, decay 0.01. Their pretraining is not
-    published; a new model takes RecurrentGemma's betas and decay, and ten times its rate, which small models bear.
+    which is 0.03 of it. The others by the tutorials of Keras: rate 5e-5 that stays, decay 0.01. Their pretraining is
+    not published; a new model takes RecurrentGemma's betas and decay, and ten times its rate, which small models bear.
     """
     if new:
         known = Optimizer(1e-3, (0.9, 0.96), 1e-8, 0.1, warmup=0.05, decay="cosine")
@@ -304,7 +304,7 @@ def written(value: Any) -> str:
         )
         return f'"{escaped}"'
     if isinstance(value, list):
-        return "[" + ", ".join(map(_written, value)) + "]"
+        return "[" + ", ".join(map(written, value)) + "]"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_key(key)} = {written(inner)}" for key, inner in value.items()) + "}"
     return repr(value)
@@ -357,10 +357,10 @@ def _fitting(hint: Any, value: Any, where: str, name: str) -> Any:
 def new_model(values: Mapping[str, Any], vocab_size: int) -> tuple[Decoder, Vision | None]:
     """The architecture that a table `[model.new]` describes.
 
-    Its keys are the fields of `family.Decoder`. `like` names a member whose fields are those that are left out. `layers`
-    is a pattern that is repeated to `depth` layers, of tables such as {kind = "sliding", window = 512}, {kind =
-    "global"} and {kind = "recurrent", width = 256, num_blocks = 4}; a `rope` is a table with `base`. `vision` is a table
-    of the fields of `family.Vision`. `query_scale` is by default that of `head_dim`, the rows of the table are
+    Its keys are the fields of `family.Decoder`. `like` names a member whose fields are those that are left out.
+    `layers` is a pattern that is repeated to `depth` layers, of tables such as {kind = "sliding", window = 512}, {kind
+    = "global"} and {kind = "recurrent", width = 256, num_blocks = 4}; a `rope` is a table with `base`. `vision` is a
+    table of the fields of `family.Vision`. `query_scale` is by default that of `head_dim`, the rows of the table are
     `vocab_size`.
 
     Raises:

@@ -39,6 +39,7 @@ from gemkit.ops import Quantized
 from gemkit.text.prompts import CHAT_TEMPLATE
 from gemkit.weights import adapters as files
 from gemkit.weights.card import card
+from gemkit.weights.load import put_score
 from gemkit.weights.maps import NameMap, name_map
 from gemkit.weights.save import appearing
 
@@ -449,10 +450,13 @@ def attach(
     owners = _owners(module)
     shapes = {path: tuple(owner.weight.shape) for path, owner in owners.items()}
     changes, copies = files.read(folder, shapes, _table(module))
+    score = copies.pop("score", None)
     for path, copy in copies.items():
         _check_copy(folder, path, copy, owners[path].weight)
     if trainable:
         module.requires_grad_(False)
+    if score is not None:
+        put_score(module, score)
     for change in changes:
         owner = owners[change.module]
         adapter = _new(owner, change.rank, change.scale, change.heads, change.dropout)
@@ -476,7 +480,7 @@ def _free_name(module: Model, folder: Path) -> str:
 
 
 def _check_copy(folder: Any, path: str, copy: Tensor, weight: Tensor | Quantized) -> None:
-    """PEFT stores the tables that adapters stand beside. If other rows were trained or added, the adapter is not all."""
+    """PEFT stores tables that adapters stand beside. Where rows were trained or added, the adapter is not all."""
     if tuple(copy.shape) == tuple(weight.shape):
         if isinstance(weight, Quantized):
             # rounded to codes here, and not there: the first rows tell another table from a rounded one
@@ -551,6 +555,14 @@ def write(module: Model, folder: Path, name: str, *, base: str | None, named: st
         a, b = adapter.lora_A.weight.detach(), adapter.lora_B.weight.detach()
         a = a.T if isinstance(adapter, EmbeddingLoRA) else a
         changes.append(files.LowRank(path, a, b, adapter.scale, adapter.heads, adapter.dropout))
+    score = getattr(module, "score", None)
     files.write(
-        folder, changes, _owners(module), _table(module), base=base, named=named, text_only=module.vision is None
+        folder,
+        changes,
+        _owners(module),
+        _table(module),
+        base=base,
+        named=named,
+        text_only=module.vision is None,
+        score=None if score is None else score.weight,
     )

@@ -90,7 +90,7 @@ class Optimizer:
             lr=0.0,  # set at each step
             betas=settings.betas,
             eps=settings.eps,
-            fused=True,  # each element by itself, so the same bits every time; without temporaries as large as the model
+            fused=True,  # each element by itself: the same bits every time, and no temporaries as large as the model
         )
 
     def gradients(self) -> dict[str, Tensor]:

@@ -212,7 +212,12 @@ def _fake(decoder: family.Decoder, vision: family.Vision | None, prepare: Prepar
 
     mode = FakeTensorMode()
     with mode:
-        module = build(decoder, vision).to(dtype)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            module = build(decoder, vision)
+        finally:
+            torch.set_default_dtype(before)
         prepare(module)
         trained: dict[str, int] = {}
         bytes_trained = bytes_masters = bytes_all = 0

@@ -129,7 +129,7 @@ class Run:
     def resume(
         cls, folder: str | os.PathLike[str], change: Callable[[Experiment], Experiment] = lambda kept: kept
     ) -> Run:
-        """Open a run that was begun, with its experiment changed, if at all, in what a checkpoint does not depend on."""
+        """Open a run that was begun, its experiment changed, if at all, in what a checkpoint does not depend on."""
         path = Path(folder).expanduser()
         if not (path / EXPERIMENT).is_file():
             raise ConfigError(f"{folder} holds no run: there is no {EXPERIMENT} in it")
@@ -274,7 +274,7 @@ class Run:
             yield
 
     def _begin(self, folder: Path) -> None:
-        if any(path.name != LOCK for path in folder.iterdir()):
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
             raise ConfigError(
                 f"{folder} exists and is not empty: --resume {folder} goes on with the run in it, or take a new folder"
             )
@@ -378,7 +378,6 @@ class Run:
             lora.save(module, work, base=base, named=self._named, prompts=self.prompts)
         else:
             save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts)
-        objectives.save(self.objective, module, work)
         (work / "README.md").write_text(self._card(outcome, folder.name), encoding="utf-8")
         last = ("config.json", "adapter_config.json")
         for path in sorted(work.iterdir(), key=lambda path: (path.name in last, path.name)):

@@ -2,10 +2,10 @@
 
     units of a step ─ prepare ─ size ─ parts of max_tokens ─ (loss / size).backward() each ─ finite? ─ clip ─ AdamW
 
-A step is the same whether it is computed at once or in parts: each part's loss is a sum, and all are divided by the size
-of the whole step. Nothing is remembered between steps but weights, optimizer, the position in the data and the number of
-the step, from which its random numbers come; so what a checkpoint holds is all there is, and a run that was killed goes
-on to the same bits.
+A step is the same whether it is computed at once or in parts: each part's loss is a sum, and all are divided by the
+size of the whole step. Nothing is remembered between steps but weights, optimizer, the position in the data and the
+number of the step, from which its random numbers come; so what a checkpoint holds is all there is, and a run that was
+killed goes on to the same bits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.nn import Module, Parameter
 from gemkit.errors import NoSpaceError, TrainingError
 from gemkit.inspect import curves
 from gemkit.train import diagnose
-from gemkit.train.checkpoint import Checkpoints, Saved, is_finite, replace_bytes
+from gemkit.train.checkpoint import Checkpoints, Saved, replace_bytes
 from gemkit.train.experiment import Experiment
 from gemkit.train.objective import Objective
 from gemkit.train.optimizer import KIND, Optimizer
@@ -349,7 +349,7 @@ class Trainer:
             if origin.get(name) != self.origin.get(name) and not force:
                 raise TrainingError(
                     f"{name} is not what the checkpoint of step {saved.step} was made with: "
-                    f"{_shown(origin.get(name))} then, {_shown(self.origin.get(name))} now; --force goes on all the same"
+                    f"{_shown(origin.get(name))} then, {_shown(self.origin.get(name))} now; --force goes on anyway"
                 )
         mine = self.optimizer.parameters
         if strange := sorted(set(mine) ^ set(saved.weights)):

@@ -102,7 +102,7 @@ def read(
 
     Returns:
         One for each module that it changes, in float32; and copies of tables that PEFT stores beside adapters of them,
-        by our names of the modules, which must equal the model's own.
+        by our names of the modules, which must equal the model's own; and under "score" the head of a reward model.
 
     Raises:
         WeightsError: if it is damaged, of a kind that is not read here, or another model's: which tensor, and why.
@@ -126,6 +126,8 @@ def read(
                 pairs[found[1]][(found[2] or "") + found[3]] = key
             elif (found := _COPY.fullmatch(key)) and ours.get(found[1], "").endswith(("embed_tokens", "lm_head")):
                 copies[ours[found[1]]] = reader.read(key)
+            elif found and found[1] == "score":
+                copies["score"] = reader.read(key)
             else:
                 raise WeightsError(f"{path}: {key} is no part of an adapter that is read here{_why(key)}")
         if not pairs:
@@ -156,6 +158,7 @@ def write(
     base: str | None,
     named: str,
     text_only: bool,
+    score: Tensor | None = None,
 ) -> None:
     """Write both files.
 
@@ -165,6 +168,7 @@ def write(
         base: what `checkpoint.find` opened; None is the starter model.
         named: how others find the base: a hub id, or a folder.
         text_only: whether the model sees no images.
+        score: the head of a reward model, which goes with it.
 
     Raises:
         WeightsError: if a number is not finite: nothing is written then.
@@ -205,6 +209,11 @@ def write(
         "init_lora_weights": True,
         "inference_mode": True,
     }
+    if score is not None:
+        if not score.isfinite().all():
+            raise WeightsError("the reward head has numbers that are not finite: it is not saved")
+        tensors[f"{_PREFIX}score.weight"] = score.detach().float().cpu().contiguous()
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     notes = {"format": "pt"}
     if base is None:
         notes[_NOTE_BASE] = STARTER
@@ -278,6 +287,8 @@ def _refuse_other_kinds(config: Mapping[str, Any], where: Path) -> None:
             "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for name, value in config.items():
+        if name == "modules_to_save" and value == ["score"]:  # the head of a reward model
+            continue
         if name not in _HARMLESS and value not in (None, False, "", [], {}):
             raise WeightsError(f"{where}: {name}={value!r} is not done here, and the adapter would not be the same")
 
@@ -346,7 +357,7 @@ def _targets(changed: Iterable[str], everything: Iterable[str]) -> list[str] | s
     leaves = sorted({name.rpartition(".")[2] for name in changed})
     if {name for name in everything if name.rpartition(".")[2] in leaves} == changed:
         return leaves
-    pattern = rf".*\.language_model\..*\.({'|'.join(leaves)})"
+    pattern = rf"(.*\.)?language_model\..*\.({'|'.join(leaves)})"
     if {name for name in everything if re.fullmatch(pattern, name)} == changed:
         return pattern
     return sorted(changed)

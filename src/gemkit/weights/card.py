@@ -40,8 +40,8 @@ def card(title: str, base: str, lines: Sequence[str], *, adapter: bool, data: Se
         "",
         "## Licence",
         "",
-        f"{NOTICE}. This is a modification of the base model. Its use is restricted as section 3.2 of those terms says,",
-        "and the Gemma Prohibited Use Policy (ai.google.dev/gemma/prohibited_use_policy).",
+        f"{NOTICE}. This is a modification of the base model. Its use is restricted by section 3.2 of those terms",
+        "and by the Gemma Prohibited Use Policy (ai.google.dev/gemma/prohibited_use_policy).",
         "",
     ]
     return "\n".join(body)

@@ -320,12 +320,18 @@ def _fit(format: Format, decoder: Decoder, vision: Vision | None, reader: Reader
             problems.append(f"{part.theirs} is stored as {entry.dtype}, which is no weight")
         elif tuple(entry.shape) != part.layout.shape:
             problems.append(f"{part.theirs} is {tuple(entry.shape)} in the file, {part.layout.shape} in the model")
-    left = [name for name in reader.entries if name not in used and not table.ignores(name) and name not in TIED_HEADS]
+    left = [
+        name
+        for name in reader.entries
+        if name not in used and not table.ignores(name) and name not in (*TIED_HEADS, SCORE)
+    ]
     problems += [f"{name} belongs nowhere" for name in left]
     return parts, problems
 
 
 # Dense types that weights are stored in.
 FLOATS = ("F32", "F16", "BF16")
+# The head of a reward model, beside everything that a model of text has.
+SCORE = "score.weight"
 # Copies of the tied head that some files carry. They must equal the embedding, which loading checks.
 TIED_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "output.weight")

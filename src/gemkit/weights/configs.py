@@ -343,6 +343,15 @@ def to_hf(decoder: Decoder, vision: Vision | None = None) -> dict[str, Any]:
     return _expressed(config, decoder)
 
 
+def as_reward_model(config: dict[str, Any]) -> dict[str, Any]:
+    """The `config.json` of a model with a head of one number: Transformers' class for it, where it has one."""
+    names = {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3Text"}
+    name = names.get(config["model_type"])
+    architectures = config["architectures"] if name is None else [f"{name}ForSequenceClassification"]
+    label = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    return {**config, "architectures": architectures, "problem_type": "regression", **label}
+
+
 def _to_hf_paligemma(decoder: Decoder, vision: Vision) -> dict[str, Any]:
     text = to_hf(decoder)
     if text["model_type"] not in ("gemma", "gemma2"):

@@ -16,10 +16,11 @@ from torch.nn import Parameter
 from gemkit import family
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Decoder, PaliGemma, build
+from gemkit.nn.weighted import Score
 from gemkit.ops import Quantized
 from gemkit.ops.quantized import KINDS, Kind
 from gemkit.weights import quantize
-from gemkit.weights.checkpoint import FLOATS, TIED_HEADS, Checkpoint
+from gemkit.weights.checkpoint import FLOATS, SCORE, TIED_HEADS, Checkpoint
 from gemkit.weights.maps import Part
 from gemkit.weights.quantize import Rounding, Weights
 from gemkit.weights.report import Report
@@ -101,6 +102,8 @@ def load_module(
             module.hold(part.ours, Parameter(cast.to(device), requires_grad=False))
         advance(name)
     module.embed_tokens.run_dtype = run_dtype
+    if SCORE in entries and only == ("",):
+        put_score(module, reader.read(SCORE))
     if fitted:
 
         def take(name: str) -> Tensor | Quantized:
@@ -123,6 +126,20 @@ def load_module(
     report.nbytes, report.nbytes_read = weight_bytes(module), total
     report.seconds = time.perf_counter() - start
     return module.eval(), report
+
+
+def put_score(module: Decoder | PaliGemma, weight_1D: Any) -> None:
+    """Give a model the head of a reward model, in float32, which records no gradients.
+
+    Raises:
+        WeightsError: if it is not one row as wide as the model, or the model is one that has none.
+    """
+    if isinstance(module, PaliGemma) or tuple(weight_1D.shape) != (1, module.config.width):
+        wanted = "a model of text alone" if isinstance(module, PaliGemma) else f"(1, {module.config.width})"
+        raise WeightsError(f"{SCORE} is {tuple(weight_1D.shape)}: a reward head is one row, for {wanted}")
+    module.score = Score(module.config.width)
+    device = module.norm.weight.device
+    module.score.weight = Parameter(weight_1D.detach().to(device, torch.float32), requires_grad=False)
 
 
 def _kinds(checkpoint: Checkpoint, module: Decoder | PaliGemma, weights: Weights, quantized: bool) -> dict[str, Kind]:

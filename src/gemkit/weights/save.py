@@ -24,6 +24,7 @@ from gemkit.text import Tokenizer
 from gemkit.text.prompts import CHAT_TEMPLATE
 from gemkit.text.vocabulary import UNK
 from gemkit.weights import configs
+from gemkit.weights.checkpoint import SCORE
 from gemkit.weights.load import weight
 from gemkit.weights.maps import name_map
 
@@ -59,6 +60,8 @@ def save_hf(
         ConfigError: if no published configuration can express the decoder.
     """
     config = configs.to_hf(module.config, module.vision)
+    if getattr(module, "score", None) is not None:
+        config = configs.as_reward_model(config)
     with appearing(folder) as work:
         kinds = _kinds(module) if quantized else {}
         saved_as = _write_weights(module, work, dtype, kinds, shard_bytes)
@@ -177,6 +180,8 @@ def _published(
             continue
         dense = value.dequantize() if isinstance(value, Quantized) else value.detach()
         yield part.theirs, part.give(dense.to(device="cpu", dtype=dtype or dense.dtype).contiguous())
+    if (score := getattr(module, "score", None)) is not None:
+        yield SCORE, score.weight.detach().to(device="cpu", dtype=dtype).contiguous()
 
 
 def _shards(weights: Iterator[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:

@@ -184,7 +184,7 @@ def test_a_disk_that_cannot_be_written(kept, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(checkpoint, "_put", broken)
-    with pytest.raises(TrainingError, match="cannot write to .*Input/output error"):
+    with pytest.raises(TrainingError, match=r"cannot write to .*Input/output error"):
         kept.save(saved(30))
     assert kept.newest().step == 20
 

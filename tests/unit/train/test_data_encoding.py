@@ -147,7 +147,7 @@ def test_control_tokens_that_a_text_spells_are_text():
 def test_an_answer_to_a_picture():
     ours, picture = tokenizer("paligemma"), np.arange(60 * 40 * 3, dtype=np.uint8).reshape(60, 40, 3)
     suffix = "<loc0001><loc0002><loc0003><loc0004> cat"
-    example = encode_image(ours, picture, "detect cat", suffix, vision=TOWER)
+    example = encode_image(ours, picture, "detect cat", suffix, vision=TOWER, average="token")
     prompt = image(ours, "detect cat", patches=16).ids
     said = [256001, 256002, 256003, 256004, *ours.encode(" cat"), 1]
     assert example.ids.tolist() == prompt + said
@@ -159,11 +159,11 @@ def test_an_answer_to_a_picture():
 
 def test_nothing_to_say_is_learned_too():
     ours, picture = tokenizer("paligemma"), np.zeros((8, 8, 3), np.uint8)
-    empty = encode_image(ours, [picture, picture], "detect cat", "", vision=TOWER, average="example")
+    empty = encode_image(ours, [picture, picture], "detect cat", "", vision=TOWER)
     assert learned(empty) == [ours.eos]
     assert len(empty.images) == 2
     assert (empty.ids == 257152).sum() == 32
-    full = encode_image(ours, picture, "cap en", "a black square", vision=TOWER, average="example")
+    full = encode_image(ours, picture, "cap en", "a black square", vision=TOWER)
     assert full.weights.sum() == pytest.approx(1)
 
 

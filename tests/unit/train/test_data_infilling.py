@@ -111,7 +111,7 @@ def test_rates_are_as_asked():
 
 def test_the_same_chance_makes_the_same_rows():
     assert one(CODE, 5).ids.tolist() == one(CODE, 5).ids.tolist()
-    assert len({tuple(one(CODE, seed).ids) for seed in range(20)}) > 15
+    assert len({tuple(one(CODE, seed).ids) for seed in range(20)}) > 10  # one in five is left whole
 
 
 def test_a_middle_within_a_line():
@@ -148,7 +148,7 @@ def test_long_files_are_cut_and_nothing_is_lost(context):
 
 def test_small_files_share_a_row():
     rows = encode_infill(tokenizer("codegemma"), [(f"{i}.py", CODE) for i in range(20)], rng(), context=128)
-    assert 4 < len(rows) < 10
+    assert 3 <= len(rows) <= 6
     assert sum(int((row.ids == SEPARATOR).sum()) for row in rows) == 20
 
 

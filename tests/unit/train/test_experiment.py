@@ -85,7 +85,7 @@ def test_what_cannot_be(assignment, message):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read .*none.toml"):
+    with pytest.raises(ConfigError, match=r"cannot read .*none\.toml"):
         read(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_text("steps = = 3")
     with pytest.raises(ConfigError, match=r"bad\.toml is not TOML: .*line 1"):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from recurrentgemma.torch.layers import rnn_param_init
+from deepmind import layers
 
 from gemkit import family
 from gemkit.nn import Batch
@@ -48,7 +48,7 @@ def test_decays_are_distributed_as_published():
     """Quantiles of 100,000 draws of both."""
     ours = drawn("layers.0.recurrent.rg_lru.recurrent_param", 100_000)
     torch.manual_seed(1)
-    theirs = rnn_param_init(torch.empty(100_000), 0.9, 0.999)
+    theirs = layers.rnn_param_init(torch.empty(100_000), 0.9, 0.999)
     at = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0])
     decay, theirs = (torch.exp(-torch.nn.functional.softplus(x)).quantile(at) for x in (ours, theirs))
     torch.testing.assert_close(decay, theirs, atol=1e-3, rtol=0)
@@ -56,13 +56,14 @@ def test_decays_are_distributed_as_published():
 
 @pytest.mark.parametrize("name", ["gemma-2b", "gemma-2-2b", "gemma-3-270m", "recurrentgemma-2b", "paligemma-3b-pt-224"])
 def test_a_new_model_knows_nothing(name):
-    """Its loss on random tokens is that of guessing, or a little more, for its logits are of unit size."""
+    """Its loss on random tokens is that of guessing, and some more: a tied table first says the same token again, whose
+    logit is the part of the stream that the embedding still is, times the root of the width."""
     vision = replace(TOWER, image_token=VOCAB - 2) if family.get(name).vision else None
     module = new_module(tiny(name), vision)
     ids = torch.randint(0, VOCAB, (200,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(module(Batch.of([ids]))[:-1].float(), ids[1:]).item()
-    assert math.log(VOCAB) - 0.2 < loss < math.log(VOCAB) + 1.2
+    assert math.log(VOCAB) - 0.2 < loss < math.log(VOCAB) + 4
     again = new_module(tiny(name), vision)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
     other = new_module(tiny(name), vision, seed=1)

@@ -127,7 +127,7 @@ def encode_image(
     *,
     vision: Vision,
     context: int | None = None,
-    average: Literal["example", "token"] = "token",
+    average: Literal["example", "token"] = "example",
 ) -> Example:
     """A task on pictures and the answer to it, of which the latter is learned, with `<eos>`.
 

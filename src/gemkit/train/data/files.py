@@ -343,7 +343,7 @@ def _parse(line: bytes, *, first: bool) -> Mapping[str, Any]:
     if b"\0" in line:
         raise DataError(f"a NUL byte at column {line.index(0) + 1}: the file is damaged, or no text")
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.decode().rstrip())
     except UnicodeDecodeError as error:
         raise DataError(f"byte 0x{line[error.start]:02X} at column {error.start + 1} is not UTF-8") from None
     except json.JSONDecodeError as error:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from gemkit.train.objectives.pretrain import NextToken
 
 from gemkit.family import Vision
 from gemkit.text import Tokenizer
 from gemkit.train.data.encoding import encode_image
+from gemkit.train.objectives.pretrain import NextToken
 from gemkit.train.rows import Unit
 
 

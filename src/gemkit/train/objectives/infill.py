@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from gemkit.train.objectives.pretrain import NextToken
 
 from gemkit.text import Tokenizer
 from gemkit.train.data.infilling import Infilling, encode_infill
+from gemkit.train.objectives.pretrain import NextToken
 from gemkit.train.rows import Unit
 
 

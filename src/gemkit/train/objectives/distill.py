@@ -1,0 +1,97 @@
+"""Distillation: a student learns what a larger teacher would have said at each place of a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemkit.errors import ConfigError
+from gemkit.text import Tokenizer
+from gemkit.train import losses
+from gemkit.train.objective import Loss
+from gemkit.train.objectives.pretrain import Pretrain, rows_of, weight
+from gemkit.train.objectives.sft import Sft
+from gemkit.train.rows import Unit
+
+
+class Distill:
+    """Divergence from a teacher that is asked online, in place of the next token.
+
+    The teacher's hidden rows are computed once a step, or with `sampled` the tokens that are drawn from it; its logits
+    are never all there.
+
+    Args:
+        teacher: a module with the student's vocabulary; it is never trained. `attach` may give it later.
+        beta: 0 is the forward divergence of Gemma 2, 1 the reverse, between them GKD's mixture.
+        temperature: both distributions are flattened by it.
+        sampled: draw so many tokens of the teacher at each place and learn these alone, as Gemma 3 did with 256.
+        context: as for pretraining and fine-tuning.
+    """
+
+    name = "distill"
+    forms = ("text", "chat", "completion")
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        teacher: Any = None,
+        *,
+        beta: float = 0.0,
+        temperature: float = 1.0,
+        sampled: int = 0,
+        context: int | None = None,
+    ):
+        if sampled < 0 or (sampled and (beta or temperature != 1)):
+            raise ConfigError(
+                f"sampled={sampled} must not be negative, and is a cross-entropy that beta={beta} and "
+                f"temperature={temperature} have no part in"
+            )
+        self.teacher, self.beta, self.temperature, self.sampled = teacher, beta, temperature, sampled
+        self._text, self._answers = Pretrain(tokenizer, context=context), Sft(tokenizer, context=context)
+
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+        return (self._text if "text" in record else self._answers).encode(record, rng)
+
+    @torch.no_grad()
+    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+        if self.teacher is None:
+            raise ConfigError("distill has no teacher: name one")
+        if self.teacher.config.vocab_size != model.config.vocab_size:
+            raise ConfigError(
+                f"the teacher has a vocabulary of {self.teacher.config.vocab_size} and the student of "
+                f"{model.config.vocab_size}: distillation needs the same"
+            )
+        drawn = torch.Generator(model.norm.weight.device).manual_seed(int(rng.integers(2**62)))
+        return [self._taught(unit, drawn) for unit in units]
+
+    def _taught(self, unit: Unit, drawn: torch.Generator) -> Unit:
+        rows = rows_of(self.teacher, [unit])
+        y_ME = rows.hidden(self.teacher)
+        told = losses.sample_teacher(self.teacher, y_ME, self.sampled, drawn) if self.sampled else (y_ME,)
+        return tuple(
+            replace(example, extra={**example.extra, "teacher": [part[rows.sequences == i] for part in told]})
+            for i, example in enumerate(unit)
+        )
+
+    def size(self, units: Sequence[Unit]) -> float:
+        return weight(units)
+
+    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
+        rows = rows_of(model, units)
+        told: list[Tensor] = [
+            torch.cat(parts).to(rows.weights.device)
+            for parts in zip(*(example.extra["teacher"] for example in chain.from_iterable(units)), strict=True)
+        ]
+        x_MD = rows.hidden(model)
+        if self.sampled:
+            return Loss(losses.sampled_cross_entropy(model, x_MD, told[0], told[1], rows.weights)[0])
+        total, _ = losses.distillation(
+            model, x_MD, self.teacher, told[0], rows.weights, beta=self.beta, temperature=self.temperature
+        )
+        return Loss(total)

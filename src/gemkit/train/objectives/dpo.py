@@ -1,0 +1,103 @@
+"""DPO: of two answers to a prompt the preferred one becomes likelier than it was, the other less likely."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from gemkit.errors import ConfigError, DataError
+from gemkit.text import Tokenizer
+from gemkit.train import losses
+from gemkit.train.data.encoding import encode_answer
+from gemkit.train.objective import Loss
+from gemkit.train.objectives import reference
+from gemkit.train.objectives.pretrain import rows_of
+from gemkit.train.rows import Unit
+
+
+class Dpo:
+    """Direct preference optimisation; its loss is in `losses.dpo` and `losses.ipo`.
+
+    The reference is the model without the adapters that are trained; where all weights are, the copy of it that
+    `attach` makes, or any model given.
+
+    Args:
+        beta: how much leaving the reference costs; larger stays nearer.
+        smoothing: share of preferences that are taken to be wrong.
+        loss: "sigmoid" is DPO, "ipo" its squared variant, of mean log-probabilities.
+        context: tokens of prompt and answer at most; longer pairs are left out.
+    """
+
+    name = "dpo"
+    forms = ("preference",)
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        beta: float = 0.1,
+        smoothing: float = 0.0,
+        loss: Literal["sigmoid", "ipo"] = "sigmoid",
+        context: int | None = None,
+    ):
+        if loss not in ("sigmoid", "ipo"):
+            raise ConfigError(f"loss={loss!r} is not one of sigmoid, ipo")
+        if not beta > 0 or not 0 <= smoothing < 0.5:
+            raise ConfigError(f"beta={beta} must be above 0, and smoothing={smoothing} in [0, 0.5)")
+        if loss == "ipo" and smoothing:
+            raise ConfigError(f"smoothing={smoothing} has no part in loss='ipo'")
+        self.tokenizer, self.context = tokenizer, context
+        self.beta, self.smoothing, self.kind = beta, smoothing, loss
+        self.reference: Any = None  # None: the model without its trained adapters
+
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+        return [pair(self.tokenizer, record, self.context)]
+
+    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+        with reference.before_training(model, self.reference) as before:
+            known = [[float(part.sum(dtype=torch.float64)) for part in reference.logprobs(before, u)] for u in units]
+        return [
+            tuple(
+                replace(example, extra={**example.extra, "reference": sum_})
+                for example, sum_ in zip(unit, sums, strict=True)
+            )
+            for unit, sums in zip(units, known, strict=True)
+        ]
+
+    def size(self, units: Sequence[Unit]) -> float:
+        return float(len(units))
+
+    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
+        rows = rows_of(model, units)
+        logprobs_M = losses.token_logprobs(model, rows.hidden(model), rows.targets)
+        sums_E = torch.stack([part.sum() for part in reference.per_sequence(logprobs_M, units)])
+        known_E = sums_E.new_tensor([example.extra["reference"] for unit in units for example in unit])
+        moved_E = sums_E - known_E
+        if self.kind == "ipo":
+            counts = [max(1, np.count_nonzero(example.weights)) for unit in units for example in unit]
+            moved_E = moved_E / moved_E.new_tensor(counts)
+            loss_B = losses.ipo(moved_E[0::2], moved_E[1::2], self.beta)
+        else:
+            loss_B = losses.dpo(moved_E[0::2], moved_E[1::2], self.beta, self.smoothing)
+        with torch.no_grad():
+            margin_B = self.beta * (moved_E[0::2] - moved_E[1::2])
+            metrics = {"margin": float(margin_B.sum()), "accuracy": float((margin_B > 0).sum())}
+        return Loss(loss_B.sum(), metrics)
+
+
+def pair(tokenizer: Tokenizer, record: Mapping[str, Any], context: int | None) -> Unit:
+    """The preferred answer, then the other.
+
+    Raises:
+        DataError: if they are the same, to the token: nothing could be preferred.
+    """
+    chosen, rejected = (
+        encode_answer(tokenizer, record["prompt"], record[side], context=context) for side in ("chosen", "rejected")
+    )
+    if np.array_equal(chosen.ids, rejected.ids):
+        raise DataError("chosen and rejected are the same tokens, so neither can be preferred")
+    return chosen, rejected

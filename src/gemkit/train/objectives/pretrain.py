@@ -1,0 +1,67 @@
+"""Pretraining: the next token of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from gemkit.text import Tokenizer
+from gemkit.train import losses
+from gemkit.train.data.encoding import encode_text
+from gemkit.train.objective import Loss
+from gemkit.train.rows import Rows, Unit
+
+
+class NextToken:
+    """Cross-entropy of each token with a weight, over the sum of all weights: what differs is how records become that.
+
+    The base of pretraining, infilling, fine-tuning and tasks on images.
+    """
+
+    smoothing = 0.0  # share of the target that is spread over the vocabulary
+    z_loss = 0.0  # factor of the square of log Z
+
+    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+        return list(units)
+
+    def size(self, units: Sequence[Unit]) -> float:
+        return weight(units)
+
+    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
+        rows = rows_of(model, units)
+        total, nll_M = losses.cross_entropy(
+            model, rows.hidden(model), rows.targets, rows.weights, smoothing=self.smoothing, z_loss=self.z_loss
+        )
+        plain = self.smoothing == self.z_loss == 0
+        return Loss(total, {} if plain else {"nll": float(nll_M.sum())})
+
+
+class Pretrain(NextToken):
+    """Every token of a text is learned, and the `<eos>` at its end.
+
+    Args:
+        context: longer texts are cut into pieces of so many tokens.
+        z_loss: factor of the square of log Z, such as 1e-4 in PaLM; keeps logits from drifting in long runs.
+    """
+
+    name = "pretrain"
+    forms = ("text",)
+
+    def __init__(self, tokenizer: Tokenizer, *, context: int | None = None, z_loss: float = 0.0):
+        self.tokenizer, self.context, self.z_loss = tokenizer, context, z_loss
+
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+        return [(piece,) for piece in encode_text(self.tokenizer, record["text"], context=self.context)]
+
+
+def rows_of(model: Any, units: Sequence[Unit]) -> Rows:
+    """All sequences of units, end to end, where the model is."""
+    return Rows.of([*chain.from_iterable(units)], model.norm.weight.device)
+
+
+def weight(units: Sequence[Unit]) -> float:
+    """The sum of what all tokens count."""
+    return float(sum(example.weights.sum(dtype=np.float64) for unit in units for example in unit))

@@ -1,0 +1,68 @@
+"""What a model is kept near to: itself as it was before training began."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemkit.nn.lora import Adapter
+from gemkit.train import losses
+from gemkit.train.objectives.pretrain import rows_of
+from gemkit.train.rows import Unit
+
+
+def frozen(model: Any) -> Any:
+    """The model as it is now, for as long as it is trained; None where adapters are trained: without them it is that.
+
+    What is copied is every weight, so a full fine-tuning holds the model twice.
+    """
+    if _trained_adapters(model):
+        return None
+    kept = copy.deepcopy(model).requires_grad_(False)
+    return kept.eval()
+
+
+@contextlib.contextmanager
+def before_training(model: Any, other: Any) -> Iterator[Any]:
+    """The reference: another model, or this one with the adapters off that are trained. Nothing is recorded."""
+    adapters = [] if other is not None else _trained_adapters(model)
+    strengths, was_training = [adapter.strength for adapter in adapters], model.training
+    reference = model if other is None else other
+    try:
+        for adapter in adapters:
+            adapter.strength = 0.0
+        reference.eval()
+        with torch.no_grad():
+            yield reference
+    finally:
+        for adapter, strength in zip(adapters, strengths, strict=True):
+            adapter.strength = strength
+        model.train(was_training)
+
+
+def logprobs(model: Any, unit: Unit, temperature: float = 1.0) -> list[Tensor]:
+    """Log-probability of each token that counts, of each sequence of a unit."""
+    rows = rows_of(model, [unit])
+    found_M = losses.token_logprobs(model, rows.hidden(model), rows.targets, temperature=temperature)
+    return [found_M[rows.sequences == i] for i in range(len(unit))]
+
+
+def per_sequence(values_M: Tensor, units: Sequence[Unit]) -> list[Tensor]:
+    """Values of the rows of units, sequence by sequence."""
+    counts = [int((example.weights != 0).sum()) for example in chain.from_iterable(units)]
+    ends = [*accumulate(counts)]
+    return [values_M[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _trained_adapters(model: Any) -> list[Adapter]:
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, Adapter) and any(weight.requires_grad for weight in module.parameters())
+    ]

@@ -1,0 +1,153 @@
+"""Reinforcement learning of answers: GRPO, against a reward model or a function of yours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from gemkit import generate as loop
+from gemkit.errors import ConfigError
+from gemkit.generate import Request, Sampling
+from gemkit.program.eager import Eager
+from gemkit.text import Tokenizer, prompts
+from gemkit.train import losses
+from gemkit.train.data.encoding import prompt_ids
+from gemkit.train.objective import Loss
+from gemkit.train.objectives import reference
+from gemkit.train.objectives.judges import Judge, Verdicts
+from gemkit.train.objectives.pretrain import rows_of
+from gemkit.train.rows import Example, Unit
+
+
+class Grpo:
+    """Group-relative policy optimisation (arXiv:2402.03300): of several answers to one prompt, those that were better
+    than the others become likelier. There is no value model; the group is the baseline.
+
+    Each step draws its answers from the weights that it then changes, once, so that the ratio of new to old
+    probabilities is 1 and the clip at rest; parts of a step see the same weights.
+
+    Args:
+        judge: the reward of an answer: a function of yours, or a `judges.Reward`. `attach` may give it later.
+        group: answers to each prompt.
+        max_tokens: of an answer.
+        temperature: that answers are drawn at; log-probabilities are those at this temperature too.
+        kl: factor of the divergence from the reference, which is the model before training.
+        variant: "grpo", or "dr_grpo" (arXiv:2503.20783): advantages are not divided by the group's standard deviation,
+            nor losses by the length of their answer, which favours long wrong ones.
+        timeout: seconds that a function may take for one answer.
+        context: tokens of a prompt at most; longer ones are left out.
+    """
+
+    name = "rl"
+    forms = ("prompt",)
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        judge: Judge | None = None,
+        *,
+        group: int = 8,
+        max_tokens: int = 128,
+        temperature: float = 1.0,
+        kl: float = 0.04,
+        variant: Literal["grpo", "dr_grpo"] = "grpo",
+        timeout: float = 5.0,
+        context: int | None = None,
+    ):
+        if group < 2:
+            raise ConfigError(f"group={group}: an answer is compared with others to its prompt, so 2 at least")
+        if max_tokens < 1 or not temperature > 0 or kl < 0 or not timeout > 0:
+            raise ConfigError(
+                f"max_tokens={max_tokens}, temperature={temperature} and timeout={timeout} must be above 0, kl={kl} "
+                "not negative"
+            )
+        if variant not in ("grpo", "dr_grpo"):
+            raise ConfigError(f"variant={variant!r} is not one of grpo, dr_grpo")
+        self.tokenizer, self.judge, self.context = tokenizer, judge, context
+        self.group, self.max_tokens, self.temperature = group, max_tokens, temperature
+        self.kl, self.variant, self.timeout = kl, variant, timeout
+        self.reference: Any = None  # None: the model without its trained adapters
+
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+        ids = np.array(prompt_ids(self.tokenizer, record["prompt"]), np.int64)
+        if self.context is not None and len(ids) > self.context:
+            return []
+        return [(Example(ids, np.zeros(len(ids), np.float32), extra={"record": record}),)]
+
+    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+        """Answers to every prompt, their rewards as advantages, and what the reference makes of their tokens."""
+        if self.judge is None:
+            raise ConfigError("rl has nothing that rewards: name a reward model, or a function with --reward")
+        asked = [example for unit in units for example in unit]
+        answers = self._answers(model, asked, rng)
+        verdicts = Verdicts(self.judge, self.timeout)
+        made: list[Unit] = []
+        for n, prompt in enumerate(asked):
+            group = answers[n * self.group : (n + 1) * self.group]
+            record = prompt.extra["record"]
+            given = torch.tensor([verdicts(record["prompt"], a.text, record) for a in group], dtype=torch.float64)
+            gains = losses.group_advantages(given, by_std=self.variant == "grpo")
+            for answer, reward, gain in zip(group, given.tolist(), gains.tolist(), strict=True):
+                ids = np.array([*prompt.ids, *answer.ids], np.int64)
+                weights = (np.arange(len(ids)) >= len(prompt)).astype(np.float32)
+                extra = {"advantage": gain, "reward": reward, "cut": answer.finish_reason != "stop"}
+                made.append((Example(ids, weights, extra=extra),))
+        if made:  # counted once a step: metrics are sums over it
+            made[0][0].extra.update(failed=verdicts.failed)  # type: ignore[attr-defined]
+        if self.kl:
+            with reference.before_training(model, self.reference) as before:
+                for unit in made:
+                    known = reference.logprobs(before, unit, self.temperature)[0]
+                    unit[0].extra["reference"] = known  # type: ignore[index]
+        return made
+
+    def _answers(self, model: Any, asked: Sequence[Example], rng: np.random.Generator) -> list[loop.Result]:
+        stops = {True: prompts.stop_ids(self.tokenizer, "chat"), False: prompts.stop_ids(self.tokenizer, "complete")}
+        unused = range(len(self.tokenizer), model.config.vocab_size)  # rows that only pad the table
+        requests = [
+            Request(
+                prompt.ids.tolist(),
+                Sampling(
+                    temperature=self.temperature,
+                    seed=int(rng.integers(2**62)),
+                    logit_bias=dict.fromkeys(unused, float("-inf")),
+                ),
+                max_tokens=self.max_tokens,
+                stop_ids=stops[not isinstance(prompt.extra["record"]["prompt"], str)],
+            )
+            for prompt in asked
+            for _ in range(self.group)
+        ]
+        was_training = model.training
+        try:
+            return loop.complete(Eager(model), requests, text_stream=self.tokenizer.stream)
+        finally:
+            model.train(was_training)
+
+    def size(self, units: Sequence[Unit]) -> float:
+        return float(len(units))
+
+    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
+        examples = [example for unit in units for example in unit]
+        rows = rows_of(model, units)
+        logprobs_M = losses.token_logprobs(model, rows.hidden(model), rows.targets, temperature=self.temperature)
+        advantages_E = logprobs_M.new_tensor([example.extra["advantage"] for example in examples])
+        known_M = None
+        if self.kl:
+            known_M = torch.cat([example.extra["reference"] for example in examples]).to(logprobs_M)
+        loss_M, k3_M, _ = losses.policy_gradient(
+            logprobs_M, logprobs_M.detach(), known_M, advantages_E[rows.sequences], kl=self.kl
+        )
+        counts = [int(example.weights.sum()) if self.variant == "grpo" else self.max_tokens for example in examples]
+        share_M = (1 / logprobs_M.new_tensor(counts))[rows.sequences]
+        metrics = {
+            "reward": sum(example.extra["reward"] for example in examples),
+            "kl": float((k3_M * share_M).sum()),
+            "length": float(sum(example.weights.sum() for example in examples)),
+            "cut": float(sum(example.extra["cut"] for example in examples)),
+            "reward_failed": float(sum(example.extra.get("failed", 0) for example in examples)),
+        }
+        return Loss((loss_M * share_M).sum(), metrics)
