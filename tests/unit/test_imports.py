@@ -248,9 +248,13 @@ def dangers(source: str, may_import_by_name: bool = False) -> list[str]:
 PICKLES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
 
+# a constant table of our own modules; a function that a user names at the command line
+BY_NAME = {SOURCE / "__init__.py", SOURCE / "train" / "objectives" / "judges.py"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_no_data_becomes_code(path):
-    assert dangers(path.read_text(), may_import_by_name=path == SOURCE / "__init__.py") == []
+    assert dangers(path.read_text(), may_import_by_name=path in BY_NAME) == []
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,9 @@ def add(subparsers: Any) -> None:
         help="any field of the experiment, such as step.max_tokens=4096 or options.beta=0.2 (repeatable)",
     )
     group.add_argument("--force", action="store_true", help="with --resume: although model, data or settings changed")
+    group.add_argument(
+        "--reward", metavar="MODULE:FUNCTION", help="rl: a function of yours, reward(prompt, answer, record) -> float"
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
@@ -102,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         opened = Run.start(asked, args.output)
     with opened as the_run:
+        if args.reward is not None:
+            _judge(the_run, args.reward)
         if args.plan:
             return _plan(args, the_run)
         talk = (lambda _: None) if args.quiet else _Talk()
@@ -123,6 +128,15 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"{folder}: {outcome.step} steps" + ("" if outcome.loss is None else f", loss {outcome.loss:.4f}"))
     return 0
+
+
+def _judge(the_run: Any, name: str) -> None:
+    """Let a function judge. It is named here alone, for naming it runs its module; a file never does."""
+    from gemkit.train.objectives import judges
+
+    if the_run.objective.name != "rl":
+        raise ConfigError(f"--reward {name} is for rl; {the_run.objective.name} learns from its records alone")
+    the_run.objective.judge = judges.function(name)
 
 
 def _plan(args: argparse.Namespace, the_run: Any) -> int:

@@ -137,6 +137,16 @@ def dpo(chosen_B: Tensor, rejected_B: Tensor, beta: float, smoothing: float = 0.
     return -(1 - smoothing) * F.logsigmoid(d_B) - smoothing * F.logsigmoid(-d_B)
 
 
+def robust_dpo(chosen_B: Tensor, rejected_B: Tensor, beta: float, smoothing: float) -> Tensor:
+    """DPO whose expectation is that of clean preferences, where a share e of them is wrong (arXiv:2403.00409, equation
+    10), (B,): (-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e). It has no lower bound.
+
+    Args: as for `dpo`.
+    """
+    d_B = beta * (chosen_B - rejected_B)
+    return (smoothing * F.logsigmoid(-d_B) - (1 - smoothing) * F.logsigmoid(d_B)) / (1 - 2 * smoothing)
+
+
 def ipo(chosen_B: Tensor, rejected_B: Tensor, beta: float) -> Tensor:
     """Identity preference optimisation (arXiv:2310.12036, equation 17), (B,): (d - 1 / (2 beta))^2.
 

@@ -320,11 +320,8 @@ def _fit(format: Format, decoder: Decoder, vision: Vision | None, reader: Reader
             problems.append(f"{part.theirs} is stored as {entry.dtype}, which is no weight")
         elif tuple(entry.shape) != part.layout.shape:
             problems.append(f"{part.theirs} is {tuple(entry.shape)} in the file, {part.layout.shape} in the model")
-    left = [
-        name
-        for name in reader.entries
-        if name not in used and not table.ignores(name) and name not in (*TIED_HEADS, SCORE)
-    ]
+    used |= {*TIED_HEADS, SCORE}
+    left = [name for name in reader.entries if name not in used and not table.ignores(name)]
     problems += [f"{name} belongs nowhere" for name in left]
     return parts, problems
 

@@ -1,5 +1,6 @@
 """Each objective against the same written plainly: all logits at once, differentiated by torch, in float64."""
 
+import contextlib
 import math
 import time
 from dataclasses import replace
@@ -302,10 +303,8 @@ def raises(prompt, answer, record):
 
 def hangs(prompt, answer, record):
     while True:
-        try:
+        with contextlib.suppress(Exception):  # as careless code does
             time.sleep(0.01)
-        except Exception:  # noqa: S110  # as careless code does
-            pass
 
 
 @pytest.mark.parametrize(
@@ -351,7 +350,7 @@ def test_a_reward_model_judges_as_it_was_trained():
 
 @pytest.mark.parametrize("name", ["math", "math:", ":sqrt", "no_such_module:f", "math:no_such", "math:pi"])
 def test_a_function_that_is_none_is_refused(name):
-    with pytest.raises(ConfigError, match=name.partition(":")[0]):
+    with pytest.raises(ConfigError, match=r"function|no_such|attribute"):
         judges.function(name)
 
 

@@ -20,7 +20,7 @@ from gemkit.train.rows import Unit
 
 
 class Dpo:
-    """Direct preference optimisation; its loss is in `losses.dpo` and `losses.ipo`.
+    """Direct preference optimisation; its losses are `losses.dpo`, `losses.robust_dpo` and `losses.ipo`.
 
     The reference is the model without the adapters that are trained; where all weights are, the copy of it that
     `attach` makes, or any model given.
@@ -28,7 +28,8 @@ class Dpo:
     Args:
         beta: how much leaving the reference costs; larger stays nearer.
         smoothing: share of preferences that are taken to be wrong.
-        loss: "sigmoid" is DPO, "ipo" its squared variant, of mean log-probabilities.
+        loss: "sigmoid" is DPO, "robust" corrects it for the wrong ones, "ipo" is its squared variant, of mean
+            log-probabilities.
         context: tokens of prompt and answer at most; longer pairs are left out.
     """
 
@@ -41,11 +42,11 @@ class Dpo:
         *,
         beta: float = 0.1,
         smoothing: float = 0.0,
-        loss: Literal["sigmoid", "ipo"] = "sigmoid",
+        loss: Literal["sigmoid", "robust", "ipo"] = "sigmoid",
         context: int | None = None,
     ):
-        if loss not in ("sigmoid", "ipo"):
-            raise ConfigError(f"loss={loss!r} is not one of sigmoid, ipo")
+        if loss not in ("sigmoid", "robust", "ipo"):
+            raise ConfigError(f"loss={loss!r} is not one of sigmoid, robust, ipo")
         if not beta > 0 or not 0 <= smoothing < 0.5:
             raise ConfigError(f"beta={beta} must be above 0, and smoothing={smoothing} in [0, 0.5)")
         if loss == "ipo" and smoothing:
@@ -82,7 +83,8 @@ class Dpo:
             moved_E = moved_E / moved_E.new_tensor(counts)
             loss_B = losses.ipo(moved_E[0::2], moved_E[1::2], self.beta)
         else:
-            loss_B = losses.dpo(moved_E[0::2], moved_E[1::2], self.beta, self.smoothing)
+            of_pairs = losses.robust_dpo if self.kind == "robust" else losses.dpo
+            loss_B = of_pairs(moved_E[0::2], moved_E[1::2], self.beta, self.smoothing)
         with torch.no_grad():
             margin_B = self.beta * (moved_E[0::2] - moved_E[1::2])
             metrics = {"margin": float(margin_B.sum()), "accuracy": float((margin_B > 0).sum())}
