@@ -9,10 +9,11 @@ are imported by none are sorted by name, each unit test beside what it tests.
 from __future__ import annotations
 
 import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
+_SEARCHED = 500  # files; without a limit a repository of n files would take n * n steps
 HEAD_LINES = 100  # in which imports are looked for; the report says the top N and no number
 
 _IMPORTS = re.compile(
@@ -37,23 +38,27 @@ def head(text: str) -> str:
 def order(files: Mapping[str, str]) -> list[str]:
     """The paths of `files` (path -> text), each after those that it imports. The same for the same files."""
     needs = dependencies(files)
-    near: dict[str, set[str]] = {path: set(of) for path, of in needs.items()}
+    users: dict[str, list[str]] = {path: [] for path in needs}
     for path, of in needs.items():
         for other in of:
-            near[other].add(path)
-    linked = sorted(path for path, of in near.items() if of)
-    waiting = {path: dict(needs[path]) for path in linked}
+            users[other].append(path)
+    near = {path: sorted({*needs[path], *users[path]}) for path in needs}
+    missing = {path: dict(of) for path, of in needs.items() if near[path]}
+    ready = {path for path, of in missing.items() if not of}
     done: list[str] = []
-    while waiting:
-        ready = {path for path, of in waiting.items() if not of}
+    while missing:
         if not ready:  # a circle: begin where the least is missing
-            path = min(waiting, key=lambda path: (sum(waiting[path].values()), path))
+            path = min(missing, key=lambda path: (sum(missing[path].values()), path))
         else:
             path = _nearest(done[-1], ready, near) if done else min(ready)
         done.append(path)
-        del waiting[path]
-        for of in waiting.values():
-            of.pop(path, None)
+        ready.discard(path)
+        del missing[path]
+        for user in users[path]:
+            if user in missing:
+                del missing[user][path]
+                if not missing[user]:
+                    ready.add(user)
     return done + sorted((path for path, of in near.items() if not of), key=_beside_what_it_tests)
 
 
@@ -145,16 +150,16 @@ def _imports(text: str, path: PurePosixPath) -> Iterator[tuple[str, ...]]:
             yield parts
 
 
-def _nearest(last: str, ready: set[str], near: Mapping[str, set[str]]) -> str:
+def _nearest(last: str, ready: set[str], near: Mapping[str, Sequence[str]]) -> str:
     """Of `ready`, the file with the fewest imports between it and `last`, whichever way they point; a test of `last`
-    before others, then by name."""
-    seen, layer = {last}, deque([last])
-    while layer:
-        reached = sorted({other for path in layer for other in near[path]} - seen)
-        if found := [path for path in reached if path in ready]:
+    before others, then by name. Where many are passed without finding one, none is near, and the name decides."""
+    seen, layer = {last}, [last]
+    while layer and len(seen) < _SEARCHED:
+        reached = {other for path in layer for other in near[path]} - seen
+        if found := reached & ready:
             return min(found, key=lambda path: (_tested(path) != PurePosixPath(last).stem, path))
-        seen.update(reached)
-        layer = deque(reached)
+        seen |= reached
+        layer = [*reached]
     return min(ready)
 
 
