@@ -11,7 +11,7 @@ from gemkit.errors import ConfigError
 _EXAMPLES = """\
   gemkit merge gemma-2-2b-it --adapter runs/x -o my-gemma
   gemkit merge --adapter runs/x --adapter runs/y -o both --dtype bfloat16
-  gemkit merge runs/x -o my-gemma                    (an adapter's folder brings its base)"""
+  gemkit merge runs/x -o my-gemma                    (the folder of an adapter brings its base)"""
 
 
 def add(subparsers: Any) -> None:

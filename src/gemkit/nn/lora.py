@@ -10,6 +10,8 @@ T  tokens     I  input channels     O  output channels     R  rank     V  vocabu
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.nn import Module
 
 from gemkit import ops
@@ -24,6 +26,8 @@ class Adapter(Module):
     """
 
     heads = 1
+    lora_A: Any  # a Linear, or of an embedding an Embedding
+    lora_B: Linear
 
     def __init__(self, rank: int, scale: float):
         super().__init__()

@@ -99,7 +99,7 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # of one result
         grad32_TO = grad_TO.float()
         grad_TI = grad32_TO.new_zeros(grad_TO.shape[0], ctx.weight_OI.shape[1])
         for rows, piece in _pieces(ctx.weight_OI):

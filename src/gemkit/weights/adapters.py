@@ -142,7 +142,7 @@ def read(
             if ("embedding_A" in keys) != ours[theirs].endswith("embed_tokens"):
                 raise WeightsError(f"{path}: {keys.popitem()[1]} is not the kind of adapter that {theirs} can have")
             if "embedding_A" in keys:
-                shape = shape[::-1]  # a token's row of the table is a column of B A
+                shape = shape[1], shape[0]  # a token's row of the table is a column of B A
             change = settings.change(ours[theirs], theirs, a, b, heads.get(theirs, 1))
             _check(folder, settings, theirs, change, a, b, shape)
             changes.append(change if change.heads == 1 else _in_own_form(path, theirs, change))
