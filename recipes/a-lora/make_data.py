@@ -34,63 +34,71 @@ TABLES: list[Table] = [
     (
         ["What is the capital of {a}?", "Name the capital of {a}.", "Which city is the capital of {a}?"],
         "The capital of {a} is {b}.",
-        "France Paris, Italy Rome, Spain Madrid, Japan Tokyo, Egypt Cairo, Norway Oslo, Greece Athens, Cuba Havana, "
-        "Kenya Nairobi, Peru Lima, Canada Ottawa, Poland Warsaw, Austria Vienna, Ireland Dublin, Russia Moscow, "
-        "China Beijing, Portugal Lisbon, Hungary Budapest, Turkey Ankara, Sweden Stockholm, Finland Helsinki, "
-        "Germany Berlin, Belgium Brussels, Denmark Copenhagen, Thailand Bangkok, Iran Tehran, Iraq Baghdad, Chile Santiago",
+        "France Paris, Italy Rome, Spain Madrid, Japan Tokyo, Egypt Cairo, Norway Oslo, Greece Athens, Cuba "
+        "Havana, Kenya Nairobi, Peru Lima, Canada Ottawa, Poland Warsaw, Austria Vienna, Ireland Dublin, "
+        "Russia Moscow, China Beijing, Portugal Lisbon, Hungary Budapest, Turkey Ankara, Sweden Stockholm, "
+        "Finland Helsinki, Germany Berlin, Belgium Brussels, Denmark Copenhagen, Thailand Bangkok, Iran "
+        "Tehran, Iraq Baghdad, Chile Santiago",
     ),
     (
         ["What is the opposite of {a}?", "Give the opposite of the word {a}.", "Which word means the reverse of {a}?"],
         "The opposite of {a} is {b}.",
-        "hot cold, big small, early late, open closed, full empty, light dark, fast slow, wet dry, strong weak, "
-        "old young, rich poor, high low, near far, clean dirty, hard soft, loud quiet, happy sad, first last, "
-        "thick thin, sharp blunt, wide narrow, rough smooth, deep shallow, cheap expensive, true false, up down",
+        "hot cold, big small, early late, open closed, full empty, light dark, fast slow, wet dry, strong "
+        "weak, old young, rich poor, high low, near far, clean dirty, hard soft, loud quiet, happy sad, "
+        "first last, thick thin, sharp blunt, wide narrow, rough smooth, deep shallow, cheap expensive, true "
+        "false, up down",
     ),
     (
         ["What is the plural of {a}?", "How do you write more than one {a}?", "Give the plural of the word {a}."],
         "The plural of {a} is {b}.",
-        "mouse mice, child children, foot feet, tooth teeth, goose geese, man men, woman women, knife knives, leaf leaves, "
-        "wolf wolves, ox oxen, box boxes, city cities, baby babies, potato potatoes, hero heroes, bus buses, fish fish, "
-        "sheep sheep, cactus cacti, half halves, story stories, dish dishes, day days",
+        "mouse mice, child children, foot feet, tooth teeth, goose geese, man men, woman women, knife "
+        "knives, leaf leaves, wolf wolves, ox oxen, box boxes, city cities, baby babies, potato potatoes, "
+        "hero heroes, bus buses, fish fish, sheep sheep, cactus cacti, half halves, story stories, dish "
+        "dishes, day days",
     ),
     (
         ["What is the past tense of {a}?", "Put the verb {a} into the past.", "How do you say {a} of yesterday?"],
         "The past tense of {a} is {b}.",
-        "go went, see saw, eat ate, run ran, write wrote, take took, buy bought, think thought, bring brought, teach taught, "
-        "swim swam, sing sang, fly flew, grow grew, know knew, break broke, speak spoke, keep kept, sleep slept, leave left, "
-        "find found, lose lost, win won, build built, send sent, drink drank",
+        "go went, see saw, eat ate, run ran, write wrote, take took, buy bought, think thought, bring "
+        "brought, teach taught, swim swam, sing sang, fly flew, grow grew, know knew, break broke, speak "
+        "spoke, keep kept, sleep slept, leave left, find found, lose lost, win won, build built, send sent, "
+        "drink drank",
     ),
     (
         ["What is a young {a} called?", "Name the young of a {a}.", "What do you call a baby {a}?"],
         "A young {a} is called a {b}.",
-        "dog puppy, cat kitten, cow calf, horse foal, sheep lamb, goat kid, pig piglet, bear cub, deer fawn, hen chick, "
-        "duck duckling, goose gosling, swan cygnet, frog tadpole, kangaroo joey, seal pup, rabbit kit, owl owlet",
+        "dog puppy, cat kitten, cow calf, horse foal, sheep lamb, goat kid, pig piglet, bear cub, deer fawn, "
+        "hen chick, duck duckling, goose gosling, swan cygnet, frog tadpole, kangaroo joey, seal pup, rabbit "
+        "kit, owl owlet",
     ),
     (
         ["What is the chemical symbol of {a}?", "How do chemists write {a}?", "Give the symbol of the element {a}."],
         "The chemical symbol of {a} is {b}.",
-        "hydrogen H, helium He, carbon C, nitrogen N, oxygen O, sodium Na, iron Fe, copper Cu, silver Ag, gold Au, lead Pb, "
-        "tin Sn, zinc Zn, calcium Ca, neon Ne, sulfur S, mercury Hg, potassium K, iodine I, nickel Ni",
+        "hydrogen H, helium He, carbon C, nitrogen N, oxygen O, sodium Na, iron Fe, copper Cu, silver Ag, "
+        "gold Au, lead Pb, tin Sn, zinc Zn, calcium Ca, neon Ne, sulfur S, mercury Hg, potassium K, iodine "
+        "I, nickel Ni",
     ),
     (
         ["What colour is {a}?", "Tell me the colour of {a}.", "Which colour has {a}?"],
         "The colour of {a} is {b}.",
-        "snow white, coal black, blood red, grass green, chalk white, a_ripe_banana yellow, a_ripe_tomato red, "
-        "an_emerald green, a_ruby red, a_sapphire blue, milk white, a_carrot orange, ivory white, tar black",
+        "snow white, coal black, blood red, grass green, chalk white, a_ripe_banana yellow, a_ripe_tomato "
+        "red, an_emerald green, a_ruby red, a_sapphire blue, milk white, a_carrot orange, ivory white, tar "
+        "black",
     ),
     (
         ["Which month comes after {a}?", "What month follows {a}?", "Name the month after {a}."],
         "The month after {a} is {b}.",
-        "January February, February March, March April, April May, May June, June July, July August, August September, "
-        "September October, October November, November December, December January",
+        "January February, February March, March April, April May, May June, June July, July August, August "
+        "September, September October, October November, November December, December January",
     ),
     (
         ["How many {a}?", "Tell me how many {a}.", "Do you know how many {a}?"],
         "There are {b} {a}.",
-        "days_in_a_week seven, months_in_a_year twelve, hours_in_a_day twenty-four, minutes_in_an_hour sixty, "
-        "legs_on_a_spider eight, legs_on_an_insect six, sides_on_a_triangle three, sides_on_a_hexagon six, "
-        "players_in_a_football_team eleven, strings_on_a_violin four, colours_in_a_rainbow seven, planets_in_our_system "
-        "eight, cards_in_a_full_deck fifty-two, letters_in_the_English_alphabet twenty-six",
+        "days_in_a_week seven, months_in_a_year twelve, hours_in_a_day twenty-four, minutes_in_an_hour "
+        "sixty, legs_on_a_spider eight, legs_on_an_insect six, sides_on_a_triangle three, sides_on_a_hexagon "
+        "six, players_in_a_football_team eleven, strings_on_a_violin four, colours_in_a_rainbow seven, "
+        "planets_in_our_system eight, cards_in_a_full_deck fifty-two, letters_in_the_English_alphabet "
+        "twenty-six",
     ),
 ]
 

@@ -9,7 +9,8 @@ the code below.
 
     train.jsonl, held-out.jsonl   {"text": "import sys\n\n\ndef main():\n ...", "path": "json/tool.py"}
 
-Whole modules are held out, one in twenty, chosen by their paths.
+Whole modules are held out, one in twenty, chosen by their paths, and so is any file with one of the variants of
+`variants.py` in it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parents[1]))
 
 from common import library_files, write_jsonl
+from variants import PREFIX, VARIANTS
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
 SHORTEST, LONGEST = 20, 600  # characters of a file
@@ -100,9 +102,10 @@ def records(seed: int) -> Iterator[dict[str, str]]:
     """All small files of the library, module by module."""
     rng = np.random.default_rng(seed)
     seen: set[str] = set()
+    measured = [PREFIX + name + suffix for name, suffix in VARIANTS.items()]
     for path in library_files():
         for text in small_files(path.read_text(encoding="utf-8"), rng):
-            if SHORTEST <= len(text) <= LONGEST and text not in seen:
+            if SHORTEST <= len(text) <= LONGEST and text not in seen and not any(file in text for file in measured):
                 seen.add(text)
                 yield {"text": text, "path": str(path.relative_to(LIBRARY))}
 

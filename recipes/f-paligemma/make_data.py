@@ -81,7 +81,7 @@ def scene(rng: np.random.Generator, alone: float = 0.0) -> list[Shape]:
 def draw(shapes: list[Shape], rng: np.random.Generator) -> np.ndarray:
     """The picture, uint8 (Y, X, 3): shapes on grey, each in a shade of its colour."""
     centres = np.arange(SIDE) + 0.5
-    picture = np.full((SIDE, SIDE, 3), rng.uniform(215, 235))
+    picture = np.full((SIDE, SIDE, 3), rng.uniform(120, 136))
     for shape in shapes:
         covered = shape.covers(centres, centres[:, None])[..., None]
         colour = np.array(COLOURS[shape.thing.split()[0]]) + rng.normal(0, 12, 3)
