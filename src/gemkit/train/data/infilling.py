@@ -155,7 +155,8 @@ def _middle(text: str, rng: np.random.Generator, how: Infilling) -> tuple[int, i
             line = lines[int(rng.integers(len(lines)))]
             assert line is not None
             borders = [line.start(), *(word.end() for word in _WORD.finditer(text, line.start(), line.end()))]
-            start, end = np.sort(rng.choice(borders, size=2)).tolist()
+            # never an empty middle: at so few borders they would be a quarter of all, and the end all that is learned
+            start, end = np.sort(rng.choice(borders, size=2, replace=len(borders) < 2)).tolist()
             return start, end
         at = int(rng.integers(0, len(text) + 1))
         first = text.rfind("\n", 0, at) + 1
