@@ -20,7 +20,7 @@ from gemkit.inspect.curves import Curve
 from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import INFILL
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 TOKENIZERS = HERE / "tokenizers"
 
 # The first pieces of Gemma 1's vocabulary, in order: control tokens, then runs of newlines and of spaces. With these
