@@ -122,6 +122,19 @@ def test_a_middle_within_a_line():
     assert {"", "sys", "sys.exit(0)"} <= middles
 
 
+def test_a_middle_of_whole_words():
+    middles = [
+        taken_apart(one(CODE, seed, within_line=1.0, words=1.0, **ALWAYS).ids)[1]["middle"] for seed in range(500)
+    ]
+    assert all("\n" not in middle for middle in middles)
+    cut = [seed for seed in range(500) if (parts := taken_apart(one(CODE, seed, within_line=1.0, words=1.0, **ALWAYS).ids)[1])
+           and any(a[-1:].isidentifier() and b[:1].isidentifier() for a, b in
+                   ((parts["before"], parts["middle"] + parts["after"]), (parts["before"] + parts["middle"], parts["after"])))]  # fmt: skip
+    assert not cut
+    assert {"sys", "sys.exit"} <= set(middles)
+    assert "" not in middles
+
+
 # ---------------------------------------------------------------- contexts
 
 

@@ -18,6 +18,7 @@ that paper, unless only middles are asked for.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,6 +31,9 @@ from gemkit.train.rows import Example
 
 File = tuple[str | None, str]  # path and text; without a path, its line is left out
 
+_LINE = re.compile(r"[^\n]*\S[^\n]*")  # one that is not empty
+_ALL = re.compile(r"(?s).*")
+_WORD = re.compile(r"\w+|\s+|[^\w\s]")
 _SLACK = 8  # tokens that a text may have more of when it is cut in three
 
 
@@ -44,11 +48,12 @@ class Infilling:
     rate: float = 0.8  # of files that are cut; the others are read from left to right
     spm: float = 0.5  # of those, the share in the order suffix, prefix, middle
     within_line: float = 0.0  # of those, the share whose middle is part of one line; not published, for small models
+    words: float = 0.0  # of the cuts within a line, the share at borders of words, in any line alike; not published
     learn: Literal["all", "middle"] = "all"  # "middle": of a file that is cut only that, with the token that ends it
     end: Literal["separator", "eos"] = "separator"  # what ends a row; within it files end with <|file_separator|>
 
     def __post_init__(self):
-        for name in ("rate", "spm", "within_line"):
+        for name in ("rate", "spm", "within_line", "words"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be a share from 0 to 1")
         if self.learn not in ("all", "middle"):
@@ -145,6 +150,14 @@ def _middle(text: str, rng: np.random.Generator, how: Infilling) -> tuple[int, i
     """Where the middle begins and ends, in characters."""
     first, last = 0, len(text)
     if rng.random() < how.within_line:
+        if how.words and rng.random() < how.words:
+            lines = list(_LINE.finditer(text)) or [_ALL.match(text)]
+            line = lines[int(rng.integers(len(lines)))]
+            assert line is not None
+            borders = [line.start(), *(word.end() for word in _WORD.finditer(text, line.start(), line.end()))]
+            # never an empty middle: at so few borders they would be a quarter of all, and the end all that is learned
+            start, end = np.sort(rng.choice(borders, size=2, replace=len(borders) < 2)).tolist()
+            return start, end
         at = int(rng.integers(0, len(text) + 1))
         first = text.rfind("\n", 0, at) + 1
         last = text.find("\n", at)

@@ -1,0 +1,126 @@
+"""The recipes' own parts: vocabularies, data, experiments. That they reach their goals is measured by running them."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from gemkit.text import Tokenizer, places
+from gemkit.text.vocabulary import INFILL
+from gemkit.train import experiment
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def load(path: str) -> ModuleType:
+    """A recipe's script as a module. Each finds its neighbours by itself, as when it is run."""
+    file = RECIPES / path
+    sys.path[:0] = [str(file.parent), str(RECIPES)]
+    try:
+        spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        del sys.path[:2]
+
+
+@pytest.mark.parametrize("name", ["code", "shapes", "letters"])
+def test_small_vocabularies_begin_as_the_familys_do(name):
+    small = Tokenizer.from_model(RECIPES / "tokenizers" / f"{name}.model")
+    ids = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<start_of_turn>": 106, "<end_of_turn>": 107, "\n": 108}
+    assert {piece: small.id(piece) for piece in ids} == ids
+    assert (small.id("▁▁"), small.id("▁" * 31)) == (139, 168)
+    assert all(small.piece(i) in (piece, f"<unused{i - 7}>") for i, piece in INFILL.items())
+    for text in ("import os\n\n\tif x:  # ünïcode", "sort dbca", "detect red circle", "\0 12345"):
+        assert small.decode(small.encode(text)) == text
+
+
+def test_the_vocabulary_of_letters_has_one_token_for_each():
+    letters = Tokenizer.from_model(RECIPES / "tokenizers" / "letters.model")
+    assert [letters.piece(i) for i in letters.encode("sort dbca")] == [*"sort", "▁", *"dbca"]
+
+
+def test_the_vocabulary_of_code_fills_in():
+    code = Tokenizer.from_model(RECIPES / "tokenizers" / "code.model")
+    assert {i: code.piece(i) for i in INFILL} == INFILL
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.toml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_experiments_are_read(path):
+    read = experiment.read(path)
+    assert read.objective in experiment.OBJECTIVES
+    assert read.data.train.startswith("data/")
+    if read.model.new:
+        decoder, _ = experiment.new_model(read.model.new, 512)
+        assert decoder.max_context >= read.data.max_length
+
+
+def test_no_variant_of_the_caret_example_is_trained_on():
+    """No file that `make_data` makes holds one to the letter; only a module with all of its lines could make one."""
+    make_data = load("b-codegemma/make_data.py")
+    variants = {make_data.PREFIX + name + suffix for name, suffix in make_data.VARIANTS.items()}
+    assert len(variants) == 30
+    assert "sys" in make_data.VARIANTS
+    lines = [[line.strip() for line in suffix.splitlines() if line.strip()] for suffix in make_data.VARIANTS.values()]
+    for path in make_data.library_files():
+        source = path.read_text(encoding="utf-8")
+        if any(all(line in source for line in wanted) for wanted in lines):
+            made = make_data.small_files(source, np.random.default_rng(0))
+            assert not any(variant in text for text in made for variant in variants), path
+
+
+def test_small_files_import_what_they_use():
+    make_data = load("b-codegemma/make_data.py")
+    source = (
+        "import os\nimport sys, re as r\n\ndef f():\n    return r.match('a', os.sep)\n\ndef g():\n    sys.exit(0)\n"
+    )
+    made = list(make_data.small_files(source, np.random.default_rng(0)))
+    used = {"import os", "import re as r"}
+    assert any(used <= set(text.splitlines()) and "sys" not in text and "def f" in text for text in made)
+    assert all(t.startswith(("import ", "def ")) for t in made)
+
+
+def test_pictures_show_what_is_said_of_them():
+    """The box of every shape is that of its pixels, to within the one pixel that an edge blurs over."""
+    make_data = load("f-paligemma/make_data.py")
+    rng = np.random.default_rng(0)
+    centres = np.arange(make_data.SIDE) + 0.5
+    for _ in range(20):
+        shapes = make_data.scene(rng)
+        assert 2 <= len(shapes) <= 4
+        assert len({shape.thing for shape in shapes}) == len(shapes)
+        for shape in shapes:
+            ys, xs = np.nonzero(shape.covers(centres, centres[:, None]) > 0.5)
+            drawn = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+            assert np.allclose(drawn, shape.place.box.pixels(make_data.SIDE, make_data.SIDE), atol=1.5)
+
+
+def test_held_out_pictures_are_as_many_as_are_told():
+    make_data = load("f-paligemma/make_data.py")
+    held_out = list(make_data.held_out(seed=1))
+    absent = [prompt for _, prompt, said in held_out if not said]
+    assert (len(held_out), len(absent)) == (200, 50)
+    for _, prompt, said in held_out:
+        assert [f"detect {place.label}" for place in places.parse(said).places] == ([prompt] if said else [])
+    again = itertools.islice(make_data.examples(seed=3), 3)
+    for (a, *b), (c, *d) in zip(itertools.islice(make_data.examples(seed=3), 3), again, strict=True):
+        assert np.array_equal(a, c)
+        assert b == d
+
+
+def test_letters_are_sorted_and_mistakes_are_mistakes():
+    make_data = load("d-rl/make_data.py")
+    rng = np.random.default_rng(0)
+    for word in itertools.islice(make_data.words(seed=0), 300):
+        record = make_data.records("preferences", word, rng)
+        assert record["chosen"] == "".join(sorted(word)) != record["rejected"]
