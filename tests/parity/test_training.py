@@ -65,7 +65,9 @@ def their_losses(theirs, folder, adapter, records):
         trained, SETTINGS.learning_rate, SETTINGS.betas, SETTINGS.eps, weight_decay=SETTINGS.weight_decay
     )
     losses = []
-    for units, _ in zip(steps(records, Sft(Tokenizer.from_model(folder / "tokenizer.model"))), range(STEPS), strict=False):
+    for units, _ in zip(
+        steps(records, Sft(Tokenizer.from_model(folder / "tokenizer.model"))), range(STEPS), strict=False
+    ):
         examples = [example for unit in units for example in unit]
         shape = (len(examples), max(map(len, examples)))
         ids, labels, mask = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -100), torch.zeros(shape)
