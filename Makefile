@@ -38,10 +38,11 @@ parity-full: .venv/dev
 	$(BIN)/python tests/parity_full.py
 	$(BIN)/python tests/kill_training.py
 
-# Ours and its rivals side by side, then the floors. llama.cpp is built from source, so it has an environment of its own.
+# Ours and its rivals side by side, then the floors, then a step of training. llama.cpp is built from source, so it has an environment of its own.
 bench: .venv/dev .venv-bench/ready
 	$(BIN)/python benchmarks/run.py --save
 	$(BIN)/python benchmarks/run.py --suite floors --save --json
+	$(BIN)/python benchmarks/training.py --save
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

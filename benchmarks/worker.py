@@ -503,7 +503,8 @@ def resident() -> dict[str, Any]:
     return {"resident": found["Rss"], "proportional": found["Pss"]}
 
 
-def main() -> None:
+def serve(make: Callable[[str, int], Any]) -> None:
+    """Answer requests by the methods of what `make` gives of a name and a number of threads."""
     # What libraries print must not get between the answers: stdout becomes stderr, the answers keep the real one.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -514,7 +515,7 @@ def main() -> None:
 
     name, threads = sys.argv[1], int(sys.argv[2])
     try:
-        worker = Limits(threads) if name == "limits" else Measured(ENGINES[name](threads))
+        worker = make(name, threads)
         answer({"imported_bytes": peak_memory()})
         for line in sys.stdin:
             request = json.loads(line)
@@ -527,4 +528,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(lambda name, threads: Limits(threads) if name == "limits" else Measured(ENGINES[name](threads)))

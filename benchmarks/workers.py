@@ -28,14 +28,18 @@ class Lost(Exception):
 
 
 class Worker:
-    """An engine in its own process."""
+    """An engine in its own process.
 
-    def __init__(self, name: str, python: Path, threads: int):
+    Args:
+        script: that serves it.
+    """
+
+    def __init__(self, name: str, python: Path, threads: int, script: str = "worker.py"):
         self.name = name
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "OPENBLAS", "MKL")}
         environment["GEMKIT_THREADS"] = str(threads)
-        command = [python, HERE / "worker.py", name, str(threads)]
+        command = [python, HERE / script, name, str(threads)]
         self.started = time.perf_counter()
         try:
             self._process = subprocess.Popen(

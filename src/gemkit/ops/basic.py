@@ -114,9 +114,42 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     `1 + weight`: Gemma stores norms around zero. The product with it happens before the cast: casting first, as
     Llama does, gives other bits in bf16.
     """
+    if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
+        return _RMSNorm.apply(x, weight_D, eps)  # type: ignore[return-value]
+    return _rms_norm(x, weight_D, eps)[0]
+
+
+def _rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x32 = wide(x)
-    normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1.0 + wide(weight_D))).to(x.dtype)
+    inverse_1 = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * inverse_1 * (1.0 + wide(weight_D))).to(x.dtype), inverse_1
+
+
+class _RMSNorm(torch.autograd.Function):
+    """`_rms_norm` with its gradient in a few passes, which keeps x and one number of each row.
+
+    With r = 1 / rms(x), n = r x and g the gradient of n: dx = r (g - n mean(g n)).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        y, inverse_1 = _rms_norm(x, weight_D, eps)
+        ctx.save_for_backward(x, weight_D, inverse_1)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, weight_D, inverse_1 = ctx.saved_tensors
+        normed, grad32 = wide(x) * inverse_1, wide(grad)
+        grad_x = grad_weight_D = None
+        if ctx.needs_input_grad[1]:
+            grad_weight_D = (grad32 * normed).flatten(0, -2).sum(0).to(weight_D.dtype)
+        if ctx.needs_input_grad[0]:
+            of_normed = grad32 * (1.0 + wide(weight_D))
+            along_1 = torch.linalg.vecdot(of_normed, normed)[..., None] / x.shape[-1]
+            grad_x = of_normed.addcmul_(normed, along_1, value=-1).mul_(inverse_1).to(x.dtype)
+        return grad_x, grad_weight_D, None
 
 
 @op(same)

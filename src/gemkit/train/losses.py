@@ -231,7 +231,9 @@ class _Targets:
         if e:
             loss_C = loss_C + e * mass_C * (lse_C - mean_C)
         if gradient:
-            z_CV *= (w_C * (mass_C + 2 * c * lse_C))[:, None]
+            slope_C = w_C * (mass_C + 2 * c * lse_C)
+            if not bool((slope_C == 1).all()):  # what weighs 1 is most of what is learned, and spared a pass
+                z_CV *= slope_C[:, None]
             if e:
                 z_CV -= (e * w_C * mass_C / z_CV.shape[1])[:, None]
             z_CV.scatter_add_(1, ids_CK, -(1 - e) * w_C[:, None] * q_CK)
