@@ -168,7 +168,7 @@ class Gemma:
         self._executor: Any = executor
         self._following: Following | None = None  # of `module`, once the native executor has one to follow
         self._path, self._how = checkpoint.path, how  # to open its modules when they are asked for
-        self._base = checkpoint.name  # what opens it again
+        self._base, self._known_as = checkpoint.name, checkpoint.known_as  # what opens it again; what others call it
         self._scored = SCORE in checkpoint.reader.entries
 
     def __repr__(self) -> str:
@@ -265,7 +265,9 @@ class Gemma:
         """
         from gemkit.train import lora
 
-        return lora.save(self.module, folder, name, base=self._base, named=self._named, prompts=self.prompts, data=data)
+        return lora.save(
+            self.module, folder, name, base=self._base, named=self._known_as, prompts=self.prompts, data=data
+        )
 
     def adapters(self) -> list[str]:
         """Names of the adapters that there are, merged ones included."""
@@ -296,13 +298,6 @@ class Gemma:
         from gemkit.train import lora
 
         lora.remove(self.module, name)
-
-    @property
-    def _named(self) -> str:
-        """What others know the base by: its hub id, or its place."""
-        if self._base is not None:
-            return self._base
-        return self.member.hub_id if self.member is not None else self.label
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -648,7 +643,7 @@ class Gemma:
                 "save_adapter() to keep them apart"
             )
         if card is None and inside:
-            card = lora.merged_card(module, Path(folder).expanduser().resolve().name, self._named)
+            card = lora.merged_card(module, Path(folder).expanduser().resolve().name, self._known_as)
         return save_hf(
             module,
             folder,

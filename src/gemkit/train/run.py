@@ -50,7 +50,7 @@ from gemkit.train.objectives.rl import Grpo
 from gemkit.train.plan import Plan, choose, flops_per_second, predict
 from gemkit.train.rows import Unit
 from gemkit.train.trainer import Outcome, Progress, Trainer
-from gemkit.weights.card import NOTICE, card
+from gemkit.weights.card import card, new_card
 from gemkit.weights.checkpoint import Checkpoint, find
 from gemkit.weights.load import available_memory, load_module
 from gemkit.weights.save import save_hf
@@ -393,8 +393,7 @@ class Run:
         module.eval()
         if self.experiment.lora.rank:
             assert self.checkpoint is not None
-            base = self.checkpoint.name
-            lora.save(module, work, base=base, named=self._named, prompts=self.prompts)
+            lora.save(module, work, base=self.checkpoint.name, named=self.checkpoint.known_as, prompts=self.prompts)
         else:
             save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts)
         (work / "README.md").write_text(self._card(outcome, folder.name), encoding="utf-8")
@@ -402,14 +401,6 @@ class Run:
         for path in sorted(work.iterdir(), key=lambda path: (path.name in last, path.name)):
             os.replace(path, folder / path.name)
         work.rmdir()
-
-    @property
-    def _named(self) -> str:
-        """What others know the base by."""
-        assert self.checkpoint is not None
-        if self.checkpoint.name is not None:
-            return self.checkpoint.name
-        return self.checkpoint.member.hub_id if self.checkpoint.member is not None else self.label
 
     def _card(self, outcome: Outcome, title: str) -> str:
         e = self.experiment
@@ -425,30 +416,8 @@ class Run:
         if self.held_out is not None:
             data.append(f"`{os.path.basename(e.data.held_out)}`, held out: {len(self.held_out):,} records")
         if self.checkpoint is None:
-            return _new_card(title, lines, data)
-        return card(title, self._named, lines, adapter=bool(e.lora.rank), data=data)
-
-
-def _new_card(title: str, lines: Sequence[str], data: Sequence[str]) -> str:
-    return "\n".join(
-        [
-            f"# {title}",
-            "",
-            "A model of the Gemma architecture, trained from random weights: none of Gemma's own are in it.",
-            "",
-            *lines,
-            "",
-            "## Data",
-            "",
-            *(f"- {source}" for source in data),
-            "",
-            "## Licence",
-            "",
-            "Yours, as far as the data allows. If answers of a Gemma were among the data, the model is a derivative:",
-            f"{NOTICE}.",
-            "",
-        ]
-    )
+            return new_card(title, lines, data)
+        return card(title, self.checkpoint.known_as, lines, adapter=bool(e.lora.rank), data=data)
 
 
 def _prepare(module: Any, experiment: Experiment) -> lora.Account | None:

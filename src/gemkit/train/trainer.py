@@ -19,7 +19,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,6 +37,8 @@ from gemkit.train.experiment import Experiment
 from gemkit.train.objective import Objective
 from gemkit.train.optimizer import KIND, Optimizer
 from gemkit.train.rows import Unit
+
+deterministic: Any = _deterministic  # a module whose one setting torch's stubs do not know
 
 
 class Source(Protocol):
@@ -157,7 +159,7 @@ class Trainer:
             with self._stoppable():
                 if self.step == 0 and self.held_out:
                     self.evaluate()
-                batches = iter(self.source)
+                batches, saved = iter(self.source), False
                 while self.step < self.steps and not self._signals:
                     began = time.monotonic()
                     units = next(batches, None)
@@ -169,15 +171,15 @@ class Trainer:
                     passed = self.step - first
                     if progress is not None and (self.step % watch.log_every == 0 or self.step == self.steps):
                         left = (time.monotonic() - start) / passed * (self.steps - self.step)
-                        self.on_step(Progress(**{**progress.__dict__, "left": left}))
+                        self.on_step(replace(progress, left=left))
                     last = self.step == self.steps or self._signals > 0
                     if self.held_out and (_due(self.step, watch.evaluate_every) or self.step == self.steps):
                         self.evaluate()
                     if self.sample and (_due(self.step, watch.sample_every) or self.step == self.steps):
                         self._show_samples()
-                    if last or self._unsaved or _due(self.step, save.every):
+                    if saved := last or self._unsaved or _due(self.step, save.every):
                         self.save(final=last)
-                if self._signals:  # it may have come after this step was looked at
+                if self._signals and (self._unsaved or not saved):  # it came after this step was looked at
                     self.save(final=True)
             self.draw()
         return Outcome(self.step, self.steps, loss, self.log.last_evaluation(), self.step < self.steps)
@@ -543,7 +545,6 @@ def curve(entries: Sequence[Mapping[str, Any]], title: str) -> str | None:
     return curves.draw(panels, title=title, x_label="steps", notes=notes, logarithmic=False)
 
 
-deterministic: Any = _deterministic  # a module whose one setting torch's stubs do not know
 POINTS = 400  # of a curve: a picture is no wider
 
 

@@ -47,6 +47,13 @@ class Checkpoint:
     def __exit__(self, *_: object) -> None:
         self.reader.close()
 
+    @property
+    def known_as(self) -> str:
+        """What others know it by: its hub id, or its place."""
+        if self.name is not None:
+            return self.name
+        return self.member.hub_id if self.member is not None else self.label
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The vocabulary that came with the weights.
