@@ -233,8 +233,8 @@ class Run:
             TrainingError: if numbers are not finite, or a checkpoint is of another run.
         """
         saved: Saved | None = None
+        plan = self.plan()  # what is refused leaves no folder behind
         with self._alone():
-            plan = self.plan()
             step = replace(self.experiment.step, checkpointing="on" if plan.checkpointing else "off")
             computed = replace(self.experiment, step=step)
             if self.folder is not None:
