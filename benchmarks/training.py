@@ -3,11 +3,13 @@
     python benchmarks/training.py --save            every row, and a file in results/
     python benchmarks/training.py --only 512-all --json
 
-A row is so many tokens, of which all or the last quarter are in the loss. Both sides read the same GGUF and hold its
-weights in float32. In each row the rival is first tried at each of its settings, and the fastest is measured; then
-both must find the same loss and the same norm of the gradient; then they take steps in turn, A B A B. A pair's ratio is
-above 1 where ours is ahead. Memory is the most that a process held in its steps, less what it held before the model was
-loaded; what loading took for a moment is not counted. The rules for all benchmarks are in README.md.
+A row is so many tokens, of which all or the last quarter are in the loss. Both sides read the same GGUF and compute in
+float32: ours from the weights as the file has them, as `gemkit tune` keeps them, the rival from weights that were made
+float32 when they were loaded, the only way it has. In each row the rival is first tried at each of its settings, and
+the fastest is measured; then both must find the same loss and the same norm of the gradient; then they take steps in
+turn, A B A B. A pair's ratio is above 1 where ours is ahead. Memory is the most that a process held in its steps, less
+what it held before the model was loaded; what loading took for a moment is not counted. The rules for all benchmarks
+are in README.md.
 """
 
 from __future__ import annotations

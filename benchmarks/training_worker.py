@@ -1,7 +1,8 @@
 """A model that is trained, in a process of its own: `python training_worker.py gemkit|peft THREADS`, as worker.py.
 
-Both read the same GGUF, hold its weights in float32, put LoRA of the same rank beside the same projections, and take
-the same steps of AdamW on the same token ids. The numbers that A begins with are those of a seed, in an order of names
+Both read the same GGUF, compute in float32, put LoRA of the same rank beside the same projections, and take the same
+steps of AdamW on the same token ids. Ours keeps the weights as the file has them, as `gemkit tune` does; Transformers
+makes them float32 once and for all. The numbers that A begins with are those of a seed, in an order of names
 that both have, and B begins with them too: with zeros there, half of the gradients would be zero.
 """
 
@@ -77,7 +78,7 @@ class Ours(Trained):
         from gemkit.weights.load import load_module
 
         with find(path) as checkpoint:
-            self._model, _ = load_module(checkpoint, dtype=self._torch.float32, quantized=False)
+            self._model, _ = load_module(checkpoint, dtype=self._torch.float32, quantized=True)
             self._objective = Sft(checkpoint.tokenizer)
         lora.enable_lora(self._model, rank, targets=TARGETS)
         trained = dict(self._adapters())

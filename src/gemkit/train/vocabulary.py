@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from gemkit.nn import PaliGemma
 from gemkit.nn.weighted import Head
+from gemkit.ops import Quantized
 from gemkit.ops.basic import wide
 
 # Logits that are held at once: 256 rows of 262,144. Cross-entropy and gradient of 512 rows, with a frozen float32 table
@@ -138,20 +139,27 @@ class _Through:
                 gradient += part
 
 
-class _Dense:
-    """The same where the head is a product with a dense table and nothing else: in place, in one buffer."""
+class _InPlace:
+    """The same where the head is a product with a table and nothing else: in place, in one buffer. Of a quantized table
+    each block is made dense where it is multiplied, and is still in a cache then."""
 
-    def __init__(self, table_VD: Tensor, cap: float | None, weights: list[Tensor], rows: int):
-        self.table_VD, self.cap = table_VD.detach(), cap
-        self.buffer_CV = table_VD.new_empty(rows, len(table_VD))
-        step = _BLOCK if table_VD.device.type == "cpu" else len(table_VD)
-        self.blocks = [slice(v, v + step) for v in range(0, len(table_VD), step)]
+    def __init__(self, table_VD: Tensor | Quantized, cap: float | None, weights: list[Tensor], rows: int):
+        self.table_VD, self.cap = table_VD, cap
+        vocab = table_VD.shape[0]
+        self.buffer_CV = torch.empty(rows, vocab, device=table_VD.device, dtype=_dtype(table_VD))
+        step = _BLOCK if table_VD.device.type == "cpu" else vocab
+        self.blocks = [slice(v, min(v + step, vocab)) for v in range(0, vocab, step)]
         self.gradients = [torch.zeros_like(weight, dtype=wide(weight[:0]).dtype) for weight in weights]
+
+    def _dense(self, block: slice) -> Tensor:
+        if isinstance(self.table_VD, Quantized):
+            return self.table_VD.narrow_rows(block.start, block.stop - block.start).dequantize()
+        return self.table_VD.detach()[block]
 
     def read(self, x_CD: Tensor, gradient: bool) -> None:
         self.x_CD, self.z_CV = x_CD, self.buffer_CV[: len(x_CD)]
         for block in self.blocks:
-            torch.mm(x_CD, self.table_VD[block].T, out=self.z_CV[:, block])
+            torch.mm(x_CD, self._dense(block).T, out=self.z_CV[:, block])
 
     def logits(self, rows: slice) -> Tensor:
         z_CV = wide(self.z_CV[rows])
@@ -166,21 +174,31 @@ class _Dense:
             z_CV.copy_(grad_CV)
 
     def backward(self, grad_CD: Tensor) -> None:
-        torch.mm(self.z_CV, self.table_VD, out=grad_CD)
+        if isinstance(self.table_VD, Quantized):
+            grad_CD.zero_()
+            for block in self.blocks:
+                grad_CD.addmm_(self.z_CV[:, block], self._dense(block))
+        else:
+            torch.mm(self.z_CV, self.table_VD.detach(), out=grad_CD)
         for gradient_VD in self.gradients:  # of the table, if it is trained
             for block in self.blocks:
                 gradient_VD[block] += self.z_CV[:, block].T @ self.x_CD
 
 
-def _reader(model: Any, weights: list[Tensor], x_MD: Tensor, rows: int) -> _Dense | _Through:
-    """The choice: in place for a head that is a product with one dense table, in the dtype of the rows, and nothing
-    that looks on or adds to it; by the model's own `logits` for every other."""
+def _dtype(table_VD: Tensor | Quantized) -> torch.dtype:
+    """What the table is multiplied in."""
+    return torch.float32 if isinstance(table_VD, Quantized) else table_VD.dtype
+
+
+def _reader(model: Any, weights: list[Tensor], x_MD: Tensor, rows: int) -> _InPlace | _Through:
+    """The choice: in place for a head that is a product with one table, in the dtype of the rows, and nothing that
+    looks on or adds to it; by the model's own `logits` for every other."""
     decoder = _decoder(model)
     head = decoder.lm_head
     watched = head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks
     plain = type(head) is Head and head.bias is None and not head.adapters and not watched
-    if plain and type(head.weight) in (Tensor, torch.nn.Parameter) and head.weight.dtype == x_MD.dtype:
-        return _Dense(head.weight, decoder.config.final_softcap, weights, rows)
+    if plain and type(head.weight) in (Tensor, torch.nn.Parameter, Quantized) and _dtype(head.weight) == x_MD.dtype:
+        return _InPlace(head.weight, decoder.config.final_softcap, weights, rows)
     return _Through(model, weights)
 
 

@@ -225,7 +225,8 @@ def test_bfloat16_rows_are_summed_in_float32(head):
         assert error <= max(2 * plainly, 2**-8)  # no worse than the plain way, or than rounding once
 
 
-def test_a_quantized_table_is_read_by_the_head_itself():
+def test_a_quantized_table_is_made_dense_a_block_at_a_time(monkeypatch):
+    monkeypatch.setattr(vocabulary, "_BLOCK", 16)
     kind = KINDS["Q8_0"]
     config = replace(tiny("gemma-2-2b"), width=32)
     model = nn.Decoder(replace(config, layers=config.layers[:1]))
@@ -235,6 +236,7 @@ def test_a_quantized_table_is_read_by_the_head_itself():
     dense = nn.Decoder(model.config)
     dense.hold("embed_tokens.weight", Parameter(table.dequantize(), requires_grad=False))
     x_MD, targets_M, weights_M = rows_of(dense)
+    assert type(vocabulary._reader(model, [], x_MD, 1)).__name__ == "_InPlace"
     ours = losses.cross_entropy(model, x_MD, targets_M, weights_M)[0]
     theirs = losses.cross_entropy(dense, x_MD, targets_M, weights_M)[0]
     torch.testing.assert_close(ours, theirs)
@@ -262,8 +264,8 @@ def test_dropout_of_an_adapter_falls_the_same_in_the_backward():
 @pytest.mark.parametrize(
     ("head", "way"),
     [
-        ("plain", "_Dense"),
-        ("capped", "_Dense"),
+        ("plain", "_InPlace"),
+        ("capped", "_InPlace"),
         ("hooked", "_Through"),
         ("adapted", "_Through"),
         ("biased", "_Through"),
