@@ -34,7 +34,9 @@ from workers import Lost, Worker, say
 from gemkit.weights.checkpoint import find
 
 PAIRS, RANK = 5, 8
-AGREES = 1e-4  # losses and, relative to themselves, norms of gradients differ by so much at most
+# Losses differ by so much at most; norms of gradients, relative to themselves, by NORMS: of 512 tokens with the last
+# quarter in the loss float64 finds 3.63748, ours finds 3.63711 to 3.63723 in float32, Transformers 3.63663.
+AGREES, NORMS = 1e-4, 5e-4
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def measure(row: Row, args: argparse.Namespace) -> dict[str, Any]:
         sides.append(Side("peft", args.threads, settings))
         first = [side.step(row, ids) for side in sides]
         agreed = abs(first[0]["loss"] - first[1]["loss"]) <= AGREES
-        agreed &= abs(first[0]["norm"] / first[1]["norm"] - 1) <= AGREES
+        agreed &= abs(first[0]["norm"] / first[1]["norm"] - 1) <= NORMS
         say(f"    loss {[f['loss'] for f in first]}, norm {[f['norm'] for f in first]}")
         pairs = []
         for _ in range(args.pairs):
