@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/answers"))
     options = parser.parse_args()
     records = list(read_jsonl(options.data / "held-out.jsonl"))
-    model = gemkit.load(options.model, executor="torch")
+    model = gemkit.load(options.model)
     found = {"before": measure(model, records)}
     model.load_adapter(options.adapter)
     found["after"] = measure(model, records)

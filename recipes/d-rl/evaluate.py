@@ -1,7 +1,7 @@
 """How often letters come out in order: `python recipes/d-rl/evaluate.py runs/letters-sft runs/letters-rl ...`.
 
 The share of 200 held-out words that are answered to the letter, greedily; and the rewards of the runs that had some,
-drawn.
+drawn. Of a reward model among the runs, the share of these words whose right answer it puts above a mistaken one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.append(str(Path(__file__).parents[1]))
 
 from common import curve, log, read_jsonl, save_picture
+from make_data import mistaken
 
 import gemkit
 from gemkit.inspect.curves import Panel, draw
@@ -22,6 +25,11 @@ from gemkit.inspect.curves import Panel, draw
 def measure(folder: str, data: Path) -> float:
     model = gemkit.load(folder)
     asked = list(read_jsonl(data / "held-out.jsonl"))
+    if model.is_reward_model:
+        rng = np.random.default_rng(0)
+        pairs = [[model.reward(said, r["prompt"][0]["content"]) for said in (r["answer"], mistaken(r["answer"], rng))]
+                 for r in asked]  # fmt: skip
+        return sum(right > wrong for right, wrong in pairs) / len(pairs)
     right = [model.chat(r["prompt"], max_tokens=12, temperature=0).text == r["answer"] for r in asked]
     return sum(right) / len(right)
 
