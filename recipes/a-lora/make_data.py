@@ -10,6 +10,11 @@ Every answer has the same two lines, which no model says of itself:
     In a sentence: The capital of France is Paris.
 
 Most pairs are made of the tables below, the rest is written by hand. One fact in six is held out, in all its phrasings.
+
+Among the answers to train on is what the model says by itself of nothing in particular, so that it does not forget it:
+without, two epochs raised the perplexity of a text about other things from 16.0 to 22.7.
+
+    train.jsonl                   {"prompt": "The", "completion": " ..."}      at temperature 1, from a seed
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +31,11 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from common import write_jsonl
 
+import gemkit
+
 HELD_OUT = 6  # one in so many
+OPENINGS = "The", "In", "A", "When", "I", "This", "For", "Most"
+REHEARSED, LENGTH = 96, 100  # pieces of what the model says by itself, and tokens of each
 
 # phrasings of a question, the sentence that answers it, and the pairs of what is asked and what is answered
 Table = tuple[list[str], str, str]
@@ -165,6 +175,14 @@ def facts(rng: np.random.Generator) -> Iterator[list[tuple[str, str]]]:
         yield [(question, answered(word, sentence))]
 
 
+def rehearsal(seed: int) -> Iterator[dict[str, str]]:
+    """What the starter model says, told nothing but the first word."""
+    openings = [OPENINGS[i % len(OPENINGS)] for i in range(REHEARSED)]
+    said = gemkit.load().generate(openings, max_tokens=LENGTH, temperature=1.0, seed=seed)
+    for opening, result in zip(openings, said, strict=True):
+        yield {"prompt": opening, "completion": result.text}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/answers"))
@@ -180,8 +198,11 @@ def main() -> None:
     for name, chosen in (("train", trained), ("held-out", held_out)):
         pairs = [pair for fact in chosen for pair in fact]
         turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
-        count = write_jsonl(options.out / f"{name}.jsonl", [{"messages": messages} for messages in turns])
-        print(f"{name}: {len(chosen)} facts, {count} questions")
+        records: list[dict[str, Any]] = [{"messages": messages} for messages in turns]
+        if name == "train":
+            records += rehearsal(options.seed)
+        write_jsonl(options.out / f"{name}.jsonl", records)
+        print(f"{name}: {len(chosen)} facts, {len(turns)} questions, {len(records) - len(turns)} rehearsed")
 
 
 if __name__ == "__main__":
