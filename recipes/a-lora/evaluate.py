@@ -32,8 +32,8 @@ def answer_perplexity(model: gemkit.Gemma, records: list[dict[str, Any]]) -> flo
 
     total = count = 0.0
     for record in records:
-        question = chat(model.tokenizer, record["messages"][:1]).ids
-        said = [*model.tokenizer.encode(record["messages"][1]["content"]), model.tokenizer.end_of_turn]
+        question = chat(model.tokenizer, record["prompt"]).ids
+        said = [*model.tokenizer.encode(record["completion"]), model.tokenizer.end_of_turn]
         logprobs = score(model.executor, [*question, *said]).logprobs[len(question) :]
         total -= sum(entry.logprob for entry in logprobs if entry is not None)
         count += len(logprobs)
@@ -42,9 +42,9 @@ def answer_perplexity(model: gemkit.Gemma, records: list[dict[str, Any]]) -> flo
 
 def measure(model: gemkit.Gemma, records: list[dict[str, Any]]) -> dict[str, float]:
     asked = records[:40]
-    answers = [model.chat(record["messages"][:1], max_tokens=40, temperature=0).text for record in asked]
+    answers = [model.chat(record["prompt"], max_tokens=40, temperature=0).text for record in asked]
     said = [FORM.fullmatch(answer) for answer in answers]
-    wanted = [FORM.fullmatch(record["messages"][1]["content"]) for record in asked]
+    wanted = [FORM.fullmatch(record["completion"]) for record in asked]
     return {
         "held_out": answer_perplexity(model, records),
         "form": sum(match is not None for match in said) / len(asked),

@@ -2,7 +2,7 @@
 
     python recipes/a-lora/make_data.py --out data/answers
 
-    train.jsonl, held-out.jsonl   {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}
+    train.jsonl, held-out.jsonl   {"prompt": [{"role": "user", ...}], "completion": "In a word: ..."}
 
 Every answer has the same two lines, which no model says of itself:
 
@@ -197,12 +197,13 @@ def main() -> None:
     )
     for name, chosen in (("train", trained), ("held-out", held_out)):
         pairs = [pair for fact in chosen for pair in fact]
-        turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
-        records: list[dict[str, Any]] = [{"messages": messages} for messages in turns]
+        records: list[dict[str, Any]] = [
+            {"prompt": [{"role": "user", "content": asked}], "completion": said} for asked, said in pairs
+        ]
         if name == "train":
             records += rehearsal(options.seed)
         write_jsonl(options.out / f"{name}.jsonl", records)
-        print(f"{name}: {len(chosen)} facts, {len(turns)} questions, {len(records) - len(turns)} rehearsed")
+        print(f"{name}: {len(chosen)} facts, {len(pairs)} questions, {len(records) - len(pairs)} rehearsed")
 
 
 if __name__ == "__main__":
