@@ -72,6 +72,14 @@ def test_spm_has_the_suffix_first(text, seed):
     assert row.weights.tolist() == [0] * start + [1] * (len(row) - start)
 
 
+def test_a_middle_may_count_more():
+    row = one(CODE, path="a.py", weight=4.0, **ALWAYS)
+    start = row.ids.tolist().index(MIDDLE) + 1
+    assert row.weights.tolist() == [0, *[1] * (start - 1), *[4] * (len(row) - start)]
+    assert set(one(CODE, rate=0.0, weight=4.0).weights[1:]) == {1}
+    assert set(one(CODE, weight=4.0, learn="middle", **ALWAYS).weights) == {0, 4}
+
+
 def test_a_file_that_is_left_whole():
     ours = tokenizer("codegemma")
     row = one(CODE, path="a.py", rate=0.0)
@@ -196,6 +204,7 @@ def test_a_character_of_many_bytes_and_a_long_path():
     ("how", "message"),
     [
         ({"lines": 0.6, "names": 0.5}, "together 1 at most"),
+        ({"weight": 0.0}, "weight=0.0 must be above 0"),
         ({"rate": 1.5}, "rate=1.5 must be a share"),
         ({"learn": "some"}, "learn='some'"),
         ({"end": "bos"}, "end='bos'"),

@@ -54,6 +54,7 @@ class Infilling:
     lines: float = 0.0  # of files that are cut, the share whose middle is a line but for its indentation; not published
     names: float = 0.0  # of those, the share whose middle is a name that stands elsewhere in the file; not published
     learn: Literal["all", "middle"] = "all"  # "middle": of a file that is cut only that, with the token that ends it
+    weight: float = 1.0  # what the loss of a middle's tokens counts, beside 1 of all others; not published
     end: Literal["separator", "eos"] = "separator"  # what ends a row; within it files end with <|file_separator|>
 
     def __post_init__(self):
@@ -64,6 +65,8 @@ class Infilling:
             raise ConfigError(
                 f"lines={self.lines} and names={self.names} are shares of the same files: together 1 at most"
             )
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"weight={self.weight} must be above 0, and finite")
         if self.learn not in ("all", "middle"):
             raise ConfigError(f"learn={self.learn!r} must be 'all' or 'middle'")
         if self.end not in ("separator", "eos"):
@@ -107,14 +110,15 @@ class _Part:
     """A file in a row, or a part of one."""
 
     ids: list[int]
-    learned: int  # so many tokens at its end
+    middle: int  # so many tokens at its end are one that was cut out, 0 of a file that is whole
 
 
 def _row(tokenizer: Tokenizer, parts: Sequence[_Part], how: Infilling) -> Example:
     ids, weights = [tokenizer.bos], [0.0]
     for part in parts:
         ids += part.ids
-        weights += [0.0] * (len(part.ids) - part.learned) + [1.0] * part.learned
+        around = 0.0 if part.middle and how.learn == "middle" else 1.0
+        weights += [around] * (len(part.ids) - part.middle) + [how.weight] * part.middle
     if how.end == "eos":
         ids[-1] = tokenizer.eos
     return Example(np.array(ids, np.int64), np.array(weights, np.float32))
@@ -149,9 +153,9 @@ def _part(
         middle = [*tokenizer.encode(text[start:end]), separator]
         ids = [*line, *around, tokenizer.id(prompts.FIM_MIDDLE), *middle]
         if room is None or len(ids) <= room:  # cut in three it may have a few tokens more
-            return _Part(ids, len(ids) if how.learn == "all" else len(middle))
+            return _Part(ids, len(middle))
     ids = [*line, *tokenizer.encode(text), separator]
-    return _Part(ids, len(ids))
+    return _Part(ids, 0)
 
 
 def _middle(text: str, rng: np.random.Generator, how: Infilling) -> tuple[int, int]:
