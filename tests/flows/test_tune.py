@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file
 
 import gemkit
 import killing
@@ -108,6 +109,8 @@ head_dim = 16
 max_context = 64
 layers = [{{kind = "sliding", window = 8}}, {{kind = "global"}}]
 depth = 2
+[save]
+dtype = "bfloat16"
 """)
     out = tmp_path / "new"
     code, _, err = run("tune", "--config", tmp_path / "tiny.toml", "--data", texts, *QUICK, "-o", out)
@@ -115,6 +118,7 @@ depth = 2
     assert tomllib.loads((out / "experiment.toml").read_text())["model"]["new"]["width"] == 32
     card = (out / "README.md").read_text()
     assert "none of Gemma's own are in it" in card
+    assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     code, _, err = run("show", out)
     assert code == 0, err
     assert run("generate", "-m", out, "abc", "-n", 2)[0] == 0
@@ -244,6 +248,7 @@ def test_what_cannot_fit_is_refused(run, models, texts, tmp_path, monkeypatch):
         ("sft --data DATA -o OUT --set optimizer.lr=1", "there is no optimizer.lr"),
         ("sft --data DATA -o OUT --max-length 9999", "data.max_length=9999 is beyond the 256 tokens"),
         ("sft --data DATA -o OUT --set model.freeze=visio", "model.freeze='visio' is the beginning of no weight"),
+        ("sft --data DATA -o OUT --set save.dtype=float16", "save.dtype='float16' is not one of float32, bfloat16"),
         ("sft --data DATA -o DATA", "chats.jsonl"),
         ("distill --data DATA -o OUT", "distill has no teacher: options.teacher"),
         ("sft --data DATA -o OUT --reward rewards:length", "sft judges no answers"),

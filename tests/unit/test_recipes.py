@@ -1,4 +1,4 @@
-"""The recipes' own parts: vocabularies, data, experiments. That they reach their goals is measured by running them."""
+"""The recipes' own parts: vocabularies, data, experiments, and what the model that one of them left can do."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+import gemkit
+from gemkit.cli import main
 from gemkit.text import Tokenizer, places
 from gemkit.text.vocabulary import INFILL
 from gemkit.train import experiment
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+CODE = Path(__file__).parents[1] / "data" / "code"  # the model that recipe b left, and the lines it was measured with
 
 
 def load(path: str) -> ModuleType:
@@ -88,6 +91,57 @@ def test_small_files_import_what_they_use():
     used = {"import os", "import re as r"}
     assert any(used <= set(text.splitlines()) and "sys" not in text and "def f" in text for text in made)
     assert all(t.startswith(("import ", "def ")) for t in made)
+
+
+def test_lines_to_measure_with_are_whole_and_come_from_their_files():
+    make_data = load("b-codegemma/make_data.py")
+    records = [{"text": "import os\n\n\ndef f():\n    return os\n"}, {"text": "x\n"}]
+    made = {
+        tuple(cut.values())
+        for seed in range(50)
+        for cut in make_data.single_lines(records, np.random.default_rng(seed))
+    }
+    assert made == {
+        ("", "import os", "\n\n\ndef f():\n    return os\n"),
+        ("import os\n\n\n", "def f():", "\n    return os\n"),
+        ("import os\n\n\ndef f():\n    ", "return os", "\n"),
+    }
+
+
+def test_no_import_comes_too_often():
+    make_data = load("b-codegemma/make_data.py")
+    often = [{"text": f"import os\nprint({i})\n"} for i in range(make_data.OFTEN + 100)]
+    others = [{"text": "import os\nimport glob\n"}, {"text": "x = 1\n"}]
+    kept = make_data.balanced([*often, *others], np.random.default_rng(0))
+    assert all(record in kept for record in others)
+    assert len(kept) - 2 in (make_data.OFTEN - 1, make_data.OFTEN)
+
+
+@pytest.fixture(scope="module")
+def code_model():
+    return gemkit.load(CODE)
+
+
+def test_the_tiny_codegemma_imports_what_is_used(code_model):
+    """The goal is 24 of 30, `sys` among them; measured: 29."""
+    answers = load("b-codegemma/evaluate.py").caret_answers(code_model)
+    assert answers["sys"] == "sys"
+    assert sum(answer == module for module, answer in answers.items()) >= 24, answers
+
+
+def test_the_tiny_codegemma_fills_in_held_out_lines(code_model):
+    """Measured: 40 of 200 to the letter; another order of sums may move a few."""
+    evaluate = load("b-codegemma/evaluate.py")
+    lines = list(evaluate.read_jsonl(CODE / "lines.jsonl"))
+    assert len(lines) == 200
+    assert sum(evaluate.exact_lines(code_model, lines)) >= 36
+
+
+def test_the_tiny_codegemma_on_the_command_line(capsys):
+    suffix = load("b-codegemma/variants.py").VARIANTS["sys"]
+    assert main(["infill", "-m", str(CODE), "--prefix", "import ", "--suffix", suffix]) == 0
+    assert capsys.readouterr().out.strip() == "sys"
+    assert sum(path.stat().st_size for path in CODE.iterdir()) < 10_000_000
 
 
 def test_pictures_show_what_is_said_of_them():

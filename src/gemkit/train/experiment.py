@@ -107,10 +107,11 @@ class Watch:
 
 @dataclass(frozen=True)
 class Save:
-    """What is kept on the way. A checkpoint is also written at the end, and when the run is stopped."""
+    """What is kept. A checkpoint is also written at the end, and when the run is stopped."""
 
     every: int = 100  # steps; 0: only then
     keep: int = 2  # the newest so many
+    dtype: str = ""  # of the finished model: "bfloat16" or "float32"; empty: as it was trained
 
 
 @dataclass(frozen=True)

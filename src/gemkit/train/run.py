@@ -90,6 +90,9 @@ class Run:
             raise ConfigError(f"no objective: one of {', '.join(OBJECTIVES)}")
         if not experiment.data.train:
             raise ConfigError("no data.train: a file of examples, as --data FILE")
+        for name, asked in (("model.dtype", experiment.model.dtype), ("save.dtype", experiment.save.dtype)):
+            if asked not in _DTYPES:
+                raise ConfigError(f"{name}={asked!r} is not one of float32, bfloat16")
         checkpoint, tokenizer, label = None, None, "a new model"
         if experiment.model.new:
             tokenizer = _tokenizer(Path(experiment.model.tokenizer).expanduser(), experiment)
@@ -174,10 +177,7 @@ class Run:
     @property
     def dtype(self) -> torch.dtype:
         """That the model is computed in."""
-        asked = self.experiment.model.dtype
-        if asked not in _DTYPES:
-            raise ConfigError(f"model.dtype={asked!r} is not one of float32, bfloat16")
-        if (dtype := _DTYPES[asked]) is not None:
+        if (dtype := _DTYPES[self.experiment.model.dtype]) is not None:
             return dtype
         stored = () if self.checkpoint is None else (e.dtype for e in self.checkpoint.reader.entries.values())
         return torch.bfloat16 if "BF16" in stored else torch.float32
@@ -395,7 +395,8 @@ class Run:
             assert self.checkpoint is not None
             lora.save(module, work, base=self.checkpoint.name, named=self.checkpoint.known_as, prompts=self.prompts)
         else:
-            save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts)
+            dtype = _DTYPES[self.experiment.save.dtype]
+            save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype)
         (work / "README.md").write_text(self._card(outcome, folder.name), encoding="utf-8")
         last = ("config.json", "adapter_config.json")
         for path in sorted(work.iterdir(), key=lambda path: (path.name in last, path.name)):

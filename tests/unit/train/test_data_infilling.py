@@ -1,5 +1,7 @@
 """Infilling: formats to the id, rates, rows of several files, and the order of a repository."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -70,6 +72,14 @@ def test_spm_has_the_suffix_first(text, seed):
     assert row.weights.tolist() == [0] * start + [1] * (len(row) - start)
 
 
+def test_a_middle_may_count_more():
+    row = one(CODE, path="a.py", weight=4.0, **ALWAYS)
+    start = row.ids.tolist().index(MIDDLE) + 1
+    assert row.weights.tolist() == [0, *[1] * (start - 1), *[4] * (len(row) - start)]
+    assert set(one(CODE, rate=0.0, weight=4.0).weights[1:]) == {1}
+    assert set(one(CODE, weight=4.0, learn="middle", **ALWAYS).weights) == {0, 4}
+
+
 def test_a_file_that_is_left_whole():
     ours = tokenizer("codegemma")
     row = one(CODE, path="a.py", rate=0.0)
@@ -134,6 +144,24 @@ def test_a_middle_of_whole_words():
     assert "" not in middles
 
 
+def test_a_middle_that_is_a_line_but_for_its_indentation():
+    middles = {taken_apart(one(CODE, seed, lines=1.0, **ALWAYS).ids)[1]["middle"] for seed in range(100)}
+    assert middles == {"import sys", "def main():", "sys.exit(0)"}
+    assert taken_apart(one("\n \n", lines=1.0, **ALWAYS).ids)[0] == ["path", "before", "after", "middle"]
+
+
+def test_a_middle_that_is_a_name_from_around_it():
+    text = "import sys, os\nsys.path = sys.argv[1:] + systems\nfile = os.open(1, 2, 1)\n"
+    cuts = [taken_apart(one(text, seed, names=1.0, **ALWAYS).ids)[1] for seed in range(400)]
+    places = Counter((cut["middle"], len(cut["before"])) for cut in cuts)
+    # of the names that come again: each as often as another, its first place as often as all others together
+    assert set(places) == {("sys", 7), ("sys", 15), ("sys", 26), ("os", 12), ("os", 56)}
+    shares = {"sys": 1 / 2, "os": 1 / 2, 7: 1 / 4, 12: 1 / 4}
+    for what, share in shares.items():
+        assert sum(n for key, n in places.items() if what in key) / 400 == pytest.approx(share, abs=0.06), what
+    assert taken_apart(one("x = 1 + 1\n", names=1.0, **ALWAYS).ids)[0] == ["path", "before", "after", "middle"]
+
+
 # ---------------------------------------------------------------- contexts
 
 
@@ -174,7 +202,13 @@ def test_a_character_of_many_bytes_and_a_long_path():
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [({"rate": 1.5}, "rate=1.5 must be a share"), ({"learn": "some"}, "learn='some'"), ({"end": "bos"}, "end='bos'")],
+    [
+        ({"lines": 0.6, "names": 0.5}, "together 1 at most"),
+        ({"weight": 0.0}, "weight=0.0 must be above 0"),
+        ({"rate": 1.5}, "rate=1.5 must be a share"),
+        ({"learn": "some"}, "learn='some'"),
+        ({"end": "bos"}, "end='bos'"),
+    ],
 )
 def test_what_is_no_way_to_cut(how, message):
     with pytest.raises(ConfigError, match=message):

@@ -32,6 +32,8 @@ from gemkit.train.rows import Example
 File = tuple[str | None, str]  # path and text; without a path, its line is left out
 
 _LINE = re.compile(r"[^\n]*\S[^\n]*")  # one that is not empty
+_BODY = re.compile(r"[^\s](?:[^\n]*[^\s])?")  # what such a line is but for the space around it
+_NAME = re.compile(r"\b[^\W\d]\w*")
 _ALL = re.compile(r"(?s).*")
 _WORD = re.compile(r"\w+|\s+|[^\w\s]")
 _SLACK = 8  # tokens that a text may have more of when it is cut in three
@@ -49,13 +51,22 @@ class Infilling:
     spm: float = 0.5  # of those, the share in the order suffix, prefix, middle
     within_line: float = 0.0  # of those, the share whose middle is part of one line; not published, for small models
     words: float = 0.0  # of the cuts within a line, the share at borders of words, in any line alike; not published
+    lines: float = 0.0  # of files that are cut, the share whose middle is a line but for its indentation; not published
+    names: float = 0.0  # of those, the share whose middle is a name that stands elsewhere in the file; not published
     learn: Literal["all", "middle"] = "all"  # "middle": of a file that is cut only that, with the token that ends it
+    weight: float = 1.0  # what the loss of a middle's tokens counts, beside 1 of all others; not published
     end: Literal["separator", "eos"] = "separator"  # what ends a row; within it files end with <|file_separator|>
 
     def __post_init__(self):
-        for name in ("rate", "spm", "within_line", "words"):
+        for name in ("rate", "spm", "within_line", "words", "lines", "names"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be a share from 0 to 1")
+        if self.lines + self.names > 1:
+            raise ConfigError(
+                f"lines={self.lines} and names={self.names} are shares of the same files: together 1 at most"
+            )
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(f"weight={self.weight} must be above 0, and finite")
         if self.learn not in ("all", "middle"):
             raise ConfigError(f"learn={self.learn!r} must be 'all' or 'middle'")
         if self.end not in ("separator", "eos"):
@@ -99,14 +110,15 @@ class _Part:
     """A file in a row, or a part of one."""
 
     ids: list[int]
-    learned: int  # so many tokens at its end
+    middle: int  # so many tokens at its end are one that was cut out, 0 of a file that is whole
 
 
 def _row(tokenizer: Tokenizer, parts: Sequence[_Part], how: Infilling) -> Example:
     ids, weights = [tokenizer.bos], [0.0]
     for part in parts:
         ids += part.ids
-        weights += [0.0] * (len(part.ids) - part.learned) + [1.0] * part.learned
+        around = 0.0 if part.middle and how.learn == "middle" else 1.0
+        weights += [around] * (len(part.ids) - part.middle) + [how.weight] * part.middle
     if how.end == "eos":
         ids[-1] = tokenizer.eos
     return Example(np.array(ids, np.int64), np.array(weights, np.float32))
@@ -141,13 +153,19 @@ def _part(
         middle = [*tokenizer.encode(text[start:end]), separator]
         ids = [*line, *around, tokenizer.id(prompts.FIM_MIDDLE), *middle]
         if room is None or len(ids) <= room:  # cut in three it may have a few tokens more
-            return _Part(ids, len(ids) if how.learn == "all" else len(middle))
+            return _Part(ids, len(middle))
     ids = [*line, *tokenizer.encode(text), separator]
-    return _Part(ids, len(ids))
+    return _Part(ids, 0)
 
 
 def _middle(text: str, rng: np.random.Generator, how: Infilling) -> tuple[int, int]:
     """Where the middle begins and ends, in characters."""
+    if how.lines or how.names:
+        chosen = rng.random()
+        if chosen < how.lines and (bodies := list(_BODY.finditer(text))):
+            return bodies[int(rng.integers(len(bodies)))].span()
+        if how.lines <= chosen < how.lines + how.names and (named := _name(text, rng)):
+            return named
     first, last = 0, len(text)
     if rng.random() < how.within_line:
         if how.words and rng.random() < how.words:
@@ -164,6 +182,19 @@ def _middle(text: str, rng: np.random.Generator, how: Infilling) -> tuple[int, i
         last = len(text) if last < 0 else last
     start, end = np.sort(rng.integers(first, last + 1, size=2)).tolist()
     return start, end
+
+
+def _name(text: str, rng: np.random.Generator) -> tuple[int, int] | None:
+    """Where one of the names that stand more than once does: every such name alike, and the first of its places, where
+    it is imported or defined, as often as all others together. None: there is no such name."""
+    places: dict[str, list[tuple[int, int]]] = {}
+    for found in _NAME.finditer(text):
+        places.setdefault(found[0], []).append(found.span())
+    repeated = [spans for spans in places.values() if len(spans) > 1]
+    if not repeated:
+        return None
+    spans = repeated[int(rng.integers(len(repeated)))]
+    return spans[0 if rng.random() < 0.5 else int(rng.integers(1, len(spans)))]
 
 
 def _pieces(tokenizer: Tokenizer, text: str, room: int) -> Iterator[str]:
