@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -23,6 +24,8 @@ from gemkit.ops.symbolic import op
 # Queries a tile. 64, 128, 256, 512 and 1,024 took 399, 345, 370, 453 and 502 ms without a soft cap and 442, 431, 511,
 # 581 and 847 ms with one: medians of five, 2,048 tokens, 8 heads of 256 on one key/value head, two busy CPU cores.
 _TILE = 128
+# Sequences of at most so many tokens are attended together with neighbours that are like them.
+_SHORT = 256
 
 
 class Sequences(Protocol):
@@ -108,24 +111,58 @@ def attention(
     """
     tile = _tile_sdpa if attention_kernel(softcap)[0] == "sdpa" else _tile_explicit
     parts: list[Tensor] = []
-    for (first, end, slot, position), prefix in zip(batch.spans(), batch.prefix_lengths(), strict=True):
-        q, k, v = q_TNH[first:end], k_TKH[first:end], v_TKH[first:end]
+    runs = list(_runs(batch, alone=memory is not None))
+    rows = [run.sequences * run.length for run in runs]
+    # not slices of all rows: the gradient of each would be as long as the batch
+    for run, q, k, v in zip(runs, q_TNH.split(rows), k_TKH.split(rows), v_TKH.split(rows), strict=True):
         before = 0  # keys in front of the first query's own
         if memory is not None:
-            memory.append(slot, position, k, v)
-            k, v, start = memory.read(slot)
-            before = position - start
-        k_KSH, v_KSH = k.transpose(0, 1), v.transpose(0, 1)
-        within = prefix if position == 0 else 0  # queries of the prefix: all of them, or none
-        for t, until in _tiles(within, end - first):
+            memory.append(run.slot, run.position, k, v)
+            k, v, start = memory.read(run.slot)
+            before = run.position - start
+        q_BTNH = q.unflatten(0, (run.sequences, -1))
+        k_BKSH, v_BKSH = (x.unflatten(0, (run.sequences, -1)).transpose(1, 2) for x in (k, v))
+        within = run.prefix if run.position == 0 else 0  # queries of the prefix: all of them, or none
+        tiles = list(_tiles(within, run.length))
+        outs: list[Tensor] = []
+        for (t, until), tile_BTNH in zip(tiles, q_BTNH.split([end - t for t, end in tiles], 1), strict=True):
             if t < within:
                 lo, last, visible = 0, within, None
             else:
                 last = before + until  # one past the last key that this tile may see
                 lo = 0 if window is None else max(0, before + t - window + 1)
                 visible = _visible(until - t, before + t - lo, last - lo, window, q.device)
-            parts.append(tile(q[t:until], k_KSH[:, lo:last], v_KSH[:, lo:last], visible, scale, softcap))
+            outs.append(tile(tile_BTNH, k_BKSH[:, :, lo:last], v_BKSH[:, :, lo:last], visible, scale, softcap))
+        parts.append((torch.cat(outs, 1) if len(outs) > 1 else outs[0]).flatten(0, 1))
     return torch.cat(parts)
+
+
+@dataclass
+class _Run:
+    """Neighbouring sequences that are alike, and are attended at once."""
+
+    sequences: int
+    length: int
+    slot: int
+    position: int
+    prefix: int
+
+
+def _runs(batch: Sequences, alone: bool) -> Iterator[_Run]:
+    """Short sequences together where neighbours are alike, as the images of a tower are; a long one fills a tile by
+    itself. With `alone` each is a run of one."""
+    run: _Run | None = None
+    for (first, end, slot, position), prefix in zip(batch.spans(), batch.prefix_lengths(), strict=True):
+        length = end - first
+        if run is not None:
+            alike = (length, position, prefix) == (run.length, run.position, run.prefix)
+            if alike and not alone and length <= _SHORT:
+                run.sequences += 1
+                continue
+            yield run
+        run = _Run(1, length, slot, position, prefix)
+    if run is not None:
+        yield run
 
 
 def _tiles(within: int, queries: int) -> Iterator[tuple[int, int]]:
@@ -143,39 +180,39 @@ def _visible(queries: int, offset: int, keys: int, window: int | None, device: t
     return (age_TS >= 0) if window is None else (age_TS >= 0) & (age_TS < window)
 
 
-def _fold(q_TNH: Tensor, kv_heads: int) -> Tensor:
-    """(T, K * G, H) to (K, G * T, H): the query heads that share a key/value head become rows of one product."""
-    return q_TNH.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+def _fold(q_BTNH: Tensor, kv_heads: int) -> Tensor:
+    """(B, T, K * G, H) to (B, K, G * T, H): query heads that share a key/value head become rows of one product."""
+    return q_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
-def _unfold(o_KEH: Tensor, queries: int) -> Tensor:
-    """(K, G * T, H) back to (T, K * G, H)."""
-    return o_KEH.unflatten(1, (-1, queries)).permute(2, 0, 1, 3).flatten(1, 2)
+def _unfold(o_BKEH: Tensor, queries: int) -> Tensor:
+    """(B, K, G * T, H) back to (B, T, K * G, H)."""
+    return o_BKEH.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _tile_explicit(
-    q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None
+    q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """The definition: scores, cap, mask and softmax in float32."""
-    kv_heads, queries = k_KSH.shape[0], q_TNH.shape[0]
-    q_KEH = wide(_fold(q_TNH, kv_heads)) * scale
-    scores_KES = q_KEH @ wide(k_KSH).transpose(1, 2)
+    kv_heads, queries = k_BKSH.shape[1], q_BTNH.shape[1]
+    q_BKEH = wide(_fold(q_BTNH, kv_heads)) * scale
+    scores_BKES = q_BKEH @ wide(k_BKSH).transpose(2, 3)
     if softcap is not None:
-        scores_KES = softcap * torch.tanh(scores_KES / softcap)
+        scores_BKES = softcap * torch.tanh(scores_BKES / softcap)
     if visible_TS is not None:
-        hidden_ES = ~visible_TS.repeat(q_KEH.shape[1] // queries, 1)
-        scores_KES = scores_KES.masked_fill(hidden_ES, float("-inf"))
-    out_KEH = scores_KES.softmax(-1) @ wide(v_KSH)
-    return _unfold(out_KEH, queries).to(q_TNH.dtype)
+        hidden_ES = ~visible_TS.repeat(q_BKEH.shape[2] // queries, 1)
+        scores_BKES = scores_BKES.masked_fill(hidden_ES, float("-inf"))
+    out_BKEH = scores_BKES.softmax(-1) @ wide(v_BKSH)
+    return _unfold(out_BKEH, queries).to(q_BTNH.dtype)
 
 
 def _tile_sdpa(
-    q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None
+    q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """The same without a cap, by torch's fused kernel, which accumulates in float32."""
     assert softcap is None
-    kv_heads, queries = k_KSH.shape[0], q_TNH.shape[0]
-    q_KEH = _fold(q_TNH, kv_heads)
-    mask_ES = None if visible_TS is None else visible_TS.repeat(q_KEH.shape[1] // queries, 1)
-    out = F.scaled_dot_product_attention(q_KEH[None], k_KSH[None], v_KSH[None], attn_mask=mask_ES, scale=scale)
-    return _unfold(out[0], queries)
+    kv_heads, queries = k_BKSH.shape[1], q_BTNH.shape[1]
+    q_BKEH = _fold(q_BTNH, kv_heads)
+    mask_ES = None if visible_TS is None else visible_TS.repeat(q_BKEH.shape[2] // queries, 1)
+    out_BKEH = F.scaled_dot_product_attention(q_BKEH, k_BKSH, v_BKSH, attn_mask=mask_ES, scale=scale)
+    return _unfold(out_BKEH, queries)
