@@ -10,6 +10,7 @@ start/                        the model to train, with random weights
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -35,6 +36,8 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), 
 SHAPES = ("circle", "square", "triangle")
 THINGS = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 HELD_OUT, HELD_OUT_ABSENT = 200, 50
+HELD_OUT_SEED = 1_000_003
+QUESTIONS = 3  # of each picture to train on
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,9 @@ def draw(shapes: list[Shape], rng: np.random.Generator) -> np.ndarray:
     centres = np.arange(SIDE) + 0.5
     picture = np.full((SIDE, SIDE, 3), rng.uniform(120, 136))
     for shape in shapes:
-        covered = shape.covers(centres, centres[:, None])[..., None]
         colour = np.array(COLOURS[shape.thing.split()[0]]) + rng.normal(0, 12, 3)
-        picture += covered * (colour - picture)
+        x, y = (slice(max(int(c - shape.half) - 1, 0), int(c + shape.half) + 2) for c in (shape.x, shape.y))
+        picture[y, x] += shape.covers(centres[x], centres[y, None])[..., None] * (colour - picture[y, x])
     return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
 
 
@@ -95,25 +98,41 @@ def answer(shapes: list[Shape], things: list[str]) -> str:
     return places.write([found[thing] for thing in things if thing in found])
 
 
-def question(shapes: list[Shape], rng: np.random.Generator) -> list[str]:
-    """What to ask about a picture: one thing, which in a quarter of the cases is not there; seldom all of them."""
+def question(shapes: list[Shape], rng: np.random.Generator) -> tuple[str, str]:
+    """What to ask about a picture, and the answer.
+
+    Mostly for one thing, which may not be there: half of the time where one shape is alone, for that is the shortest
+    way to learn that the words and the picture have to agree; and then mostly in a colour that is there, for shapes are
+    harder than colours. Sometimes what there is, from top to bottom, which teaches the names: without such questions
+    only places are learned, for most of the loss is theirs. Sometimes all that are there, in some order: more is
+    learned of a picture then.
+    """
     there = [shape.thing for shape in shapes]
-    if rng.random() < 0.05:
-        return [str(thing) for thing in rng.permutation(there)]
-    absent = [thing for thing in THINGS if thing not in there]
-    return [str(rng.choice(absent if rng.random() < 0.25 else there))]
+    kind = rng.random()
+    if kind < 0.15:
+        downwards = sorted(shapes, key=lambda shape: shape.y - shape.half)
+        return tasks.caption(), " ; ".join(shape.thing for shape in downwards)
+    if kind < 0.25 and len(shapes) > 1:
+        things = [str(thing) for thing in rng.permutation(there)]
+    else:
+        absent = [thing for thing in THINGS if thing not in there]
+        if rng.random() < 0.6:
+            colours = {thing.split()[0] for thing in there}
+            absent = [thing for thing in absent if thing.split()[0] in colours] or absent
+        things = [str(rng.choice(absent if rng.random() < (0.5 if len(shapes) == 1 else 0.25) else there))]
+    return tasks.detect(things), answer(shapes, things)
 
 
-def examples(seed: int) -> Iterator[tuple[np.ndarray, str, str]]:
-    """Picture, prompt and answer, without end."""
+def examples(seed: int) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
+    """Pictures, each with some prompts and answers, without end."""
     rng = np.random.default_rng(seed)
     while True:
         shapes = scene(rng, alone=0.3)  # places can then be learned before it is known what things are called
-        things = question(shapes, rng)
-        yield draw(shapes, rng), tasks.detect(things), answer(shapes, things)
+        asked = [question(shapes, rng) for _ in range(QUESTIONS)]
+        yield draw(shapes, rng), asked
 
 
-def held_out(seed: int) -> Iterator[tuple[np.ndarray, str, str]]:
+def held_out(seed: int) -> Iterator[tuple[np.ndarray, list[tuple[str, str]]]]:
     """The pictures to measure with: one thing is asked of each, and of the last 50 one that is not there."""
     rng = np.random.default_rng(seed)
     for i in range(HELD_OUT):
@@ -121,7 +140,7 @@ def held_out(seed: int) -> Iterator[tuple[np.ndarray, str, str]]:
         there = [shape.thing for shape in shapes]
         absent = [thing for thing in THINGS if thing not in there]
         thing = str(rng.choice(there if i < HELD_OUT - HELD_OUT_ABSENT else absent))
-        yield draw(shapes, rng), tasks.detect(thing), answer(shapes, [thing])
+        yield draw(shapes, rng), [(tasks.detect(thing), answer(shapes, [thing]))]
 
 
 def tokenizer() -> Tokenizer:
@@ -132,66 +151,84 @@ def model(vocabulary: Tokenizer, seed: int = 0) -> PaliGemma:
     """A tower and a decoder of three layers each.
 
     Where patches are, and the rows of the places that are answered, begin on smooth curves: neighbours begin alike, and
-    what is learned of one is learned of those around it. All else begins as new models do.
+    what is learned of one is learned of those around it. What patches show begins as the lowest frequencies of each
+    colour, and stays so (`freeze` in the experiment): the pixels of a patch are so much alike that any step of Adam,
+    which changes all of a row by as much, would change what is seen by a multiple of that. All else begins as new
+    models do.
     """
-    tower = Vision(SIDE, patch_size=14, width=96, depth=3, num_heads=3, mlp_width=288)
+    tower = Vision(SIDE, patch_size=16, width=96, depth=3, num_heads=4, mlp_width=288)
     vision = replace(tower, image_token=vocabulary.id(IMAGE))
     config = Decoder(
         vocab_size=len(vocabulary),
         width=96,
         ffw_width=288,
-        num_heads=3,
-        num_kv_heads=1,
-        head_dim=32,
+        num_heads=4,
+        num_kv_heads=4,
+        head_dim=24,
         layers=(Global(),) * 3,
         max_context=256,
-        query_scale=32**-0.5,
+        query_scale=24**-0.5,
     )
     module = new_module(config, vision, seed=seed)
     assert isinstance(module, PaliGemma)
-    generator = torch.Generator().manual_seed(seed + 1)
-    grid = torch.linspace(0, 1, SIDE // tower.patch_size)
-    down_PP, across_PP = torch.meshgrid(grid, grid, indexing="ij")
-    where_P2 = torch.stack([down_PP.flatten(), across_PP.flatten()], 1)
+    side = SIDE // tower.patch_size
+    centres = (torch.arange(side) + 0.5) / side
+    down_P, across_P = (where_PP.flatten() for where_PP in torch.meshgrid(centres, centres, indexing="ij"))
     first = vocabulary.id("<loc0000>")
+    embeddings = module.vision_tower.embeddings
     with torch.no_grad():
-        patches = module.vision_tower.embeddings.position_embedding.weight
-        patches.copy_(0.5 * _curve(where_P2, tower.width, 6.0, generator))
+        where = [_curve(at_P, tower.width // 2, 3.0 * side) for at_P in (down_P, across_P)]
+        embeddings.position_embedding.weight.copy_(0.5 * torch.cat(where, 1))
+        embeddings.patch_embedding.weight.copy_(4 * _waves(tower.width // 3, tower.patch_size))
         rows = module.embed_tokens.weight[first : first + 1024]
-        rows.copy_(config.width**-0.5 * _curve(torch.linspace(0, 1, 1024)[:, None], config.width, 20.0, generator))
+        rows.copy_(config.width**-0.5 * _curve(torch.arange(1024) / 1024, config.width, 100.0))
     return module
 
 
-def _curve(where_PX: torch.Tensor, width: int, rate: float, generator: torch.Generator) -> torch.Tensor:
-    """(P, width), of mean square 1: cosines of where each point is, most of them slower than `rate`, some faster."""
-    rates_XW = torch.empty(where_PX.shape[1], width).exponential_(1 / rate, generator=generator)
-    rates_XW *= torch.randint(0, 2, rates_XW.shape, generator=generator) * 2 - 1
-    phases_W = torch.empty(width).uniform_(0, 2 * torch.pi, generator=generator)
-    return 2**0.5 * torch.cos(where_PX @ rates_XW + phases_W)
+def _curve(at_P: torch.Tensor, width: int, fastest: float) -> torch.Tensor:
+    """(P, width), of mean square 1: cosines and sines of where each point is, of 1 to `fastest` radians."""
+    angles = at_P[:, None] * torch.logspace(0, math.log10(fastest), width // 2)
+    return 2**0.5 * torch.cat([torch.cos(angles), torch.sin(angles)], 1)
 
 
-def _write(folder: Path, name: str, chosen: Iterator[tuple[np.ndarray, str, str]]) -> int:
+def _waves(count: int, size: int) -> torch.Tensor:
+    """(3 * count, 3, size, size): the lowest waves of two dimensions, each of each colour.
+
+    A faster one counts more, for edges have less of it.
+    """
+    at_Y = (torch.arange(size) + 0.5) / size
+    lowest = sorted((i * i + j * j, i, j) for i in range(size) for j in range(size))[:count]
+    filters = torch.zeros(3, count, 3, size, size)
+    for n, (square, i, j) in enumerate(lowest):
+        down_Y, across_Y = (torch.cos(torch.pi * k * at_Y) * (2**0.5 if k else 1) / size for k in (i, j))
+        for colour in range(3):
+            filters[colour, n, colour] = (1 + square) ** 0.5 * torch.outer(down_Y, across_Y)
+    return filters.flatten(0, 1)
+
+
+def write(folder: Path, name: str, chosen: Iterator[tuple[np.ndarray, list[tuple[str, str]]]]) -> int:
+    """Pictures into a folder of that name, and a record of each question; how many questions."""
     (folder / name).mkdir(parents=True, exist_ok=True)
     records = []
-    for i, (picture, prompt, said) in enumerate(chosen):
+    for i, (picture, asked) in enumerate(chosen):
         image = f"{name}/{i:06}.png"
         Image.fromarray(picture).save(folder / image, compress_level=1)
-        records.append({"image": image, "prompt": prompt, "suffix": said})
+        records += [{"image": image, "prompt": prompt, "suffix": said} for prompt, said in asked]
     return write_jsonl(folder / f"{name}.jsonl", records)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/shapes"))
-    parser.add_argument("--examples", type=int, default=48_000)
+    parser.add_argument("--pictures", type=int, default=40_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     endless = examples(options.seed)
-    trained = _write(options.out, "train", (next(endless) for _ in range(options.examples)))
-    measured = _write(options.out, "held-out", held_out(options.seed + 1_000_003))
+    trained = write(options.out, "train", (next(endless) for _ in range(options.pictures)))
+    measured = write(options.out, "held-out", held_out(HELD_OUT_SEED))
     vocabulary = tokenizer()
     save_hf(model(vocabulary), options.out / "start", tokenizer=vocabulary, prompts=("image",))
-    print(f"{trained} pictures to train on, {measured} to measure with, and a new model in {options.out}")
+    print(f"{trained} questions to train on, {measured} to measure with, and a new model in {options.out}")
 
 
 if __name__ == "__main__":

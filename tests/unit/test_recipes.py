@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,25 +13,9 @@ from gemkit.cli import main
 from gemkit.text import Tokenizer, places
 from gemkit.text.vocabulary import INFILL
 from gemkit.train import experiment
+from recipe_scripts import RECIPES, load
 
-RECIPES = Path(__file__).parents[2] / "recipes"
 CODE = Path(__file__).parents[1] / "data" / "code"  # the model that recipe b left, and the lines it was measured with
-
-
-def load(path: str) -> ModuleType:
-    """A recipe's script as a module. Each finds its neighbours by itself, as when it is run."""
-    file = RECIPES / path
-    sys.path[:0] = [str(file.parent), str(RECIPES)]
-    try:
-        spec = importlib.util.spec_from_file_location(path.replace("/", "_").removesuffix(".py"), file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        del sys.path[:2]
 
 
 @pytest.mark.parametrize("name", ["code", "shapes", "letters"])
@@ -161,15 +142,28 @@ def test_pictures_show_what_is_said_of_them():
 
 def test_held_out_pictures_are_as_many_as_are_told():
     make_data = load("f-paligemma/make_data.py")
-    held_out = list(make_data.held_out(seed=1))
-    absent = [prompt for _, prompt, said in held_out if not said]
+    held_out = [asked for _, [asked] in make_data.held_out(seed=1)]
+    absent = [prompt for prompt, said in held_out if not said]
     assert (len(held_out), len(absent)) == (200, 50)
-    for _, prompt, said in held_out:
+    for prompt, said in held_out:
         assert [f"detect {place.label}" for place in places.parse(said).places] == ([prompt] if said else [])
     again = itertools.islice(make_data.examples(seed=3), 3)
-    for (a, *b), (c, *d) in zip(itertools.islice(make_data.examples(seed=3), 3), again, strict=True):
+    for (a, b), (c, d) in zip(itertools.islice(make_data.examples(seed=3), 3), again, strict=True):
         assert np.array_equal(a, c)
         assert b == d
+
+
+def test_several_things_are_answered_in_the_order_in_which_they_are_asked_for():
+    make_data = load("f-paligemma/make_data.py")
+    asked = [each for _, questions in itertools.islice(make_data.examples(seed=3), 200) for each in questions]
+    detected = [(prompt, said) for prompt, said in asked if prompt.startswith("detect ")]
+    for prompt, said in detected:
+        things = prompt.removeprefix("detect ").split(" ; ")
+        found = [place.label for place in places.parse(said).places]
+        assert found == things or (len(things) == 1 and not said)
+    assert any(prompt.count(";") == 3 for prompt, _ in detected)
+    assert 0.2 < sum(not said for _, said in detected) / len(detected) < 0.4
+    assert {prompt for prompt, _ in asked if not prompt.startswith("detect ")} == {"caption en"}
 
 
 def test_letters_are_sorted_and_mistakes_are_mistakes():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -24,6 +25,8 @@ from gemkit.ops.symbolic import op
 # Queries a tile. 64, 128, 256, 512 and 1,024 took 399, 345, 370, 453 and 502 ms without a soft cap and 442, 431, 511,
 # 581 and 847 ms with one: medians of five, 2,048 tokens, 8 heads of 256 on one key/value head, two busy CPU cores.
 _TILE = 128
+# Sequences of at most so many tokens are attended together with neighbours that are like them.
+_SHORT = 256
 
 
 class Sequences(Protocol):
@@ -108,26 +111,56 @@ def attention(
         softcap: bounds the scores, before the mask.
     """
     fused = attention_kernel(softcap)[0] == "sdpa"
-    tile = _tile_sdpa if fused else _tile_explicit
     trained = memory is None and torch.is_grad_enabled() and (q_TNH.requires_grad or k_TKH.requires_grad)
     parts: list[Tensor] = []
-    for (first, end, slot, position), prefix in zip(batch.spans(), batch.prefix_lengths(), strict=True):
-        q, k, v = q_TNH[first:end], k_TKH[first:end], v_TKH[first:end]
+    runs = list(_runs(batch, alone=memory is not None))
+    rows = [run.sequences * run.length for run in runs]
+    # not slices of all rows: the gradient of each would be as long as the batch
+    for run, q, k, v in zip(runs, q_TNH.split(rows), k_TKH.split(rows), v_TKH.split(rows), strict=True):
         before = 0  # keys in front of the first query's own
         if memory is not None:
-            memory.append(slot, position, k, v)
-            k, v, start = memory.read(slot)
-            before = position - start
-        within = prefix if position == 0 else 0  # queries of the prefix: all of them, or none
-        tiles = partial(_tiles, within, end - first, before, window, q.device)
+            memory.append(run.slot, run.position, k, v)
+            k, v, start = memory.read(run.slot)
+            before = run.position - start
+        q_BTNH, k_BSKH, v_BSKH = (x.unflatten(0, (run.sequences, -1)) for x in (q, k, v))
+        within = run.prefix if run.position == 0 else 0  # queries of the prefix: all of them, or none
+        tiles = partial(_tiles, within, run.length, before, window, q.device)
         # torch's fused gradient is slow on a CPU: 46 ms where this takes 31 (512 tokens, 4 heads of 256, two cores)
         if trained and (q.device.type == "cpu" or not fused):
-            parts.append(_Attention.apply(q, k, v, tiles, scale, softcap))  # type: ignore[arg-type]
-            continue
-        k_KSH, v_KSH = k.transpose(0, 1), v.transpose(0, 1)
-        for rows, keys, visible in tiles():
-            parts.append(tile(q[rows], k_KSH[:, keys], v_KSH[:, keys], visible, scale, softcap))
+            out_BTNH: Any = _Attention.apply(q_BTNH, k_BSKH, v_BSKH, tiles, scale, softcap)
+        else:
+            tile = _tile_sdpa if fused else _tile_explicit
+            out_BTNH = _by_tiles(tile, q_BTNH, k_BSKH, v_BSKH, tiles(), scale, softcap)
+        parts.append(out_BTNH.flatten(0, 1))
     return torch.cat(parts)
+
+
+@dataclass
+class _Run:
+    """Neighbouring sequences that are alike, and are attended at once."""
+
+    sequences: int
+    length: int
+    slot: int
+    position: int
+    prefix: int
+
+
+def _runs(batch: Sequences, alone: bool) -> Iterator[_Run]:
+    """Short sequences together where neighbours are alike, as the images of a tower are; a long one fills a tile by
+    itself. With `alone` each is a run of one."""
+    run: _Run | None = None
+    for (first, end, slot, position), prefix in zip(batch.spans(), batch.prefix_lengths(), strict=True):
+        length = end - first
+        if run is not None:
+            alike = (length, position, prefix) == (run.length, run.position, run.prefix)
+            if alike and not alone and length <= _SHORT:
+                run.sequences += 1
+                continue
+            yield run
+        run = _Run(1, length, slot, position, prefix)
+    if run is not None:
+        yield run
 
 
 Tile = tuple[slice, slice, Tensor | None]  # queries, the keys that they may see, which of these each does see
@@ -151,6 +184,23 @@ def _tiles(within: int, queries: int, before: int, window: int | None, device: t
             yield slice(t, until), slice(lo, last), _visible(until - t, before + t - lo, last - lo, window, device)
 
 
+def _by_tiles(
+    tile: Callable[..., Tensor],
+    q_BTNH: Tensor,
+    k_BSKH: Tensor,
+    v_BSKH: Tensor,
+    tiles: Iterator[Tile],
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    k_BKSH, v_BKSH = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
+    outs = [
+        tile(q_BTNH[:, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], visible, scale, softcap)
+        for rows, keys, visible in tiles
+    ]
+    return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+
 def _visible(queries: int, offset: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
     """True where query t, at key index `offset + t`, may attend, (T, S); None where it may everywhere."""
     if queries == 1:  # its keys were cut at the window and at itself
@@ -159,82 +209,78 @@ def _visible(queries: int, offset: int, keys: int, window: int | None, device: t
     return (age_TS >= 0) if window is None else (age_TS >= 0) & (age_TS < window)
 
 
-def _fold(q_TNH: Tensor, kv_heads: int) -> Tensor:
-    """(T, K * G, H) to (K, G * T, H): the query heads that share a key/value head become rows of one product."""
-    return q_TNH.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+def _fold(q_BTNH: Tensor, kv_heads: int) -> Tensor:
+    """(B, T, K * G, H) to (B, K, G * T, H): query heads that share a key/value head become rows of one product."""
+    return q_BTNH.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
-def _unfold(o_KEH: Tensor, queries: int) -> Tensor:
-    """(K, G * T, H) back to (T, K * G, H)."""
-    return o_KEH.unflatten(1, (-1, queries)).permute(2, 0, 1, 3).flatten(1, 2)
+def _unfold(o_BKEH: Tensor, queries: int) -> Tensor:
+    """(B, K, G * T, H) back to (B, T, K * G, H)."""
+    return o_BKEH.unflatten(2, (-1, queries)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
-def _weights(q_TNH: Tensor, k_KSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """What each query gives each key, (K, G * T, S): scores, cap, mask and softmax in float32."""
-    scores_KES = (wide(_fold(q_TNH, k_KSH.shape[0])) * scale) @ wide(k_KSH).transpose(1, 2)
+def _weights(q_BTNH: Tensor, k_BKSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """What each query gives each key, (B, K, G * T, S): scores, cap, mask and softmax in float32."""
+    scores_BKES = (wide(_fold(q_BTNH, k_BKSH.shape[1])) * scale) @ wide(k_BKSH).transpose(2, 3)
     if softcap is not None:
-        scores_KES = softcap * torch.tanh(scores_KES / softcap)
+        scores_BKES = softcap * torch.tanh(scores_BKES / softcap)
     if visible_TS is not None:
-        scores_KGTS = scores_KES.unflatten(1, (-1, len(visible_TS)))
-        scores_KES = scores_KGTS.masked_fill(~visible_TS, float("-inf")).flatten(1, 2)
-    return scores_KES.softmax(-1)
+        scores_BKGTS = scores_BKES.unflatten(2, (-1, len(visible_TS)))
+        scores_BKES = scores_BKGTS.masked_fill(~visible_TS, float("-inf")).flatten(2, 3)
+    return scores_BKES.softmax(-1)
 
 
 def _tile_explicit(
-    q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None
+    q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """The definition."""
-    out_KEH = _weights(q_TNH, k_KSH, visible_TS, scale, softcap) @ wide(v_KSH)
-    return _unfold(out_KEH, q_TNH.shape[0]).to(q_TNH.dtype)
+    out_BKEH = _weights(q_BTNH, k_BKSH, visible_TS, scale, softcap) @ wide(v_BKSH)
+    return _unfold(out_BKEH, q_BTNH.shape[1]).to(q_BTNH.dtype)
 
 
 class _Attention(torch.autograd.Function):
-    """A sequence by the definition, with a gradient that computes the weights of each tile anew: all that is kept is
+    """Sequences by the definition, with a gradient that computes the weights of each tile anew: all that is kept is
     queries, keys and values, as in FlashAttention (arXiv:2205.14135)."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        q_TNH: Tensor,
-        k_SKH: Tensor,
-        v_SKH: Tensor,
+        q_BTNH: Tensor,
+        k_BSKH: Tensor,
+        v_BSKH: Tensor,
         tiles: Callable[[], Iterator[Tile]],
         scale: float,
         softcap: float | None,
     ) -> Tensor:
-        ctx.save_for_backward(q_TNH, k_SKH, v_SKH)
+        ctx.save_for_backward(q_BTNH, k_BSKH, v_BSKH)
         ctx.how = tiles, scale, softcap
-        k_KSH, v_KSH = k_SKH.transpose(0, 1), v_SKH.transpose(0, 1)
-        out_TNH = torch.empty_like(q_TNH)
-        for rows, keys, visible in tiles():
-            out_TNH[rows] = _tile_explicit(q_TNH[rows], k_KSH[:, keys], v_KSH[:, keys], visible, scale, softcap)
-        return out_TNH
+        return _by_tiles(_tile_explicit, q_BTNH, k_BSKH, v_BSKH, tiles(), scale, softcap)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        (q_TNH, k_SKH, v_SKH), (tiles, scale, softcap) = ctx.saved_tensors, ctx.how
-        grad_q_TNH = torch.empty_like(q_TNH)
-        grad_k_SKH, grad_v_SKH = (torch.zeros_like(wide(x)) for x in (k_SKH, v_SKH))
+    def backward(ctx: Any, grad_BTNH: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (q_BTNH, k_BSKH, v_BSKH), (tiles, scale, softcap) = ctx.saved_tensors, ctx.how
+        grad_q_BTNH = torch.empty_like(q_BTNH)
+        grad_k_BSKH, grad_v_BSKH = (torch.zeros_like(wide(x)) for x in (k_BSKH, v_BSKH))
         for rows, keys, visible in tiles():
             with torch.enable_grad():
-                q, k = (x.detach().requires_grad_() for x in (q_TNH[rows], k_SKH[keys]))
-                weights_KES = _weights(q, k.transpose(0, 1), visible, scale, softcap)
-            grad_KEH = wide(_fold(grad_TNH[rows], k_SKH.shape[1]))
-            grad_weights_KES = grad_KEH @ wide(v_SKH[keys]).permute(1, 2, 0)
-            grad_q_TNH[rows], grad_k = torch.autograd.grad(weights_KES, (q, k), grad_weights_KES)
-            grad_k_SKH[keys] += grad_k
-            grad_v_SKH[keys] += (weights_KES.detach().transpose(1, 2) @ grad_KEH).transpose(0, 1)
-        return grad_q_TNH, grad_k_SKH.to(k_SKH.dtype), grad_v_SKH.to(v_SKH.dtype), None, None, None
+                q, k = (x.detach().requires_grad_() for x in (q_BTNH[:, rows], k_BSKH[:, keys]))
+                weights_BKES = _weights(q, k.transpose(1, 2), visible, scale, softcap)
+            grad_BKEH = wide(_fold(grad_BTNH[:, rows], k_BSKH.shape[2]))
+            grad_weights_BKES = grad_BKEH @ wide(v_BSKH[:, keys]).permute(0, 2, 3, 1)
+            grad_q_BTNH[:, rows], grad_k = torch.autograd.grad(weights_BKES, (q, k), grad_weights_BKES)
+            grad_k_BSKH[:, keys] += grad_k
+            grad_v_BSKH[:, keys] += (weights_BKES.detach().transpose(2, 3) @ grad_BKEH).transpose(1, 2)
+        return grad_q_BTNH, grad_k_BSKH.to(k_BSKH.dtype), grad_v_BSKH.to(v_BSKH.dtype), None, None, None
 
 
 def _tile_sdpa(
-    q_TNH: Tensor, k_KSH: Tensor, v_KSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None
+    q_BTNH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """The same without a cap, by torch's fused kernel, which accumulates in float32."""
     assert softcap is None
-    kv_heads, queries = k_KSH.shape[0], q_TNH.shape[0]
-    q_KEH = _fold(q_TNH, kv_heads)
-    mask_ES = None if visible_TS is None else visible_TS.repeat(q_KEH.shape[1] // queries, 1)
-    out = F.scaled_dot_product_attention(q_KEH[None], k_KSH[None], v_KSH[None], attn_mask=mask_ES, scale=scale)
-    return _unfold(out[0], queries)
+    kv_heads, queries = k_BKSH.shape[1], q_BTNH.shape[1]
+    q_BKEH = _fold(q_BTNH, kv_heads)
+    mask_ES = None if visible_TS is None else visible_TS.repeat(q_BKEH.shape[2] // queries, 1)
+    out_BKEH = F.scaled_dot_product_attention(q_BKEH, k_BKSH, v_BKSH, attn_mask=mask_ES, scale=scale)
+    return _unfold(out_BKEH, queries)

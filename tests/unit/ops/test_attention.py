@@ -117,6 +117,33 @@ def test_gradients_agree_with_the_whole_mask(softcap):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_neighbours_that_are_alike_are_attended_at_once_and_as_each_alone(monkeypatch, softcap):
+    """Two without a prefix, two with one, two long ones: the same output and gradient."""
+    attention = sys.modules["gemkit.ops.attention"]
+    lengths, prefixes = [9, 9, 9, 9, 300, 300], [0, 0, 4, 4, 0, 0]
+    batch = Batch.of([range(n) for n in lengths], prefixes=prefixes)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(sum(lengths), heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    calls = []
+    for name in ("_tile_sdpa", "_tile_explicit"):
+        tile = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda q, *rest, tile=tile: calls.append(len(q)) or tile(q, *rest))
+    out = ops.attention(q, k, v, batch, scale=0.3, softcap=softcap)
+    # sequences of each tile: one of all tokens, one of the prefix and one after it, three of each long sequence
+    assert calls == [2, 2, 2, 1, 1, 1, 1, 1, 1]
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    first = 0
+    for n, prefix in zip(lengths, prefixes, strict=True):
+        end = first + n
+        alone = [x.detach()[first:end].requires_grad_() for x in (q, k, v)]
+        expected = ops.attention(*alone, Batch.of([range(n)], prefixes=[prefix]), scale=0.3, softcap=softcap)
+        torch.testing.assert_close(out[first:end], expected)
+        for grad, wanted in zip(grads, torch.autograd.grad(expected.square().sum(), alone), strict=True):
+            torch.testing.assert_close(grad[first:end], wanted)
+        first = end
+
+
 def test_no_mask_is_built_of_a_prefix(monkeypatch):
     """The patches of an image of 896 pixels and a question: the only mask is that of the answer's one tile."""
     attention = sys.modules["gemkit.ops.attention"]

@@ -33,7 +33,8 @@ class NextToken:
         return weight(units)
 
     def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
-        rows = rows_of(model, units)
+        alike = sorted(units, key=lambda unit: [(example.prefix, len(example)) for example in unit])
+        rows = rows_of(model, alike)  # attention takes short neighbours of one length at once
         total, nll_M = losses.cross_entropy(
             model, rows.hidden(model), rows.targets, rows.weights, smoothing=self.smoothing, z_loss=self.z_loss
         )
