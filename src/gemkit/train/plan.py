@@ -34,6 +34,8 @@ from gemkit.train.vocabulary import _CHUNK, extra_bytes
 # Memory that is taken over what is in use at the highest moment: malloc keeps freed pieces for later ones of their
 # size. Measured with the starter model, see docs/training.md.
 _SLACK = 1.08
+# Beside it what a run loads later than its plan: a vocabulary of 262,144 pieces, libraries, what malloc keeps of loading.
+_LATER = 350_000_000
 # Time of a whole step over that of its products alone, at the rate that a product of its size is measured with.
 _OVERHEAD = 1.4
 
@@ -66,7 +68,7 @@ class Plan:
             working = self.gradients + max(self.activations, self.loss)
         else:
             working = max(self.loss, self.activations + self.gradients)
-        return int((held + working) * _SLACK) + self.process
+        return int((held + working) * _SLACK) + self.process + _LATER
 
     def seconds(self, rate: float) -> float:
         """Of a step, on a machine of so many operations a second."""
@@ -122,7 +124,7 @@ def predict(
     counts = sum(math.prod(shape) for _, shape in family.parameters(decoder, vision))
     table_trained = any(name.endswith("embed_tokens.weight") for name in trained)
     head = extra_bytes(tokens, decoder.vocab_size, decoder.width, itemsize=dtype.itemsize, table=table_trained)
-    if stored is not None:  # the logits and their gradients of a chunk are not made in place then
+    if stored is not None and dtype != torch.float32:  # logits and gradients of a chunk are not made in place then
         head += 3 * min(tokens * decoder.vocab_size, _CHUNK) * 4
     own = bytes_all if stored is None else stored + bytes_trained
     head_flops = (6 if table_trained else 4) * tokens * decoder.width * decoder.vocab_size
