@@ -68,7 +68,7 @@ class Plan:
             working = self.gradients + max(self.activations, self.loss)
         else:
             working = max(self.loss, self.activations + self.gradients)
-        return int((held + working) * _SLACK) + self.process + _LATER
+        return int((held + working) * _SLACK) + self.process
 
     def seconds(self, rate: float) -> float:
         """Of a step, on a machine of so many operations a second."""
@@ -136,7 +136,7 @@ def predict(
         optimizer=8 * sum(trained.values()) + bytes_masters,
         activations=int(peak),
         loss=int(kept) + head,
-        process=_process_bytes(),
+        process=_process_bytes() + _LATER,
         tokens=tokens,
         tokens_per_step=per_step,
         flops=(flops + head_flops) * per_step / tokens * (1 + (models - 1) / 3),
