@@ -34,7 +34,7 @@ from gemkit.train.vocabulary import _CHUNK, extra_bytes
 # Memory that is taken over what is in use at the highest moment: malloc keeps freed pieces for later ones of their
 # size. Measured with the starter model, see docs/training.md.
 _SLACK = 1.08
-# Beside it what a run loads later than its plan: a vocabulary of 262,144 pieces, libraries, what malloc keeps of loading.
+# Beside it what a run loads after its plan: a vocabulary of 262,144 pieces, libraries, what malloc keeps of loading.
 _LATER = 350_000_000
 # Time of a whole step over that of its products alone, at the rate that a product of its size is measured with.
 _OVERHEAD = 1.4
