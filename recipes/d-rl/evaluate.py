@@ -43,9 +43,12 @@ def main() -> None:
     logs = {Path(run).name: log(run) for run in options.runs}
     rewarded = {name: entries for name, entries in logs.items() if any("reward" in entry for entry in entries)}
     if rewarded:
-        drawn = [curve(name, entries, "reward", every=5) for name, entries in rewarded.items()]
-        panel = Panel("mean reward of the answers", drawn, lambda y: f"{y:.2f}", from_zero=False)
-        save_picture("rl.svg", draw([panel], title="Sorting letters by GRPO", x_label="steps", logarithmic=False))
+        panels = [  # each by itself: a function and a reward model do not count alike
+            Panel(f"mean reward of the answers, {name}", [curve(name, entries, "reward", every=5)],
+                  lambda y: f"{y:.2f}", from_zero=False)
+            for name, entries in rewarded.items()
+        ]  # fmt: skip
+        save_picture("rl.svg", draw(panels, title="Sorting letters by GRPO", x_label="steps", logarithmic=False))
     for name, share in found.items():
         print(f"{name}: {share:.0%} of the held-out words")
     print(json.dumps(found))

@@ -1,14 +1,12 @@
 """The seven forms side by side: `python recipes/e-attention/evaluate.py`.
 
-Loss on what is held out, tokens a second in training (median of its steps) and in generating (256 tokens after 256),
-and what a sequence of 8,192 tokens leaves in memory, by arithmetic: keys and values in bfloat16, a hidden state in
-float32.
+Loss on what is held out, tokens a second in generating (256 tokens after 256, float32), and what a sequence of 8,192
+tokens leaves in memory, by arithmetic: keys and values in bfloat16, a hidden state in float32.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -27,13 +25,11 @@ CONTEXT = 8192
 def measure(name: str) -> dict[str, float]:
     entries, model = log(folder(name)), gemkit.load(folder(name), executor="torch")
     held_out = [e["held_out"]["loss"] for e in entries if "held_out" in e]
-    speeds = [e["tokens"] / e["seconds"] for e in entries if "tokens" in e]
     text = "import os\n" * 64
     timings = model.generate(text, max_tokens=256, logit_bias={model.tokenizer.eos: -100.0}).timings
     return {
         "parameters": count(model.config).total,
         "loss": held_out[-1],
-        "training": statistics.median(speeds),
         "decoding": timings.decode_tokens_per_second or 0.0,
         "cache": state_bytes(model.config, CONTEXT).total,
     }
@@ -41,11 +37,11 @@ def measure(name: str) -> dict[str, float]:
 
 def main() -> None:
     found = {name: measure(name) for name in VARIANTS}
-    print("| | parameters | loss | training tokens/s | decoding tokens/s | cache at 8,192 |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print("| | parameters | loss | decoding tokens/s | cache at 8,192 |")
+    print("|---|---:|---:|---:|---:|")
     for name, row in found.items():
         print(
-            f"| {name} | {row['parameters']:,} | {row['loss']:.3f} | {row['training']:,.0f} | {row['decoding']:,.0f} "
+            f"| {name} | {row['parameters']:,} | {row['loss']:.3f} | {row['decoding']:,.0f} "
             f"| {row['cache'] / 1e6:.2f} MB |"
         )
     shown = ("mha", "mqa", "mqa-window", "griffin")
