@@ -24,7 +24,7 @@ from gemkit.inspect.curves import Panel, draw
 from gemkit.text import chat
 
 FORM = re.compile(r"In a word: (.+)\.\nIn a sentence: .+\.")
-STRENGTH = 0.45
+STRENGTH = 0.7
 TEXT = HERE.parent / "tests" / "data" / "text.txt"
 
 
