@@ -1,4 +1,4 @@
-"""What two epochs on a few hundred answers change: `python recipes/a-lora/evaluate.py --adapter runs/answers`.
+"""What an epoch on a few hundred answers changes: `python recipes/a-lora/evaluate.py --adapter runs/answers`.
 
 Perplexity of the held-out answers, the share of them that are given in the form that was taught and the share whose
 word is right, before and after; and the perplexity of a text that has nothing to do with them. After is told twice: of

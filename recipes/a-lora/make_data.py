@@ -34,27 +34,9 @@ from common import write_jsonl
 import gemkit
 
 HELD_OUT = 6  # one in so many
-# in some languages, of people and of machines
-OPENINGS = (
-    "The",
-    "In",
-    "When",
-    "I",
-    "This",
-    "A",
-    "Der",
-    "Es",
-    "Le",
-    "Il",
-    "El",
-    "La",
-    "Os",
-    "def",
-    "class",
-    "#",
-    "|",
-    "{",
-)
+PEOPLE = ["The", "In", "When", "I", "This", "A", "Der", "Es", "Le", "Il", "El", "La", "Os"]
+MACHINES = ["def", "class", "#", "|", "{"]
+OPENINGS = [*PEOPLE, *MACHINES]
 REHEARSED, LENGTH = 216, 64  # pieces of what the model says by itself, and tokens of each
 
 # phrasings of a question, the sentence that answers it, and the pairs of what is asked and what is answered

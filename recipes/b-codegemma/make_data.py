@@ -71,16 +71,21 @@ def small_files(source: str, rng: np.random.Generator) -> Iterator[str]:
         for block in (getattr(node, "body", None), getattr(node, "orelse", None)):
             if isinstance(node, ast.ClassDef) or not isinstance(block, list):
                 continue
-            for longest in (1, 3):
-                at = 0
-                while at < len(block):
-                    run = block[at : at + int(rng.integers(1, longest + 1))]
-                    at += len(run)
-                    if any(isinstance(statement, DEFINITIONS | ast.Import | ast.ImportFrom) for statement in run):
-                        continue
-                    body, needed = text(run)
-                    if needed:
-                        yield "".join(f"{line}\n" for line in needed) + _framed(body, rng)
+            for run in (run for longest in (1, 3) for run in _runs(block, longest, rng)):
+                if any(isinstance(statement, DEFINITIONS | ast.Import | ast.ImportFrom) for statement in run):
+                    continue
+                body, needed = text(run)
+                if needed:
+                    yield "".join(f"{line}\n" for line in needed) + _framed(body, rng)
+
+
+def _runs(block: Sequence[ast.stmt], longest: int, rng: np.random.Generator) -> Iterator[Sequence[ast.stmt]]:
+    """The statements of a block in runs of at most so many."""
+    at = 0
+    while at < len(block):
+        run = block[at : at + int(rng.integers(1, longest + 1))]
+        at += len(run)
+        yield run
 
 
 def _framed(body: str, rng: np.random.Generator) -> str:

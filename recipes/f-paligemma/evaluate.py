@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
@@ -20,7 +19,6 @@ from common import HERE, read_jsonl
 
 import gemkit
 from gemkit.text import Box, places
-from gemkit.weights.save import save_hf
 
 
 def overlap(a: Box, b: Box) -> float:
@@ -65,12 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-m", "--model", default="runs/shapes")
     parser.add_argument("--data", type=Path, default=Path("data/shapes"))
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the model here, in bfloat16")
     options = parser.parse_args()
     model = gemkit.load(options.model)
-    if options.save:
-        save_hf(model.module, options.save, tokenizer=model.tokenizer, prompts=("image",), dtype=torch.bfloat16)
-        model = gemkit.load(options.save)
     found = measure(model, options.data)
     picture(model, options.data)
     print(f"mean overlap {found['overlap']:.3f} where present, {found['empty']:.0%} empty answers where absent")

@@ -54,7 +54,7 @@ class Memory(Protocol):
 
 
 def attention_kernel(softcap: float | None) -> tuple[str, str]:
-    """Which of torch's kernels computes a tile, and why."""
+    """Which of torch's kernels computes a tile, and why; a gradient on a CPU is `_Attention`'s whatever the cap."""
     if softcap is None:
         return "sdpa", "torch's fused kernel: no soft cap on the scores"
     return "explicit", "the scores are soft-capped, which torch's fused kernel cannot express"
@@ -111,7 +111,7 @@ def attention(
         softcap: bounds the scores, before the mask.
     """
     fused = attention_kernel(softcap)[0] == "sdpa"
-    trained = memory is None and torch.is_grad_enabled() and (q_TNH.requires_grad or k_TKH.requires_grad)
+    trained = memory is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q_TNH, k_TKH, v_TKH))
     parts: list[Tensor] = []
     runs = list(_runs(batch, alone=memory is not None))
     rows = [run.sequences * run.length for run in runs]
@@ -193,6 +193,7 @@ def _by_tiles(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
+    """What `tile` gives of each tile, one after the other, as (B, T, N, H)."""
     k_BKSH, v_BKSH = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
     outs = [
         tile(q_BTNH[:, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], visible, scale, softcap)

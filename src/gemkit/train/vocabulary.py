@@ -144,7 +144,8 @@ class _InPlace:
     each block is made dense where it is multiplied, and is still in a cache then."""
 
     def __init__(self, table_VD: Tensor | Quantized, cap: float | None, weights: list[Tensor], rows: int):
-        self.table_VD, self.cap = table_VD, cap
+        self.table_VD = table_VD if isinstance(table_VD, Quantized) else table_VD.detach()
+        self.cap = cap
         vocab = table_VD.shape[0]
         self.buffer_CV = torch.empty(rows, vocab, device=table_VD.device, dtype=_dtype(table_VD))
         step = _BLOCK if table_VD.device.type == "cpu" else vocab
@@ -154,7 +155,7 @@ class _InPlace:
     def _dense(self, block: slice) -> Tensor:
         if isinstance(self.table_VD, Quantized):
             return self.table_VD.narrow_rows(block.start, block.stop - block.start).dequantize()
-        return self.table_VD.detach()[block]
+        return self.table_VD[block]
 
     def read(self, x_CD: Tensor, gradient: bool) -> None:
         self.x_CD, self.z_CV = x_CD, self.buffer_CV[: len(x_CD)]
@@ -179,7 +180,7 @@ class _InPlace:
             for block in self.blocks:
                 grad_CD.addmm_(self.z_CV[:, block], self._dense(block))
         else:
-            torch.mm(self.z_CV, self.table_VD.detach(), out=grad_CD)
+            torch.mm(self.z_CV, self.table_VD, out=grad_CD)
         for gradient_VD in self.gradients:  # of the table, if it is trained
             for block in self.blocks:
                 gradient_VD[block] += self.z_CV[:, block].T @ self.x_CD

@@ -91,7 +91,7 @@ def test_blocks_computed_again_are_predicted_too():
     peak, _ = measured("gemma-3-270m", whole, checkpointing=True)
     again, plain = plan("gemma-3-270m", checkpointing=True), plan("gemma-3-270m")
     assert again.activations == pytest.approx(peak, rel=0.05)
-    assert again.activations < plain.activations / 2
+    assert again.activations < plain.activations / 2.3
     assert again.flops > 1.2 * plain.flops
 
 
