@@ -55,15 +55,18 @@ inline F16 from_i8(const uint8_t *p) {
 // Multiplies unsigned by signed bytes alone: signed codes are decoded 128 higher, and dots counts from there.
 constexpr int ABOVE = 128;
 
-// sums[t] += codes of chunks FIRST .. FIRST + CHUNKS times those of token t, for M tokens from x. Codes have BITS bits.
-template <int BITS, int FIRST, int CHUNKS, int M> inline void dots(const B64 *w, const Group *x, I16 *sums) {
+// sums[t * R + r] += codes of chunks FIRST .. FIRST + CHUNKS of tile r times those of token t, for M tokens from x and R
+// tiles, each `step` chunks after the one before. Codes have BITS bits.
+template <int BITS, int FIRST, int CHUNKS, int M, int R> inline void dots(const B64 *w, int step, const Group *x, I16 *sums) {
     GK_UNROLL
     for (int c = FIRST; c < FIRST + CHUNKS; c++) {
         GK_UNROLL
         for (int t = 0; t < M; t++) {
             int32_t four;
             std::memcpy(&four, x[t].codes + 4 * c, 4);
-            sums[t].v = _mm512_dpbusd_epi32(sums[t].v, w[c].v, _mm512_set1_epi32(four));
+            const __m512i all_four = _mm512_set1_epi32(four);
+            GK_UNROLL
+            for (int r = 0; r < R; r++) sums[t * R + r].v = _mm512_dpbusd_epi32(sums[t * R + r].v, w[r * step + c].v, all_four);
         }
     }
 }
@@ -109,7 +112,8 @@ inline F16 from_i8(const uint8_t *p) {
 
 constexpr int ABOVE = 0;  // signed codes stay as they are
 
-template <int BITS, int FIRST, int CHUNKS, int M> inline void dots(const B64 *w, const Group *x, I16 *sums) {
+template <int BITS, int FIRST, int CHUNKS, int M, int R> inline void dots(const B64 *w, int, const Group *x, I16 *sums) {
+    static_assert(R == 1, "the registers hold one tile");
     // A pair of products of codes of n bits by at most 127 stays below 2^(n + 8): this many pairs fit 16 bits.
     constexpr int FIT = BITS <= 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
     constexpr int RUN = FIT < CHUNKS ? FIT : CHUNKS;
@@ -199,7 +203,8 @@ inline F16 from_i8(const uint8_t *p) {
 
 constexpr int ABOVE = 128;  // bytes are unsigned here too
 
-template <int BITS, int FIRST, int CHUNKS, int M> inline void dots(const B64 *w, const Group *x, I16 *sums) {
+template <int BITS, int FIRST, int CHUNKS, int M, int R> inline void dots(const B64 *w, int, const Group *x, I16 *sums) {
+    static_assert(R == 1, "one tile at a time");
     for (int c = FIRST; c < FIRST + CHUNKS; c++)
         for (int t = 0; t < M; t++)
             for (int r = 0; r < LANES; r++)

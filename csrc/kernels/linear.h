@@ -4,9 +4,11 @@
 // costs a multiplication by the weight's scale and a fused multiply-add into a float of the (row, token), in ascending
 // order of groups. Nothing else touches that float, so a result has the same bits however tokens and rows are cut.
 //
-// One step takes a tile of 16 rows and up to 16 tokens through all columns: a group's codes are decoded once into eight
-// vectors and multiplied with every token. For many tokens a panel of tiles stays in the second cache while blocks of 16
-// tokens pass by it.
+// Few tokens: one step takes a tile of 16 rows and up to 8 tokens through all columns, and a group's codes are decoded into
+// eight vectors, straight from the stream of weights.
+// Many tokens: what these and some of the columns need of the activations stays in the second cache while the tiles pass
+// by. A block of two tiles is decoded into the nearest cache, and eight tokens at a time are multiplied with it: so many
+// sums grow at once that the processor always has a product to begin, where four would wait for each other.
 #pragma once
 
 #include "../weights.h"
@@ -19,7 +21,12 @@ constexpr int TOKENS = 16;  // of a block of activations
 constexpr int FLOATS = LANES_A_REGISTER == 16 ? 8 : 4;  // tokens at once of kinds that multiply floats: their sums stay in registers
 // From this many tokens on, weights are asked for ahead of their use; for fewer, the processor does so better by itself.
 constexpr int AHEAD = 3;
-constexpr int64_t PANEL = 384 << 10;  // bytes of weights that stay in the second cache
+// Of many tokens: what is multiplied at once, with the sums of one group in registers.
+constexpr int SOME = LANES_A_REGISTER == 16 ? 8 : 4, TILES = LANES_A_REGISTER == 16 ? 2 : 1;
+// Tokens, and blocks of columns, that stay in the second cache while tiles pass by: 288 KiB. From half to twice of it
+// made no difference on a cache of 1 MiB.
+constexpr int64_t PANEL = 64, PART = 9;
+constexpr int64_t WEIGHTS = 384 << 10;  // bytes of a weight of floats, which stays there instead while tokens pass by
 
 // ---- activations ----------------------------------------------------------------------------------------------------
 
@@ -173,37 +180,44 @@ constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
 // ---- multiplying ----------------------------------------------------------------------------------------------------
 
-// Group g of a block times that of M tokens, into their sums.
-template <Kind K, int M> inline void add_products(const B64 *w, const Scales &s, int64_t g, const Group *x, F16 *y) {
+// Group g of a block of R tiles times that of M tokens, into their sums: y[t * R + r]. The codes of a tile are `step`
+// vectors after those of the one before.
+template <Kind K, int M, int R = 1>
+inline void add_products(const B64 *w, int step, const Scales *s, int64_t g, const Group *x, F16 *y) {
     constexpr Format f = format(K);
     constexpr int BITS = f.low + f.high, ZERO = BITS == 8 ? ABOVE : f.zero;
-    I16 n[M], m[M];
+    I16 n[M * R], m[M * R];
     GK_UNROLL
     for (int t = 0; t < M; t++) {
-        n[t] = !ZERO ? no_sum() : scaled(f.group == 32 ? x[t].minus32 : x[t].minus16[0], log2_of(ZERO));
-        m[t] = !ZERO ? no_sum() : scaled(x[t].minus16[1], log2_of(ZERO));
+        const I16 first = !ZERO ? no_sum() : scaled(f.group == 32 ? x[t].minus32 : x[t].minus16[0], log2_of(ZERO));
+        const I16 second = !ZERO ? no_sum() : scaled(x[t].minus16[1], log2_of(ZERO));
+        GK_UNROLL
+        for (int r = 0; r < R; r++) n[t * R + r] = first, m[t * R + r] = second;
     }
     if constexpr (f.group == 32) {
-        dots<BITS, 0, 8, M>(w, x, n);
+        dots<BITS, 0, 8, M, R>(w, step, x, n);
     } else {
-        dots<BITS, 0, 4, M>(w, x, n);
-        dots<BITS, 4, 4, M>(w, x, m);
+        dots<BITS, 0, 4, M, R>(w, step, x, n);
+        dots<BITS, 4, 4, M, R>(w, step, x, m);
     }
     GK_UNROLL
     for (int t = 0; t < M; t++) {
-        F16 v;
-        if constexpr (f.group == 32) {
-            v = mul(to_float(n[t]), load(s.scale[g]));
-            if constexpr (f.minima) v = fma(load(s.minus[g]), all(x[t].plus32), v);
-        } else {
-            v = mul(to_float(n[t]), load(s.scale[2 * g]));
-            v = fma(to_float(m[t]), load(s.scale[2 * g + 1]), v);
-            if constexpr (f.minima) {
-                v = fma(load(s.minus[2 * g]), all(x[t].plus16[0]), v);
-                v = fma(load(s.minus[2 * g + 1]), all(x[t].plus16[1]), v);
+        GK_UNROLL
+        for (int r = 0; r < R; r++) {
+            F16 v;
+            if constexpr (f.group == 32) {
+                v = mul(to_float(n[t * R + r]), load(s[r].scale[g]));
+                if constexpr (f.minima) v = fma(load(s[r].minus[g]), all(x[t].plus32), v);
+            } else {
+                v = mul(to_float(n[t * R + r]), load(s[r].scale[2 * g]));
+                v = fma(to_float(m[t * R + r]), load(s[r].scale[2 * g + 1]), v);
+                if constexpr (f.minima) {
+                    v = fma(load(s[r].minus[2 * g]), all(x[t].plus16[0]), v);
+                    v = fma(load(s[r].minus[2 * g + 1]), all(x[t].plus16[1]), v);
+                }
             }
+            y[t * R + r] = fma(v, all(x[t].scale), y[t * R + r]);
         }
-        y[t] = fma(v, all(x[t].scale), y[t]);
     }
 }
 
@@ -244,18 +258,25 @@ void multiply(const uint8_t *p, int64_t cols, int64_t rows, const Group *x, int6
             if constexpr (SPILL) {
                 asm volatile("" : "+m"(w));
                 for (int t = 0; t + M <= N; t += M) {
-                    add_products<K, M>(w, s, g, x + t, y + t);
+                    add_products<K, M>(w, 0, &s, g, x + t, y + t);
                     asm volatile("" : "+m"(w), "+m"(y));
                 }
             } else {
                 GK_UNROLL
-                for (int t = 0; t + M <= N; t += M) add_products<K, M>(w, s, g, x + t, y + t);
+                for (int t = 0; t + M <= N; t += M) add_products<K, M>(w, 0, &s, g, x + t, y + t);
             }
-            if constexpr (N % M) add_products<K, N % M>(w, s, g, x + N / M * M, y + N / M * M);
+            if constexpr (N % M) add_products<K, N % M>(w, 0, &s, g, x + N / M * M, y + N / M * M);
         }
     }
     GK_UNROLL
     for (int t = 0; t < N; t++) store_rows(out + t * stride, y[t], rows);
+}
+
+inline F16 load_rows(const float *from, int64_t rows) {
+    if (rows >= TILE) return load(from);
+    float part[TILE] = {};
+    std::memcpy(part, from, (size_t)rows * sizeof(float));
+    return load(part);
 }
 
 // F32 and BF16: floats as they are. The sum of each 32 columns is added to the total: short sums err less than a long one.
@@ -285,15 +306,80 @@ void multiply_floats(const uint8_t *p, int64_t cols, int64_t rows, const float *
     for (int t = 0; t < N; t++) store_rows(out + t * stride, y[t], rows);
 }
 
+// R tiles times a panel of tokens, blocks block0 .. block1 of their columns; sums of the blocks before are in `out`.
+// Tokens are a multiple of SOME, at most PANEL.
+template <Kind K, int R>
+void multiply_panel(const uint8_t *p, int64_t cols, int64_t block0, int64_t block1, int64_t rows, const Activations &a,
+                    int64_t token, int64_t tokens, float *out, int64_t stride) {
+    constexpr Format f = format(K);
+    const int64_t groups = cols / GROUP, minima = groups / BLOCK * TILE * 2, bytes = tile_bytes(K, cols);
+    F16 y[PANEL * R];  // of a token all tiles
+    for (int64_t t = 0; t < tokens; t++)
+        for (int r = 0; r < R; r++) y[t * R + r] = block0 ? load_rows(out + t * stride + r * TILE, rows - r * TILE) : zero();
+    B64 w[R][BLOCK][8];
+    Scales s[R];
+    const int64_t before = super_bytes(K, cols) + block0 * (scale_bytes(K, BLOCK) + BLOCK * code_bytes(K));
+    const uint8_t *at = p + before;
+    for (int64_t block = block0; block < block1; block++) {
+        const int64_t n = f.super || groups - block * BLOCK >= BLOCK ? BLOCK : groups - block * BLOCK;
+        for (int r = 0; r < R; r++) {
+            const uint8_t *from = at + r * bytes;
+            decode_scales<K>(from, p + r * bytes + block * TILE * 2, minima, n, s[r]);
+            from += scale_bytes(K, n);
+            for (int64_t g = 0; g < n; g++) decode<K>(from + g * code_bytes(K), w[r][g]);
+        }
+        at += scale_bytes(K, n) + n * code_bytes(K);
+        // what is decoded next, asked for line by line while this is multiplied
+        const uint8_t *next = block + 1 < block1 ? at : p + R * bytes + before;
+        const uint8_t *end = next + scale_bytes(K, n) + n * code_bytes(K);
+        const int64_t share = round64((end - next) * SOME / tokens);
+        for (int64_t t = 0; t < tokens; t += SOME) {
+            for (const uint8_t *stop = next + share; next < stop && next < end; next += 64)
+                for (int r = 0; r < R; r++) prefetch(next + r * bytes);
+            const Room room = block_of(a, token + t);
+            const Group *x = room.at + (token + t) % TOKENS + block * BLOCK * room.width;
+            for (int64_t g = 0; g < n; g++, x += room.width)
+                add_products<K, SOME, R>(w[0][g], BLOCK * 8, s, g, x, y + t * R);
+        }
+    }
+    for (int64_t t = 0; t < tokens; t++)
+        for (int r = 0; r < R; r++) store_rows(out + t * stride + r * TILE, y[t * R + r], rows - r * TILE);
+}
+
+// The first tokens, as many as can be multiplied SOME at a time; returns how many these are.
+template <Kind K>
+int64_t linear_panels(const Weight &w, int64_t tile0, int64_t tile1, const Activations &a, float *y, int64_t stride) {
+    const int64_t bytes = tile_bytes(K, w.cols), blocks = (w.cols / GROUP + BLOCK - 1) / BLOCK;
+    const int64_t tokens = a.tokens / SOME * SOME;
+    for (int64_t t = 0; t < tokens; t += PANEL) {
+        const int64_t n = tokens - t < PANEL ? tokens - t : PANEL;
+        for (int64_t b = 0; b < blocks; b += PART) {
+            const int64_t end = blocks - b < PART ? blocks : b + PART;
+            for (int64_t tile = tile0; tile < tile1; tile += TILES) {
+                const uint8_t *p = w.data + tile * bytes;
+                const int64_t rows = w.rows - tile * TILE;
+                float *out = y + t * stride + tile * TILE;
+                if (tile1 - tile >= TILES) multiply_panel<K, TILES>(p, w.cols, b, end, rows, a, t, n, out, stride);
+                else multiply_panel<K, 1>(p, w.cols, b, end, rows, a, t, n, out, stride);
+            }
+        }
+    }
+    return tokens;
+}
+
 template <Kind K>
 void linear(const Weight &w, int64_t tile0, int64_t tile1, const Activations &a, float *y, int64_t stride) {
-    const int64_t bytes = tile_bytes(K, w.cols), panel = bytes < PANEL ? PANEL / (bytes ? bytes : 1) : 1;
+    const int64_t bytes = tile_bytes(K, w.cols);
+    int64_t done = 0;
+    if constexpr (quantized(K))
+        if (a.tokens >= TOKENS) done = linear_panels<K>(w, tile0, tile1, a, y, stride);
+    const int64_t panel = bytes < WEIGHTS ? WEIGHTS / (bytes ? bytes : 1) : 1;
     for (int64_t start = tile0; start < tile1; start += panel) {
         const int64_t stop = tile1 - start < panel ? tile1 : start + panel;
-        for (int64_t t = 0, n; t < a.tokens; t += n) {
-            const int64_t rest = a.tokens - t, place = t % TOKENS;
+        for (int64_t t = done, n; t < a.tokens; t += n) {
+            const int64_t rest = a.tokens - t;
             if constexpr (quantized(K)) {
-                n = rest >= TOKENS && !place ? TOKENS : rest >= 8 ? 8 : rest;
+                n = rest >= 8 ? 8 : rest;
             } else {
                 n = rest >= FLOATS ? FLOATS : rest > 3 ? 3 : rest;
             }
@@ -303,11 +389,11 @@ void linear(const Weight &w, int64_t tile0, int64_t tile1, const Activations &a,
                 float *out = y + t * stride + tile * TILE;
                 if constexpr (quantized(K)) {
                     constexpr decltype(&multiply<K, 1>) by_tokens[] = {
-                        multiply<K, 1>, multiply<K, 2>, multiply<K, 3>, multiply<K, 4>,      multiply<K, 5>,
-                        multiply<K, 6>, multiply<K, 7>, multiply<K, 8>, multiply<K, TOKENS>,
+                        multiply<K, 1>, multiply<K, 2>, multiply<K, 3>, multiply<K, 4>,
+                        multiply<K, 5>, multiply<K, 6>, multiply<K, 7>, multiply<K, 8>,
                     };
                     const Room room = block_of(a, t);
-                    by_tokens[n > 8 ? 8 : n - 1](p, w.cols, rows, room.at + place, room.width, out, stride);
+                    by_tokens[n - 1](p, w.cols, rows, room.at + t % TOKENS, room.width, out, stride);
                 } else {
                     constexpr decltype(&multiply_floats<K, 1>) by_tokens[] = {
                         multiply_floats<K, 1>, multiply_floats<K, 2>, multiply_floats<K, 3>, multiply_floats<K, FLOATS>,

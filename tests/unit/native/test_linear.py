@@ -236,12 +236,15 @@ def test_bits_depend_on_nothing_but_the_row_and_the_token(kind):
         assert np.array_equal(whole, sample.linear(isa, memory)), isa
 
 
-def test_more_tiles_than_stay_in_the_second_cache(isa):
-    sample = Sample("Q4_0", 1000, 2048)  # three panels
-    x_TD = sample_activations(40, 2048)
+@pytest.mark.parametrize(("kind", "cols"), [("Q4_0", 2880), ("Q8_0", 2336), ("Q4_K", 4864), ("Q6_K", 2560)])
+def test_more_tokens_and_columns_than_stay_in_the_second_cache(kind, cols, isa):
+    """Several panels of tokens, several parts of the columns (sums are put away between them), tiles in pairs and a last
+    one of fewer rows alone: each token has the bits that it has by itself."""
+    sample = Sample(kind, 40, cols)
+    x_TD = sample_activations(151, cols)
     whole = sample.linear(isa, x_TD)
-    for t in (0, 16, 39):
-        assert np.array_equal(whole[t : t + 1], sample.linear(isa, x_TD[t : t + 1].copy()))
+    for t in (0, 7, 63, 64, 100, 143, 144, 150):
+        assert np.array_equal(whole[t : t + 1], sample.linear(isa, x_TD[t : t + 1].copy())), t
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -256,7 +259,7 @@ def test_largest_codes_do_not_overflow(kind, isa):
         w = sample.weight.dequantize().double().numpy()
         packed = native.pack(kind, 16, cols, sample.planes)
         for sign in (1, -1):
-            x_TD = np.full((3, cols), 127.0 * sign, np.float32)
+            x_TD = np.full((19, cols), 127.0 * sign, np.float32)
             x_TD[1, ::2] *= -1
             found, exact = native.linear(isa, kind, packed, 16, x_TD), x_TD.astype(np.float64) @ w.T
             # three roundings a weight and one a group; x is exact
