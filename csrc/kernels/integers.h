@@ -28,6 +28,51 @@ struct alignas(64) Group {
 };
 static_assert(sizeof(Group) == 64);
 
+// Of the 32 numbers of a group: the bits of the largest magnitude, which order floats by size, infinite and not a number
+// above all; and their codes, rounded to nearest (ties to even) after a product with `inverse`, and the sum of each half.
+#if defined(__AVX512F__)
+
+inline uint32_t largest_bits(const float *x) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7FFFFFFF);
+    return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_and_si512(_mm512_loadu_si512(x), magnitude),
+                                                    _mm512_and_si512(_mm512_loadu_si512(x + 16), magnitude)));
+}
+inline void to_codes(const float *x, float inverse, int8_t *codes, int32_t *sums) {
+    __m128i half[2];
+    for (int i = 0; i < 2; i++) {
+        half[i] = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(mul(load(x + 16 * i), all(inverse)).v));
+        _mm_storeu_si128((__m128i *)(codes + 16 * i), half[i]);
+        const __m128i fours = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), half[i]);
+        const __m128i twos = _mm_add_epi32(fours, _mm_shuffle_epi32(fours, 0x4E));
+        sums[i] = _mm_cvtsi128_si32(_mm_add_epi32(twos, _mm_shuffle_epi32(twos, 0xB1)));
+    }
+}
+
+#else
+
+inline uint32_t largest_bits(const float *x) {
+    uint32_t most = 0;
+    for (int i = 0; i < 32; i++) {
+        uint32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        bits &= 0x7FFFFFFF;
+        most = bits > most ? bits : most;
+    }
+    return most;
+}
+inline void to_codes(const float *x, float inverse, int8_t *codes, int32_t *sums) {
+    alignas(64) float rounded[32];
+    for (int half = 0; half < 2; half++) store(rounded + 16 * half, round(mul(load(x + 16 * half), all(inverse))));
+    alignas(64) int32_t n[32];
+    for (int i = 0; i < 32; i++) n[i] = (int32_t)rounded[i];
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < 16; i++) sums[0] += n[i];
+    for (int i = 16; i < 32; i++) sums[1] += n[i];
+    for (int i = 0; i < 32; i++) codes[i] = (int8_t)n[i];
+}
+
+#endif
+
 #if defined(__AVX512F__)
 
 struct B64 { __m512i v; };
