@@ -238,8 +238,8 @@ def test_bits_depend_on_nothing_but_the_row_and_the_token(kind):
 
 @pytest.mark.parametrize(("kind", "cols"), [("Q4_0", 2880), ("Q8_0", 2336), ("Q4_K", 4864), ("Q6_K", 2560)])
 def test_more_tokens_and_columns_than_stay_in_the_second_cache(kind, cols, isa):
-    """Several panels of tokens, several parts of the columns (sums are put away between them), tiles in pairs and a last
-    one of fewer rows alone: each token has the bits that it has by itself."""
+    """Several panels of tokens, several parts of the columns (sums are put away between them), tiles in pairs and a
+    last one of fewer rows alone: each token has the bits that it has by itself."""
     sample = Sample(kind, 40, cols)
     x_TD = sample_activations(151, cols)
     whole = sample.linear(isa, x_TD)
