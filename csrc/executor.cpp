@@ -346,8 +346,9 @@ void Executor::linear(Run &run, const Step &s) {
     }
     const int64_t stride = buffers_[s.out.buffer].width;
     float *y = run.at(*this, s.out, 0);
-    // about eight turns a thread: fewer leave one idle at the end, more cost their claims. Tiles are multiplied in pairs.
-    const int64_t turns = 16 * run.pool.threads(), grain = 2 * std::max<int64_t>(1, (tiles + turns - 1) / turns);
+    // About eight turns a thread: fewer leave one idle at the end, more cost their claims. Tiles are multiplied in pairs.
+    const int64_t turns = 8 * run.pool.threads(), pairs = (tiles + 1) / 2;
+    const int64_t grain = 2 * std::max<int64_t>(1, (pairs + turns - 1) / turns);
     run.pool.each((tiles + grain - 1) / grain, [&](int64_t item, int) {
         int64_t tile = item * grain;
         const int64_t end = std::min(tiles, tile + grain);

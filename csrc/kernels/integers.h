@@ -38,11 +38,10 @@ inline uint32_t largest_bits(const float *x) {
                                                     _mm512_and_si512(_mm512_loadu_si512(x + 16), magnitude)));
 }
 inline void to_codes(const float *x, float inverse, int8_t *codes, int32_t *sums) {
-    __m128i half[2];
     for (int i = 0; i < 2; i++) {
-        half[i] = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(mul(load(x + 16 * i), all(inverse)).v));
-        _mm_storeu_si128((__m128i *)(codes + 16 * i), half[i]);
-        const __m128i fours = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), half[i]);
+        const __m128i half = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(mul(load(x + 16 * i), all(inverse)).v));
+        _mm_storeu_si128((__m128i *)(codes + 16 * i), half);
+        const __m128i fours = _mm_dpbusd_epi32(_mm_setzero_si128(), _mm_set1_epi8(1), half);
         const __m128i twos = _mm_add_epi32(fours, _mm_shuffle_epi32(fours, 0x4E));
         sums[i] = _mm_cvtsi128_si32(_mm_add_epi32(twos, _mm_shuffle_epi32(twos, 0xB1)));
     }

@@ -160,6 +160,11 @@ template <Kind K> inline void decode_scales(const uint8_t *p, const uint8_t *sup
     }
 }
 
+// How many groups the block that begins with group `first` has: the last may have fewer, unless it is a superblock.
+template <Kind K> constexpr int64_t groups_from(int64_t first, int64_t groups) {
+    return format(K).super || groups - first >= BLOCK ? BLOCK : groups - first;
+}
+
 constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 
 // ---- multiplying ----------------------------------------------------------------------------------------------------
@@ -218,7 +223,6 @@ inline void store_rows(float *to, F16 y, int64_t rows) {
 // A tile times N tokens: x is their first group, `width` from one group to the next.
 template <Kind K, int N>
 void multiply(const uint8_t *p, int64_t cols, int64_t rows, const Group *x, int64_t width, float *out, int64_t stride) {
-    constexpr Format f = format(K);
     constexpr int M = N < 4 ? N : 4;
     constexpr bool SPILL = N > M && LANES_A_REGISTER == 8;  // few registers: codes and sums in memory, products in registers
     F16 y[N];
@@ -231,7 +235,7 @@ void multiply(const uint8_t *p, int64_t cols, int64_t rows, const Group *x, int6
     p += super_bytes(K, cols);
     Scales s;
     for (int64_t first = 0; first < groups; first += BLOCK, supers += TILE * 2) {
-        const int64_t n = f.super || groups - first >= BLOCK ? BLOCK : groups - first;
+        const int64_t n = groups_from<K>(first, groups);
         decode_scales<K>(p, supers, minima, n, s);
         p += scale_bytes(K, n);
         for (int64_t g = 0; g < n; g++, p += code_bytes(K), x += width) {
@@ -294,7 +298,6 @@ void multiply_floats(const uint8_t *p, int64_t cols, int64_t rows, const float *
 template <Kind K, int R>
 void multiply_panel(const uint8_t *p, int64_t cols, int64_t block0, int64_t block1, int64_t rows, const Activations &a,
                     int64_t token, int64_t tokens, float *out, int64_t stride) {
-    constexpr Format f = format(K);
     const int64_t groups = cols / GROUP, minima = groups / BLOCK * TILE * 2, bytes = tile_bytes(K, cols);
     F16 y[PANEL * R];  // of a token all tiles
     for (int64_t t = 0; t < tokens; t++)
@@ -304,7 +307,7 @@ void multiply_panel(const uint8_t *p, int64_t cols, int64_t block0, int64_t bloc
     const int64_t before = super_bytes(K, cols) + block0 * (scale_bytes(K, BLOCK) + BLOCK * code_bytes(K));
     const uint8_t *at = p + before;
     for (int64_t block = block0; block < block1; block++) {
-        const int64_t n = f.super || groups - block * BLOCK >= BLOCK ? BLOCK : groups - block * BLOCK;
+        const int64_t n = groups_from<K>(block * BLOCK, groups);
         for (int r = 0; r < R; r++) {
             const uint8_t *from = at + r * bytes;
             decode_scales<K>(from, p + r * bytes + block * TILE * 2, minima, n, s[r]);
@@ -409,7 +412,7 @@ template <Kind K> void row(const Weight &w, int64_t index, float *out) {
         Scales s;
         alignas(64) uint8_t codes[8][64];
         for (int64_t first = 0; first < groups; first += BLOCK, supers += TILE * 2) {
-            const int64_t n = f.super || groups - first >= BLOCK ? BLOCK : groups - first;
+            const int64_t n = groups_from<K>(first, groups);
             decode_scales<K>(p, supers, minima, n, s);
             p += scale_bytes(K, n);
             for (int64_t g = 0; g < n; g++, p += code_bytes(K), out += GROUP) {
