@@ -2,11 +2,12 @@
 
 import io
 import struct
+import sys
 import threading
-import time
 import tracemalloc
 import warnings
 import zlib
+from types import FrameType
 
 import numpy as np
 import PIL.Image
@@ -147,15 +148,12 @@ def test_pixels_are_counted_before_they_are_decoded(make, size):
     """Of the sizes one is beyond Pillow's own limit, one only makes Pillow warn, and one is long and thin."""
     data = make(*size)
     tracemalloc.start()
-    start = time.perf_counter()
     try:
         with pytest.raises(ImageError, match=r"and the limit is (100,000,000|32,768)"):
             read(data)
-        seconds, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
     finally:
         tracemalloc.stop()
-    assert seconds < 1  # milliseconds on an idle machine
-    assert peak < 2_000_000
 
 
 def test_a_size_that_is_not_known_is_not_made_up():
@@ -201,9 +199,18 @@ def test_of_thousands_of_frames_one_is_decoded(format):
     frames = [PIL.Image.new("L", (64, 64), n % 256) for n in range(2000)]
     file = io.BytesIO()
     frames[0].save(file, format, save_all=True, append_images=frames[1:], duration=10)
-    start = time.perf_counter()
-    assert read(file.getvalue()).width == 64
-    assert time.perf_counter() - start < 1  # all of them take longer
+    calls = 0
+
+    def count(frame: FrameType, event: str, function: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        assert read(file.getvalue()).width == 64
+    finally:
+        sys.setprofile(None)
+    assert calls < len(frames)  # to decode a frame takes a call at least
 
 
 def test_a_jpeg_that_repaints_itself_is_refused():

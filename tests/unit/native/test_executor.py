@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -436,11 +435,6 @@ def test_threads_of_python_take_turns(pair):
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def again_and_again(executor: Native, prompt: list[int]) -> None:
-    for _ in range(100):
-        executor.run([Chunk(0, prompt)], executor.new_state(1))
-
-
 def test_ctrl_c_ends_a_long_prompt_and_leaves_the_state():
     module = randomised("gemma-7b")
     ours = Native(module.config, pack(module))
@@ -449,13 +443,11 @@ def test_ctrl_c_ends_a_long_prompt_and_leaves_the_state():
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-        start = time.perf_counter()
         with pytest.raises(KeyboardInterrupt):
-            again_and_again(ours, prompt)
-        assert time.perf_counter() - start < 30
+            ours.run([Chunk(0, prompt)], state)  # tens of seconds
     finally:
         signal.signal(signal.SIGINT, previous)
-    assert state.lengths == [0]
+    assert state.lengths == [0]  # a prompt that had come to its end would be here
     assert np.isfinite(ours.run([Chunk(0, prompt[:10])], state)).all()
 
 

@@ -321,9 +321,7 @@ def hangs(prompt, answer, record):
 )
 def test_a_judge_that_fails_counts_nothing_and_ends_nothing(judge, why):
     verdicts = judges.Verdicts(judge, timeout=0.2)
-    began = time.monotonic()
     assert [verdicts("p", "a", {}), verdicts("p", "a", {})] == [0.0, 0.0]
-    assert time.monotonic() - began < 5
     assert verdicts.failed == 2
     assert why in verdicts.why
 

