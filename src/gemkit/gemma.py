@@ -31,6 +31,7 @@ from gemkit.program.native import Native
 from gemkit.sight import Sight
 from gemkit.text import Prompt, Tokenizer, tasks
 from gemkit.text.tasks import CaptionStyle
+from gemkit.weights import hub
 from gemkit.weights.checkpoint import SCORE, Checkpoint, find, open_path, with_adapters
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def load(
         weights: "int8" or "int4" quantizes them on the way; those that are stored in no more bits stay as they are.
         calibrate: int4 is rounded by what the model computes from a text of ours (True), which takes a while, or from
             this text; False rounds each weight by itself, at once and worse.
-        adapter: the folder of one in PEFT's layout, or several, which all add to what the model computes.
+        adapter: the folder or hub id of one in PEFT's layout, or several, which all add to what the model computes.
         progress: is called with (bytes read, bytes in all).
 
     Raises:
@@ -108,11 +109,12 @@ def load(
     asked = (adapter,) if isinstance(adapter, str | os.PathLike) else tuple(adapter)
     how: dict[str, Any] = {"quantized": quantized, "weights": weights, "calibrate": calibrate}
     with find(name) as checkpoint:
-        adapters = (*checkpoint.adapters, *map(Path, asked))
+        adapters = (*checkpoint.adapters, *asked)
         only_torch = _only_torch(device, dtype, quantized or weights is not None)
         if executor == "native" and only_torch:
             raise ConfigError(f"executor='native' cannot do {only_torch}: use executor='torch'")
-        if executor == "native" or (executor == "auto" and not only_torch and native.available()[0]):
+        able, why = (True, "") if executor == "native" or only_torch else native.available()
+        if executor == "native" or (executor == "auto" and not only_torch and able):
             from gemkit.weights.packed import load_native
 
             runner, report = load_native(checkpoint, how, progress=progress)
@@ -122,10 +124,12 @@ def load(
 
         _check_device(device)
         module, report = load_module(checkpoint, dtype=dtype, device=device, **how, progress=progress)
+        if executor == "auto" and not able:
+            report.notes.append(f"torch computes it: {why}")
         return _with_adapters(Gemma(checkpoint, Eager(module), report, how), adapters)
 
 
-def _with_adapters(model: Gemma, adapters: Sequence[Path]) -> Gemma:
+def _with_adapters(model: Gemma, adapters: Sequence[str | os.PathLike[str]]) -> Gemma:
     for folder in adapters:
         model.report.notes.append(str(model.load_adapter(folder)))
     return model
@@ -242,16 +246,18 @@ class Gemma:
     def load_adapter(
         self, folder: str | os.PathLike[str], name: str | None = None, *, trainable: bool = False
     ) -> Account:
-        """Put an adapter from a folder in PEFT's layout beside the weights.
+        """Put an adapter in PEFT's layout beside the weights.
 
         Args:
+            folder: where it is, or its id on the hub.
             name: None takes the folder's.
             trainable: train it further, and freeze everything else.
         """
         from gemkit.train import lora
 
-        told = lora.attach(self.module, folder, name, trainable=trainable)
-        self.prompts = with_adapters(self.prompts, [Path(folder).expanduser()])
+        path = hub.adapter(folder)
+        told = lora.attach(self.module, path, name, trainable=trainable)
+        self.prompts = with_adapters(self.prompts, [path])
         return told
 
     def save_adapter(

@@ -11,6 +11,7 @@ import torch
 import gemkit
 from gemkit import text
 from gemkit.errors import ConfigError, ContextError, ModelError, TextError, WeightsError
+from gemkit.program import native
 from tiny import assert_close
 from tiny_models import LETTERS, tokenizer, write
 
@@ -330,3 +331,14 @@ def test_the_real_model_loads_dense_as_quantized():
     assert dense.generate(prompt, max_tokens=2).ids == answer.ids
     assert dense.report.nbytes > 3 * quantized.report.nbytes
     assert "were made dense" in dense.summary()
+
+
+def test_without_a_native_executor_torch_computes_and_says_why(models, monkeypatch):
+    def refuse(**_):
+        raise ModelError("built without a C++ compiler")
+
+    monkeypatch.setattr(native, "library", refuse)
+    model = gemkit.load(models / "random")
+    assert model.executor.name == "torch"
+    assert "torch computes it: built without a C++ compiler" in model.report.notes
+    assert not any("computes it" in note for note in gemkit.load(models / "random", executor="torch").report.notes)

@@ -1,16 +1,20 @@
 """Adapters from the front door and the command line."""
 
+import fnmatch
 import json
 import math
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
 import gemkit
-from gemkit.errors import ConfigError, UnknownModelError, WeightsError
+from gemkit.errors import AccessError, ConfigError, UnknownModelError, WeightsError
 from gemkit.train import lora
+from gemkit.weights import hub
 
 
 def train(model, seed=1):
@@ -110,6 +114,40 @@ def test_a_chat_adapter_leaves_its_template(models, tmp_path):
     other.prompts = ("complete",)
     other.load_adapter(folder)
     assert other.prompts == ("complete", "chat")
+
+
+@pytest.fixture
+def on_the_hub(adapter, tmp_path, monkeypatch):
+    """The id of an adapter that was downloaded before: the tests are offline."""
+    from huggingface_hub import constants
+
+    repo = tmp_path / "models--someone--tiny-letters"
+    shutil.copytree(adapter, repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return "someone/tiny-letters"
+
+
+def test_an_adapter_of_the_hub_is_found_by_its_id(models, adapter, on_the_hub):
+    here = gemkit.load(adapter).score("Hello there").total
+    beside = gemkit.load(models / "random", adapter=on_the_hub)
+    alone = gemkit.load(on_the_hub)
+    assert beside.adapters() == alone.adapters() == ["tiny-letters"]
+    assert beside.score("Hello there").total == alone.score("Hello there").total == here
+    assert alone.label.endswith("random + someone/tiny-letters")
+    with pytest.raises(AccessError, match="someone/else is not in the local cache"):
+        beside.load_adapter("someone/else")
+
+
+def test_what_is_downloaded_of_an_adapter(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **how: asked.update(how) or "/nowhere")
+    hub.adapter("someone/tiny-letters")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"):
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in asked["allow_patterns"]), name
+    for name in ("adapter_model.bin", "optimizer.pt", "training_args.bin"):
+        assert not any(fnmatch.fnmatch(name, pattern) for pattern in asked["allow_patterns"]), name
 
 
 # ── the command line ────────────────────────────────────────────────────────────────────────────────────────────────

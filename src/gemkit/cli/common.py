@@ -58,7 +58,7 @@ def add_model(parser: argparse.ArgumentParser, *, runs: bool = True, images: boo
             action="append",
             default=[],
             metavar="DIR",
-            help="a LoRA in PEFT's layout beside the model (repeatable); -m DIR opens one with its base",
+            help="a LoRA in PEFT's layout beside the model, a folder or hub id (repeatable); -m opens it with its base",
         )
 
 

@@ -23,7 +23,11 @@ def add(subparsers: Any) -> None:
         help="a member, hub id, folder, .gguf or .ckpt, or an adapter's folder (default: the starter model)",
     )
     parser.add_argument(
-        "--adapter", action="append", default=[], metavar="DIR", help="a LoRA in PEFT's layout (repeatable)"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a LoRA in PEFT's layout, a folder or hub id (repeatable)",
     )
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="a new folder; gemkit -m opens it")
     parser.add_argument(

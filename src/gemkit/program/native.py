@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gemkit.program.chunks import Chunk
 
 LIBRARY = "libgemkit_native.so"
+_ISAS = ("avx512", "avx2", "portable")
 _ABI = 1
 _DONE, _STOPPED, _NO_MEMORY, _TOO_LARGE = range(4)
 
@@ -75,6 +76,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
     for name, result, arguments in (
         ("gk_error", ctypes.c_char_p, []),
         ("gk_isa", ctypes.c_char_p, []),
+        ("gk_has_isa", i32, [ctypes.c_char_p]),
         ("gk_packed_bytes", ctypes.c_size_t, [i32, i64, i64]),
         ("gk_pack", i32, [i32, i64, i64, pointer, pointer, i64, i64]),
         ("gk_make_sketch", i32, [i32, pointer, i64, i64, pointer, pointer, i64, i64]),
@@ -97,12 +99,19 @@ def _declare(loaded: ctypes.CDLL) -> None:
 
 
 def available() -> tuple[bool, str]:
-    """Whether the native executor can run here, and which kernels it uses or why not."""
+    """Whether the native executor can run here, and which kernels it uses or why not.
+
+    Raises:
+        ConfigError: if GEMKIT_ISA asks for kernels that this machine or build does not have.
+    """
     try:
         isa = library().gk_isa()
     except ModelError as error:
         return False, str(error)
-    return (True, isa.decode()) if isa else (False, library().gk_error().decode())
+    if not isa:
+        here = [name for name in _ISAS if library().gk_has_isa(name.encode())]
+        raise ConfigError(f"GEMKIT_ISA={os.environ.get('GEMKIT_ISA')!r}: the kernels here are {', '.join(here)}")
+    return True, isa.decode()
 
 
 def threads() -> int:

@@ -38,6 +38,7 @@ from gemkit.nn.weighted import Adaptable, Embedding, Head, Linear
 from gemkit.ops import Quantized
 from gemkit.text.prompts import CHAT_TEMPLATE
 from gemkit.weights import adapters as files
+from gemkit.weights import hub
 from gemkit.weights.card import card
 from gemkit.weights.load import put_score
 from gemkit.weights.maps import NameMap, name_map
@@ -469,7 +470,7 @@ def attach(
 
 
 def _free_name(module: Model, folder: Path) -> str:
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.expanduser().resolve().name).strip("-")[:50] or "adapter"
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", hub.named(folder)).strip("-")[:50] or "adapter"
     if hasattr(ModuleDict, stem):
         stem += "-adapter"
     taken, name, number = names(module), stem, 1

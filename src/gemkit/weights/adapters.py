@@ -109,8 +109,7 @@ def read(
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        hint = "" if folder.exists() else ": an adapter on the hub is downloaded first, with `hf download`"
-        raise WeightsError(f"{folder} is no folder{hint}")
+        raise WeightsError(f"{folder} is no folder, and no id of an adapter on the hub (owner/name)")
     settings = _Settings.read(folder)
     path = folder / MODEL
     if not path.is_file():

