@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check sanitize docs oracles parity-full bench clean
+.PHONY: demo test check sanitize sanitize-threads docs oracles parity-full bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -21,9 +21,12 @@ check: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# The native library under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The native library under AddressSanitizer and UndefinedBehaviorSanitizer; by hand, under ThreadSanitizer.
 sanitize: .venv/dev
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/sanitize.py memory
+
+sanitize-threads: .venv/dev
+	$(BIN)/python tests/sanitize.py threads
 
 docs: .venv/dev
 	$(BIN)/python docs/make_tables.py

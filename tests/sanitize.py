@@ -1,11 +1,12 @@
-"""The native executor under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
+"""The native executor under sanitizers: `make sanitize`, `make sanitize-threads`.
 
-    python tests/sanitize.py             builds the library with both, and runs every part below with it
-    python tests/sanitize.py FOLDER      (what it starts) runs models that were packed into FOLDER, without torch
+    python tests/sanitize.py memory     builds the library with AddressSanitizer and UndefinedBehaviorSanitizer
+    python tests/sanitize.py threads    or with ThreadSanitizer, and runs every part below with it
+    python tests/sanitize.py KIND DIR   (what these start) runs models that were packed into DIR
 
 Models of every member at test size, dense and quantized, are packed by the ordinary library. A process with the
-sanitizers in front then runs them: prompts in chunks, batches, windows, prefixes, drafts taken back, forks, screened
-heads, damaged programs. Anything that a sanitizer finds ends it.
+sanitizers in front then runs them, without torch: prompts in chunks, batches, windows, prefixes, drafts taken back,
+forks, screened heads, damaged programs. Anything that a sanitizer finds ends it.
 """
 
 from __future__ import annotations
@@ -15,36 +16,62 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+
+
+@dataclass(frozen=True)
+class Sanitizers:
+    flags: str
+    library: str  # to be loaded before everything else
+    environment: dict[str, str]
+    isas: tuple[str, ...]
+    start: tuple[str, ...] = ()  # what the process is started by
+
+
+KINDS = {
+    "memory": Sanitizers(
+        "-fsanitize=address,undefined -fno-sanitize-recover=all",
+        "libasan.so",
+        {"ASAN_OPTIONS": "detect_leaks=0"},  # Python itself leaves memory behind
+        ("portable", "avx2", "avx512"),
+    ),
+    "threads": Sanitizers(
+        "-fsanitize=thread",
+        "libtsan.so",
+        {"TSAN_OPTIONS": "halt_on_error=1", "GEMKIT_THREADS": "3"},
+        ("avx2", "avx512"),  # the same threads as with portable kernels, which would take an hour
+        ("setarch", "-R"),  # its shadow memory has fixed places, which random ones of the kernel's get in the way of
+    ),
+}
 
 
 def main() -> int:
-    if len(sys.argv) > 1:
-        run_all(Path(sys.argv[1]))
+    kind, *folder = sys.argv[1:]
+    if folder:
+        run_all(Path(folder[0]), kind)
         return 0
+    sanitizers = KINDS[kind]
     with tempfile.TemporaryDirectory() as work:
         build, models = Path(work) / "build", Path(work) / "models"
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release"]
-        subprocess.run([*configure, f"-DCMAKE_CXX_FLAGS={FLAGS}", "-DGK_OPTIMISE=-O1"], check=True)
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", "-DGK_OPTIMISE=-O1"]
+        flags = f"-DCMAKE_CXX_FLAGS={sanitizers.flags} -fno-omit-frame-pointer -g1"
+        subprocess.run([*configure, flags], check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", "2"], check=True)
         models.mkdir()
         pack_all(models)
         (library,) = build.rglob("libgemkit_native.so")
-        asan = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-        env = {
-            **os.environ,
-            "LD_PRELOAD": asan.stdout.strip(),
-            "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaves memory behind
-            "GEMKIT_NATIVE": str(library),
-        }
-        for isa in ("portable", "avx2", "avx512"):
-            done = subprocess.run([sys.executable, __file__, str(models)], env={**env, "GEMKIT_ISA": isa})
-            print(f"{isa}: " + ("clean, or not on this machine" if done.returncode == 0 else "FAILED"))
+        asked = ["c++", f"-print-file-name={sanitizers.library}"]
+        before = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        env = {**os.environ, **sanitizers.environment, "LD_PRELOAD": before, "GEMKIT_NATIVE": str(library)}
+        for isa in sanitizers.isas:
+            command = [*sanitizers.start, sys.executable, __file__, kind, str(models)]
+            done = subprocess.run(command, env={**env, "GEMKIT_ISA": isa})
+            print(f"{isa}: " + ("clean, or not on this machine" if done.returncode == 0 else "FAILED"), flush=True)
             if done.returncode:
                 return 1
     return 0
@@ -64,13 +91,17 @@ def pack_all(folder: Path) -> None:
         (folder / f"{name}.txt").write_text(repr(module.config))
 
 
-def run_all(folder: Path) -> None:
+def run_all(folder: Path, kind: str) -> None:
     """What a process with the sanitizers does. It must not import torch, which they take too long for."""
     from gemkit import family
+    from gemkit.errors import ConfigError
     from gemkit.program import native
     from gemkit.program.pack import Pack
 
-    able, why = native.available()
+    try:
+        able, why = native.available()
+    except ConfigError as error:
+        able, why = False, str(error)
     if not able:
         print(why)
         return
@@ -79,8 +110,9 @@ def run_all(folder: Path) -> None:
     paths = sorted(folder.glob("*.gkpack"))
     for path in paths if why != "portable" else [folder / f"{name}.gkpack" for name in names]:
         decoder = eval(path.with_suffix(".txt").read_text(), vars(family))  # our own words, of a moment ago
-        exercise(native.Native(decoder, Pack(path)), 4 if why == "portable" else 1)
-        damage(decoder, path)
+        exercise(native.Native(decoder, Pack(path)), 1 if kind == "memory" and why != "portable" else 4)
+        if kind == "memory":
+            damage(decoder, path)
     assert "torch" not in sys.modules
 
 
