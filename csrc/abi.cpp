@@ -9,6 +9,7 @@
 
 #include "executor.h"
 #include "kernels/dispatch.h"
+#include "weights.h"
 
 extern "C" {
 __attribute__((weak)) void *PyEval_SaveThread(void);
@@ -68,6 +69,21 @@ GK_API double gk_read_limit(int32_t threads) {
         best = std::max(best, FLOATS * sizeof(float) / seconds.count());
     }
     return best;
+}
+
+// A whole quantized weight in float32, (rows, cols), from its planes. 0 where its kind has no such shape, or there are no
+// kernels. Called without the GIL.
+GK_API int32_t gk_dense(int32_t threads, int32_t kind, const gk::Planes *planes, int64_t rows, int64_t cols, float *out) {
+    const gk::Kernels *kernels = gk::best_kernels();
+    if (!kernels || !gk::packed_bytes((gk::Kind)kind, rows, cols) || !gk::quantized((gk::Kind)kind)) return 0;
+    constexpr int64_t PIECE = 1 << 16;  // floats of one item of work
+    const int64_t step = std::max<int64_t>(1, PIECE / cols);
+    gk::Pool &pool = gk::pool(threads);
+    const std::lock_guard<std::mutex> turn(pool.turn);
+    pool.each((rows + step - 1) / step, [&](int64_t i, int) {
+        kernels->dense((gk::Kind)kind, *planes, i * step, std::min(rows, (i + 1) * step), cols, out);
+    });
+    return 1;
 }
 
 GK_API void gk_executor_free(gk::Executor *executor) { delete executor; }

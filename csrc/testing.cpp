@@ -40,6 +40,13 @@ GK_EXPORT int gk_test_row(const char *isa, int32_t kind, const uint8_t *packed, 
     return k != nullptr;
 }
 
+GK_EXPORT int gk_test_dense(const char *isa, int32_t kind, const gk::Planes *planes, int64_t row0, int64_t row1, int64_t cols,
+                            float *out) {
+    const gk::Kernels *k = gk::kernels_named(isa);
+    if (k) k->dense((gk::Kind)kind, *planes, row0, row1, cols, out);
+    return k != nullptr;
+}
+
 // Make an empty slot remember `length` tokens that nobody has computed: small random keys, values and states, for
 // measurements at a depth that would take long to reach. False where memory ran out.
 GK_EXPORT int gk_test_fill(gk::State *state, int64_t slot, int64_t length, int32_t layers) {

@@ -14,6 +14,7 @@ if "GEMKIT_CACHE" not in os.environ:  # packed models of tests are nobody's
     atexit.register(shutil.rmtree, os.environ["GEMKIT_CACHE"], ignore_errors=True)
 
 import hypothesis
+import pytest
 
 hypothesis.settings.register_profile(
     "gemkit",
@@ -23,3 +24,11 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gemkit"))
+
+
+@pytest.fixture(params=["definition", "library"])
+def made_dense(request, monkeypatch):
+    """Both ways in which quantized weights are made dense: by the definition in torch, and by the native library."""
+    from gemkit.program import planes
+
+    monkeypatch.setattr("gemkit.ops.quantized._otherwise", planes.dense if request.param == "library" else None)

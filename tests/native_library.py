@@ -30,6 +30,7 @@ def library() -> ctypes.CDLL:
     lib.gk_isa.restype = s
     lib.gk_test_quantize.argtypes = (s, p, n, n, n, n, p)
     lib.gk_test_linear.argtypes = (s, i, p, n, n, p, p, n, p, n, n, n)
+    lib.gk_test_dense.argtypes = (s, i, ctypes.POINTER(Planes), n, n, n, p)
     lib.gk_test_row.argtypes = (s, i, p, n, n, n, p)
     return lib
 
@@ -107,3 +108,16 @@ def row(isa: str, kind: str, packed: np.ndarray, rows: int, cols: int, index: in
     )
     assert out[cols] == 77
     return out[:cols]
+
+
+def dense(
+    isa: str, kind: str, arrays: dict[str, np.ndarray], rows: int, cols: int, cuts=(), offset: int = 0
+) -> np.ndarray:
+    """(rows, cols) of the planes, in the ranges of rows that `cuts` makes."""
+    out = aligned((rows * cols + 1) * 4, offset).view(np.float32)
+    out[:] = 77
+    for row0, row1 in zip((0, *cuts), (*cuts, rows), strict=True):
+        given = isa.encode(), KINDS.index(kind), planes_of(arrays), row0, row1, cols, out.ctypes.data
+        assert library().gk_test_dense(*given)
+    assert out[-1] == 77
+    return out[:-1].reshape(rows, cols)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "dense.h"
 #include "elementwise.h"
 #include "linear.h"
 #include "recurrence.h"
@@ -16,6 +17,7 @@ inline Kernels kernels(const char *name) {
     k.quantize = quantize;
     k.linear = any_linear;
     k.row = any_row;
+    k.dense = dense;
     k.sketch = sketch;
     k.rms_norm = rms_norm;
     k.rope = rope;

@@ -56,6 +56,9 @@ inline F16 from_half(const uint16_t *p) { return {_mm512_cvtph_ps(_mm256_loadu_s
 inline void to_half(uint16_t *p, F16 a) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+inline F16 from_bytes(const int8_t *p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)))};
+}
 inline F16 from_bf16(const uint16_t *p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
@@ -88,6 +91,10 @@ inline F16 from_half(const uint16_t *p) {
 inline void to_half(uint16_t *p, F16 a) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     _mm_storeu_si128((__m128i *)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline F16 from_bytes(const int8_t *p) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i *)p);
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)), _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 inline F16 from_bf16(const uint16_t *p) {
     const __m256i lo = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
@@ -167,6 +174,11 @@ inline F16 from_half(const uint16_t *p) {
 }
 inline void to_half(uint16_t *p, F16 a) {
     for (int i = 0; i < LANES; i++) p[i] = float_to_half(a.v[i]);
+}
+inline F16 from_bytes(const int8_t *p) {
+    F16 r;
+    for (int i = 0; i < LANES; i++) r.v[i] = (float)p[i];
+    return r;
 }
 inline F16 from_bf16(const uint16_t *p) {
     F16 r;

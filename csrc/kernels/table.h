@@ -62,6 +62,8 @@ struct Partial {
     float *sum;  // (tokens * group, head_dim): sum of exp(score - most) * value
 };
 
+struct Planes;  // of a weight as files have it, before it is laid out for the kernels (weights.h)
+
 struct Kernels {
     const char *name;  // "avx512", "avx2", "portable"
 
@@ -70,6 +72,9 @@ struct Kernels {
     // y[t * stride + r] = sum_c w[r, c] * x[t, c] for the rows of tiles tile0 .. tile1 (rows beyond w.rows are not written)
     void (*linear)(const Weight &w, int64_t tile0, int64_t tile1, const Activations &a, float *y, int64_t stride);
     void (*row)(const Weight &w, int64_t row, float *out);  // one row, exactly the numbers that its kind defines
+
+    // dense.h: rows row0 .. row1 of a quantized weight in float32, at their places in out (rows, cols)
+    void (*dense)(Kind kind, const Planes &planes, int64_t row0, int64_t row1, int64_t cols, float *out);
 
     // sketch.h
     void (*sketch)(const uint8_t *data, int64_t tile0, int64_t tile1, int64_t cols, const int8_t *q, int32_t sum, float step,

@@ -39,14 +39,14 @@ def random_blocks(name, rows, columns, seed):
 
 
 @EVERY_KIND
-def test_random_blocks(name):
+def test_random_blocks(name, made_dense):
     blocks = random_blocks(name, 50, 768, seed=1)  # every scale: tiny, huge, negative, infinite, NaN
     assert_same_bits(ours(name, blocks, 768).dequantize(), theirs(name, blocks))
 
 
 @EVERY_KIND
 @pytest.mark.parametrize("fill", [0x00, 0xFF, 0x80, 0x7F, 0x01])
-def test_blocks_of_one_byte(name, fill):
+def test_blocks_of_one_byte(name, fill, made_dense):
     blocks = np.full_like(random_blocks(name, 2, 512, seed=0), fill)
     assert_same_bits(ours(name, blocks, 512).dequantize(), theirs(name, blocks))
 
@@ -64,7 +64,7 @@ def test_a_slice_packs_to_its_rows(name):
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])  # what the package can quantize
-def test_quantized_by_the_package(name):
+def test_quantized_by_the_package(name, made_dense):
     values = np.random.default_rng(4).standard_normal((16, 640)).astype(np.float32)
     blocks = gguf.quantize(values, gguf.GGMLQuantizationType[name])
     weight = ours(name, blocks, 640)

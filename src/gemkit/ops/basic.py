@@ -74,18 +74,20 @@ def _by_pieces(x_TI: Tensor, weight_OI: Quantized) -> Tensor:
     # one result for all pieces: small ones kept between the large temporary ones stopped malloc from using the room of
     # these again, and a head of 168 million weights grew by 670 MB
     y_TO = x32_TI.new_empty(x_TI.shape[0], weight_OI.shape[0])
-    for rows, piece in _pieces(weight_OI):
-        torch.mm(x32_TI, piece.dequantize().T, out=y_TO[:, rows])
+    for rows, piece_RI in _pieces(weight_OI):
+        torch.mm(x32_TI, piece_RI.T, out=y_TO[:, rows])
     return y_TO.to(x_TI.dtype)
 
 
-def _pieces(weight_OI: Quantized) -> Iterator[tuple[slice, Quantized]]:
-    """A few rows at a time, still quantized, and which they are."""
+def _pieces(weight_OI: Quantized) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows at a time, dense in float32, and which they are. The next takes the memory of the last."""
     rows, columns = weight_OI.shape
-    step = max(1, _DENSE_ELEMENTS // columns)
+    step = min(rows, max(1, _DENSE_ELEMENTS // columns))
+    room_RI = torch.empty(step, columns, dtype=torch.float32, device=weight_OI.device)
     for start in range(0, rows, step):
         length = min(step, rows - start)
-        yield slice(start, start + length), weight_OI.narrow_rows(start, length)
+        piece_RI = weight_OI.narrow_rows(start, length).dequantize(out=room_RI[:length])
+        yield slice(start, start + length), piece_RI
 
 
 class _QuantizedLinear(torch.autograd.Function):
@@ -102,8 +104,8 @@ class _QuantizedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_TO: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # of one result
         grad32_TO = grad_TO.float()
         grad_TI = grad32_TO.new_zeros(grad_TO.shape[0], ctx.weight_OI.shape[1])
-        for rows, piece in _pieces(ctx.weight_OI):
-            grad_TI.addmm_(grad32_TO[:, rows], piece.dequantize())
+        for rows, piece_RI in _pieces(ctx.weight_OI):
+            grad_TI.addmm_(grad32_TO[:, rows], piece_RI)
         return grad_TI.to(grad_TO.dtype), None
 
 

@@ -17,7 +17,7 @@ Planes are 2-D, row by row, so a slice of a weight's rows is a slice of each pla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -133,19 +133,26 @@ class Quantized:
         picked = Quantized(self.kind, planes, (flat.numel(), self.shape[1]))
         return picked.dequantize(dtype).view(*index.shape, self.shape[1])
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The whole weight made dense: computed in float32, exactly as the block type is published, then rounded."""
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """The whole weight made dense: computed in float32, exactly as the block type is published, then rounded.
+
+        Args:
+            out: where to write it, of this shape and dtype; None takes new memory.
+        """
         rows, columns = self.shape
+        dense = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
+        if _otherwise is not None and self.device.type == "cpu" and not torch.compiler.is_compiling():
+            dense32 = dense if dense.dtype == torch.float32 else torch.empty(self.shape, dtype=torch.float32)
+            if _otherwise(self, dense32):
+                return dense if dense32 is dense else dense.copy_(dense32)
         step = max(1, _CHUNK // max(1, columns))
-        if rows <= step:
-            return self._dense().to(dtype)
-        dense = torch.empty(self.shape, dtype=dtype, device=self.device)
         for start in range(0, rows, step):
             length = min(step, rows - start)
-            dense[start : start + length] = self.narrow_rows(start, length)._dense()
+            dense[start : start + length] = self.narrow_rows(start, length)._defined()
         return dense
 
-    def _dense(self) -> Tensor:
+    def _defined(self) -> Tensor:
+        """The definition, in float32."""
         kind = self.kind
         codes = unpack_codes(self.planes["codes"], kind.bits[0])
         if "high" in self.planes:
@@ -166,6 +173,17 @@ class Quantized:
             small = small.unflatten(-1, (-1, self.kind.superblock // self.kind.group))
             small = (self.planes["super_" + name].to(torch.float32)[..., None] * small).flatten(-2)
         return small[..., None]
+
+
+# What fills an array on a CPU to the same bits sooner, or says that it cannot.
+_otherwise: Callable[[Quantized, Tensor], bool] | None = None
+
+
+def make_dense_by(way: Callable[[Quantized, Tensor], bool] | None) -> None:
+    """Make weights dense by other means from now on: the native library's, which stands above this room
+    (`program.planes`). None: by the definition alone."""
+    global _otherwise
+    _otherwise = way
 
 
 def unpack_codes(plane: Tensor, bits: int) -> Tensor:

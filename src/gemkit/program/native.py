@@ -78,6 +78,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         ("gk_isa", ctypes.c_char_p, []),
         ("gk_has_isa", i32, [ctypes.c_char_p]),
         ("gk_packed_bytes", ctypes.c_size_t, [i32, i64, i64]),
+        ("gk_dense", i32, [i32, i32, pointer, i64, i64, pointer]),
         ("gk_pack", i32, [i32, i64, i64, pointer, pointer, i64, i64]),
         ("gk_make_sketch", i32, [i32, pointer, i64, i64, pointer, pointer, i64, i64]),
         ("gk_executor_new", pointer, [pointer, i64] * 4),

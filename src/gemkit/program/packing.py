@@ -22,14 +22,8 @@ from gemkit.program.ir import Weight
 from gemkit.program.lower import Frequencies, Plain, Signs, Sketch, lower, packed_weights, plain_name, plain_weights
 from gemkit.program.native import library, threads
 from gemkit.program.pack import KINDS, PLAIN, Entry, Pack, Writer
+from gemkit.program.planes import Planes
 from gemkit.program.trace import trace
-
-PLANES = ("codes", "high", "scales", "mins", "super_scales", "super_mins")
-_DENSE = (torch.float32, torch.bfloat16)  # as `csrc/weights.h` numbers them
-
-
-class _Planes(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in (*PLANES, "dense")), ("dense_type", ctypes.c_int32)]
 
 
 def pack(
@@ -111,9 +105,7 @@ def _kind(weight: Weight) -> int:
 def _pack_one(weight: Weight, value: Any, room: np.ndarray, each: Callable[..., Any]) -> None:
     planes = value.planes if isinstance(value, ops.Quantized) else {"dense": value.detach()}
     held = {name: plane.cpu().contiguous() for name, plane in planes.items()}
-    given = _Planes(**{name: plane.data_ptr() for name, plane in held.items()})
-    if "dense" in held:
-        given.dense_type = _DENSE.index(held["dense"].dtype)
+    given = Planes.of(held)
     rows, cols = weight.shape
     step = max(16, (1 << 22) // cols // 16 * 16)  # whole tiles, some megabytes of them
 

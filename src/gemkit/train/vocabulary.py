@@ -150,11 +150,16 @@ class _InPlace:
         self.buffer_CV = torch.empty(rows, vocab, device=table_VD.device, dtype=_dtype(table_VD))
         step = _BLOCK if table_VD.device.type == "cpu" else vocab
         self.blocks = [slice(v, min(v + step, vocab)) for v in range(0, vocab, step)]
+        self.room_BD: Tensor | None = None  # for a block of a quantized table, made dense
+        if isinstance(table_VD, Quantized):
+            self.room_BD = torch.empty(step, table_VD.shape[1], dtype=torch.float32, device=table_VD.device)
         self.gradients = [torch.zeros_like(weight, dtype=wide(weight[:0]).dtype) for weight in weights]
 
     def _dense(self, block: slice) -> Tensor:
         if isinstance(self.table_VD, Quantized):
-            return self.table_VD.narrow_rows(block.start, block.stop - block.start).dequantize()
+            rows = block.stop - block.start
+            assert self.room_BD is not None
+            return self.table_VD.narrow_rows(block.start, rows).dequantize(out=self.room_BD[:rows])
         return self.table_VD[block]
 
     def read(self, x_CD: Tensor, gradient: bool) -> None:

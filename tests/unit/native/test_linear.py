@@ -57,7 +57,7 @@ class Sample:
                     array[:] = rng.integers(info.min, info.max + 1, array.shape)
             self.weight = weight
             self.planes = {name: plane.numpy() for name, plane in weight.planes.items()}
-            self.floats = weight.dequantize().numpy()
+            self.floats = weight._defined().numpy()
         packed = native.pack(kind, rows, cols, self.planes, self.dense_type)
         assert packed is not None
         self.packed = packed
@@ -104,6 +104,15 @@ def test_packing_loses_nothing(kind):
             if rows > 32:  # filled in ranges, as threads do: the same bytes
                 cut = native.pack(kind, rows, cols, sample.planes, sample.dense_type, cuts=(16, 64))
                 assert np.array_equal(cut, sample.packed)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_planes_are_made_dense_to_the_bit(kind, isa):
+    for rows, cols in [(1, columns_of(kind)[0]), *((19, cols) for cols in columns_of(kind))]:
+        sample = Sample(kind, rows, cols)
+        for cuts, offset in [((), 0), ((1,) if rows > 1 else (), 4)]:
+            found = native.dense(isa, kind, sample.planes, rows, cols, cuts, offset)
+            assert np.array_equal(found.view(np.uint32), sample.floats.view(np.uint32)), (rows, cols)
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)

@@ -8,6 +8,7 @@ from gemkit import ops
 from gemkit.errors import WeightsError
 from gemkit.ops.quantized import _CHUNK, KINDS, Quantized
 
+pytestmark = pytest.mark.usefixtures("made_dense")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
@@ -77,6 +78,19 @@ def test_a_weight_larger_than_a_chunk_is_dequantized_whole():
     whole = weight.dequantize(torch.bfloat16)
     for row in (0, _CHUNK // columns - 1, _CHUNK // columns, rows - 1):  # both sides of the seam, and the odd end
         assert torch.equal(whole[row], weight.rows(torch.tensor(row)).bfloat16())
+
+
+def test_it_is_written_where_it_is_wanted():
+    weight = random_weight(KINDS["Q6_K"], 5, 512)
+    for out in (torch.empty(7, 512)[:5], torch.empty(5, 1024)[:, :512], torch.empty(5, 512, dtype=torch.bfloat16)):
+        assert weight.dequantize(out.dtype, out=out) is out
+        assert torch.equal(out, weight.dequantize(out.dtype))
+
+
+def test_planes_that_do_not_lie_row_by_row():
+    weight = random_weight(KINDS["Q4_1"], 6, 64)
+    apart = {name: torch.cat([plane, plane], 1)[:, : plane.shape[1]] for name, plane in weight.planes.items()}
+    assert torch.equal(Quantized(weight.kind, apart, weight.shape).dequantize(), weight.dequantize())
 
 
 def test_to_moves_every_plane():

@@ -493,7 +493,7 @@ def test_another_models_adapter_is_refused(folder):
 
 
 def test_files_that_are_not_there(folder, tmp_path):
-    with pytest.raises(WeightsError, match="none is no folder: an adapter on the hub is downloaded first"):
+    with pytest.raises(WeightsError, match="none is no folder, and no id of an adapter on the hub"):
         lora.attach(model(), tmp_path / "none")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(WeightsError, match=r"only adapter_model\.bin, a pickle, which is never opened"):
