@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gemkit import ops
+from gemkit.ops.quantized import Quantized, make_dense_by
 from gemkit.program.native import available, library
 from gemkit.program.pack import KINDS
 
@@ -30,7 +30,7 @@ class Planes(ctypes.Structure):
         return given
 
 
-def dense(weight: ops.Quantized, out: Tensor) -> bool:
+def dense(weight: Quantized, out: Tensor) -> bool:
     """Fill a float32 array of a weight's shape with its values, to the bits of their definition; False: the library
     cannot."""
     if not (out.is_contiguous() and all(plane.is_contiguous() for plane in weight.planes.values())):
@@ -42,4 +42,4 @@ def dense(weight: ops.Quantized, out: Tensor) -> bool:
 def use() -> None:
     """Have weights on a CPU made dense by the library from now on, where there is one."""
     if available()[0]:
-        ops.quantized.make_dense_by(dense)
+        make_dense_by(dense)
