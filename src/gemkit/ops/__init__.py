@@ -9,12 +9,6 @@ Numerics, for every op: activations in the run dtype; norms, rotary embedding, s
 float32.
 """
 
-import os
-
-# Large arrays on huge pages, where the kernel gives them to who asks: torch reads this when it first allocates one.
-# A step of LoRA of the 270M has 600 page faults instead of 75,000, and takes 6.5 s instead of 7.2 (two busy CPU cores).
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 from gemkit.ops.attention import Memory, attention, attention_kernel
 from gemkit.ops.basic import (
     add,

@@ -141,15 +141,24 @@ class Quantized:
         """
         rows, columns = self.shape
         dense = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
-        if _otherwise is not None and self.device.type == "cpu" and not torch.compiler.is_compiling():
-            dense32 = dense if dense.dtype == torch.float32 else torch.empty(self.shape, dtype=torch.float32)
-            if _otherwise(self, dense32):
-                return dense if dense32 is dense else dense.copy_(dense32)
+        if dense.dtype == torch.float32 and self._filled(dense):
+            return dense
         step = max(1, _CHUNK // max(1, columns))
         for start in range(0, rows, step):
             length = min(step, rows - start)
-            dense[start : start + length] = self.narrow_rows(start, length)._defined()
+            piece = self.narrow_rows(start, length)
+            room = torch.empty(piece.shape, dtype=torch.float32, device=self.device)
+            dense[start : start + length] = room if piece._filled(room) else piece._defined()
         return dense
+
+    def _filled(self, out: Tensor) -> bool:
+        """Whether somebody has filled an array with the values who does it sooner."""
+        return (
+            _otherwise is not None
+            and self.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and _otherwise(self, out)
+        )
 
     def _defined(self) -> Tensor:
         """The definition, in float32."""
