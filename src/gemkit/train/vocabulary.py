@@ -194,8 +194,8 @@ class _InPlace:
 
 
 def _large(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An array for a moment, on huge pages where the kernel gives them to who asks: in small ones the logits of 256 rows
-    are 65,000 page faults."""
+    """An array for a moment, on huge pages where the kernel gives them to who asks: 65,000 small ones are as many page
+    faults."""
     count = rows * columns
     if device.type != "cpu" or not count or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(rows, columns, dtype=dtype, device=device)
