@@ -39,7 +39,7 @@ bool keep_on() {
 
 }  // namespace
 
-GK_API int32_t gk_version() { return 1; }
+GK_API int32_t gk_version() { return 2; }
 
 // Why the last call of this thread failed.
 GK_API const char *gk_error() { return message.c_str(); }

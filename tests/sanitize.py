@@ -51,7 +51,7 @@ KINDS = {
 
 
 def main() -> int:
-    kind, *folder = sys.argv[1:]
+    kind, *folder = sys.argv[1:] or ["memory"]
     if folder:
         run_all(Path(folder[0]), kind)
         return 0

@@ -113,8 +113,10 @@ def load(
         only_torch = _only_torch(device, dtype, quantized or weights is not None)
         if executor == "native" and only_torch:
             raise ConfigError(f"executor='native' cannot do {only_torch}: use executor='torch'")
-        able, why = (True, "") if executor == "native" or only_torch else native.available()
-        if executor == "native" or (executor == "auto" and not only_torch and able):
+        able, why = executor == "native", ""
+        if executor == "auto" and not only_torch:
+            able, why = native.available()
+        if able:
             from gemkit.weights.packed import load_native
 
             runner, report = load_native(checkpoint, how, progress=progress)
@@ -124,7 +126,7 @@ def load(
 
         _check_device(device)
         module, report = load_module(checkpoint, dtype=dtype, device=device, **how, progress=progress)
-        if executor == "auto" and not able:
+        if why:
             report.notes.append(f"torch computes it: {why}")
         return _with_adapters(Gemma(checkpoint, Eager(module), report, how), adapters)
 

@@ -80,14 +80,7 @@ def _by_pieces(x_TI: Tensor, weight_OI: Quantized) -> Tensor:
 
 
 def _pieces(weight_OI: Quantized) -> Iterator[tuple[slice, Tensor]]:
-    """A few rows at a time, dense in float32, and which they are. The next takes the memory of the last."""
-    rows, columns = weight_OI.shape
-    step = min(rows, max(1, _DENSE_ELEMENTS // columns))
-    room_RI = torch.empty(step, columns, dtype=torch.float32, device=weight_OI.device)
-    for start in range(0, rows, step):
-        length = min(step, rows - start)
-        piece_RI = weight_OI.narrow_rows(start, length).dequantize(out=room_RI[:length])
-        yield slice(start, start + length), piece_RI
+    return weight_OI.pieces(max(1, _DENSE_ELEMENTS // weight_OI.shape[1]))
 
 
 class _QuantizedLinear(torch.autograd.Function):

@@ -17,7 +17,7 @@ Planes are 2-D, row by row, so a slice of a weight's rows is a slice of each pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -150,6 +150,14 @@ class Quantized:
             room = torch.empty(piece.shape, dtype=torch.float32, device=self.device)
             dense[start : start + length] = room if piece._filled(room) else piece._defined()
         return dense
+
+    def pieces(self, step: int) -> Iterator[tuple[slice, Tensor]]:
+        """`step` rows at a time, dense in float32, and which they are. The next takes the memory of the last."""
+        rows, columns = self.shape
+        room = torch.empty(min(step, rows), columns, dtype=torch.float32, device=self.device)
+        for start in range(0, rows, step):
+            length = min(step, rows - start)
+            yield slice(start, start + length), self.narrow_rows(start, length).dequantize(out=room[:length])
 
     def _filled(self, out: Tensor) -> bool:
         """Whether somebody has filled an array with the values who does it sooner."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LIBRARY = "libgemkit_native.so"
 _ISAS = ("avx512", "avx2", "portable")
-_ABI = 1
+_ABI = 2
 _DONE, _STOPPED, _NO_MEMORY, _TOO_LARGE = range(4)
 
 

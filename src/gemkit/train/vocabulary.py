@@ -150,24 +150,20 @@ class _InPlace:
         self.cap = cap
         vocab = table_VD.shape[0]
         self.buffer_CV = _large(rows, vocab, _dtype(table_VD), table_VD.device)
-        step = _BLOCK if table_VD.device.type == "cpu" else vocab
-        self.blocks = [slice(v, min(v + step, vocab)) for v in range(0, vocab, step)]
-        self.room_BD: Tensor | None = None  # for a block of a quantized table, made dense
-        if isinstance(table_VD, Quantized):
-            self.room_BD = torch.empty(step, table_VD.shape[1], dtype=torch.float32, device=table_VD.device)
+        self.step = _BLOCK if table_VD.device.type == "cpu" else vocab
         self.gradients = [torch.zeros_like(weight, dtype=wide(weight[:0]).dtype) for weight in weights]
 
-    def _dense(self, block: slice) -> Tensor:
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the table that are multiplied at once, dense, and which they are."""
         if isinstance(self.table_VD, Quantized):
-            rows = block.stop - block.start
-            assert self.room_BD is not None
-            return self.table_VD.narrow_rows(block.start, rows).dequantize(out=self.room_BD[:rows])
-        return self.table_VD[block]
+            return self.table_VD.pieces(self.step)
+        starts = range(0, len(self.table_VD), self.step)
+        return zip((slice(v, v + self.step) for v in starts), self.table_VD.split(self.step), strict=True)
 
     def read(self, x_CD: Tensor, gradient: bool) -> None:
         self.x_CD, self.z_CV = x_CD, self.buffer_CV[: len(x_CD)]
-        for block in self.blocks:
-            torch.mm(x_CD, self._dense(block).T, out=self.z_CV[:, block])
+        for block, rows_BD in self._blocks():
+            torch.mm(x_CD, rows_BD.T, out=self.z_CV[:, block])
 
     def logits(self, rows: slice) -> Tensor:
         z_CV = wide(self.z_CV[rows])
@@ -184,12 +180,12 @@ class _InPlace:
     def backward(self, grad_CD: Tensor) -> None:
         if isinstance(self.table_VD, Quantized):
             grad_CD.zero_()
-            for block in self.blocks:
-                grad_CD.addmm_(self.z_CV[:, block], self._dense(block))
+            for block, rows_BD in self._blocks():
+                grad_CD.addmm_(self.z_CV[:, block], rows_BD)
         else:
             torch.mm(self.z_CV, self.table_VD, out=grad_CD)
         for gradient_VD in self.gradients:  # of the table, if it is trained
-            for block in self.blocks:
+            for block, _ in self._blocks():
                 gradient_VD[block] += self.z_CV[:, block].T @ self.x_CD
 
 
