@@ -18,14 +18,14 @@ import numpy as np
 import torch
 
 from gemkit import family, nn
+from gemkit.executors.torch import TorchExecutor
 from gemkit.family import Recurrent, Sliding
 from gemkit.generate import Chunk
-from gemkit.program.eager import Eager
 
 STEP = 1024
 
 
-def geometry() -> family.Decoder:
+def geometry() -> family.DecoderConfig:
     """RecurrentGemma 2B's pattern and windows with narrower layers and a smaller vocabulary."""
     real = family.get("recurrentgemma-2b").decoder
     narrow = {"width": 512, "num_blocks": 8}
@@ -54,7 +54,7 @@ def main() -> None:
     window = next(layer.window for layer in config.layers if isinstance(layer, Sliding))
     print(f"{parameters / 1e6:.0f} million parameters, {len(config.layers)} layers, a window of {window:,}, float32")
 
-    executor = Eager(module)
+    executor = TorchExecutor(module)
     state, token = executor.new_state(1), 2
     points: list[tuple[int, int, int]] = []
     start = time.perf_counter()

@@ -219,7 +219,7 @@ class Pair:
         }
 
 
-def needs(decoder: family.Decoder, task: Task, weight_bytes: float) -> dict[str, float]:
+def needs(decoder: family.DecoderConfig, task: Task, weight_bytes: float) -> dict[str, float]:
     """Bytes read from memory and operations done, for each token that counts in the task's rate.
 
     Weights are read once a step, which several sequences, or all tokens of a prompt, share; keys and values are taken
@@ -506,7 +506,7 @@ RIVALS = ("llama.cpp", "ctranslate2")  # which live in an environment of their o
 
 
 @cache
-def _decoder(model: str) -> family.Decoder:
+def _decoder(model: str) -> family.DecoderConfig:
     if model == "2b-ctranslate2":
         return family.get("gemma-2-2b").decoder
     with find(MODELS[model]()) as checkpoint:

@@ -23,11 +23,11 @@ import numpy as np
 from worker import CACHE
 
 from gemkit import family
-from gemkit.family import Decoder, Sliding
+from gemkit.family import DecoderConfig, Sliding
 from gemkit.text import Tokenizer
 from gemkit.weights import configs, hub
 from gemkit.weights.checkpoint import find
-from gemkit.weights.entries import DENSE
+from gemkit.weights.formats.base import DENSE
 from gemkit.weights.maps import name_map
 
 SEED = 0
@@ -106,7 +106,7 @@ def type_of(name: str, shape: tuple[int, ...], layers: int, mix: Mix) -> Type:
     return Type.Q6_K if more and stem in ("attn_v", "ffn_down") else Type.Q4_K
 
 
-def write_gguf(path: Path, decoder: Decoder, mix: Mix, seed: int = SEED) -> None:
+def write_gguf(path: Path, decoder: DecoderConfig, mix: Mix, seed: int = SEED) -> None:
     """A Gemma 1 or 2 of random blocks, with the starter's vocabulary cut to `decoder.vocab_size` pieces.
 
     The member's widths must be multiples of 256 for Q4_K_M. One tensor is in memory at a time.
@@ -232,7 +232,7 @@ def _copy(writer: gguf.GGUFWriter, metadata: Mapping[str, Any], prefix: str = ""
 # ── Hugging Face folders ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def write_folder(path: Path, decoder: Decoder, seed: int = SEED) -> None:
+def write_folder(path: Path, decoder: DecoderConfig, seed: int = SEED) -> None:
     """Configuration, vocabulary and one safetensors file of random bfloat16 weights, with little in memory."""
     path.mkdir()
     settings = {**configs.to_hf(decoder), "dtype": "bfloat16"}

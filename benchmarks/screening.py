@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 import gemkit
+from gemkit.executors.native import screening
 from gemkit.generate import Chunk, Sampling
-from gemkit.generate.wanted import wanted
+from gemkit.generate.sampler import logits_filter
 from gemkit.nn import Batch
-from gemkit.program import sketch
 
 HERE = Path(__file__).parent
 TILES = 1024  # of the table at a time
@@ -51,7 +51,7 @@ def hidden_states(model: gemkit.Gemma, positions: int) -> tuple[np.ndarray, list
 
 
 def turned(x_PD: np.ndarray, signs_D: np.ndarray) -> np.ndarray:
-    """The rotation of a sketch."""
+    """The rotation of a screening."""
     columns = x_PD.shape[1]
     block = columns & -columns
     hadamard = np.ones((1, 1), np.float32)
@@ -73,7 +73,7 @@ def main() -> None:
     entries = {entry.name: entry for entry in native.pack.table}
     raw = native.pack.bytes_of(entries["sketch of embed_tokens.weight"])
     columns, rows = table.shape[1], table.shape[0]
-    tiles = raw.reshape(-1, sketch.tile_bytes(columns))
+    tiles = raw.reshape(-1, screening.tile_bytes(columns))
     turned_PD = turned(x_PD, native.pack.bytes_of(entries["signs"]).view(np.float32))
     step_P1 = np.abs(turned_PD).max(1, keepdims=True) / 127
     rounded_PD = np.rint(turned_PD / step_P1) * step_P1
@@ -124,7 +124,7 @@ def survivors(native, ids: list[list[int]], sampling: Sampling) -> dict[str, int
         state = native.new_state(1)
         native.run([Chunk(0, one[:4])], state)
         for i in range(4, min(len(one), 64)):
-            native.run([Chunk(0, [one[i]], wanted=wanted(sampling, one[: i + 1]))], state)
+            native.run([Chunk(0, [one[i]], filter=logits_filter(sampling, one[: i + 1]))], state)
             counts.append(int(native.computed[0]))
     full = sum(count == native.decoder.vocab_size for count in counts)
     ordered = sorted(counts)

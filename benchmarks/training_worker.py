@@ -70,7 +70,7 @@ class Ours(Trained):
         self.about = f"gemkit {gemkit.__version__}, torch {self._torch.__version__}"
 
     def _open(self, path: Path, rank: int, **settings: Any) -> None:
-        from gemkit.train import lora
+        from gemkit.adapters import lora
         from gemkit.train.experiment import Optimizer as Settings
         from gemkit.train.objectives.sft import Sft
         from gemkit.train.optimizer import Optimizer
@@ -93,7 +93,7 @@ class Ours(Trained):
         return [(name.replace(".adapters.default.", "."), weight) for name, weight in trained]
 
     def _step(self, ids: list[int], learned: int) -> tuple[float, float]:
-        from gemkit.train.rows import Example
+        from gemkit.train.batching import Example
 
         self._model.train()
         weights = np.zeros(len(ids), np.float32)

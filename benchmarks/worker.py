@@ -112,12 +112,12 @@ class Bare(Engine):
     def load(self, path: str, context: int, sequences: int = 1, **settings: Any) -> None:
         import gemkit
         from gemkit.generate import Chunk, Sampling
-        from gemkit.generate.wanted import wanted
+        from gemkit.generate.sampler import logits_filter
         from gemkit.weights import hub
 
         self._chunk = Chunk
         # random weights say nothing of which rows of the table can be left out: their head is read in full
-        self._wanted = wanted(Sampling(), ()) if Path(path) == hub.starter() else None
+        self._filter = logits_filter(Sampling(), ()) if Path(path) == hub.starter() else None
         options = {**self._options, **settings}
         model = gemkit.load(path, **options)
         self._executor = model.executor
@@ -147,7 +147,7 @@ class Bare(Engine):
         return self._tokens
 
     def _next_of(self, slot: int, ids: list[int]) -> Any:
-        return self._chunk(slot, ids, wanted=self._wanted)
+        return self._chunk(slot, ids, filter=self._filter)
 
 
 def fill(executor: Any, state: Any, tokens: int) -> None:
@@ -157,7 +157,7 @@ def fill(executor: Any, state: Any, tokens: int) -> None:
     the native library.
     """
     if executor.name == "native":
-        from gemkit.program.native import library
+        from gemkit.executors.native.library import library
 
         native = ctypes.CDLL(library(free=True)._name)
         native.gk_test_fill.argtypes = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32

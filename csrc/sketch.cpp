@@ -1,4 +1,4 @@
-// Makes the coarse copy of a table that rows are screened with: rotates, rounds to 2 bits (kernels/sketch.h, program/sketch.py).
+// Makes the coarse copy of a table that rows are screened with: rotates, rounds to 2 bits (kernels/sketch.h, executors/native/screening.py).
 #include "kernels/sketch.h"
 
 #include <algorithm>

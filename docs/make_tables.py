@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 from gemkit import cli
-from gemkit.family import Decoder, Member, Sliding, members
+from gemkit.family import DecoderConfig, Member, Sliding, members
 from gemkit.inspect import cost, units
 from gemkit.inspect.compare import pattern, ropes, scale
 
@@ -151,7 +151,7 @@ def _size(member: Member) -> str:
 
 def _architectures() -> list[Member]:
     """The first member of each decoder."""
-    first: dict[Decoder, Member] = {}
+    first: dict[DecoderConfig, Member] = {}
     for member in members():
         first.setdefault(member.decoder, member)
     return list(first.values())

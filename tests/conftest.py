@@ -29,6 +29,6 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gemkit"))
 @pytest.fixture(params=["definition", "library"])
 def made_dense(request, monkeypatch):
     """Both ways in which quantized weights are made dense: by the definition in torch, and by the native library."""
-    from gemkit.program import planes
+    from gemkit.executors.native import dequantize
 
-    monkeypatch.setattr("gemkit.ops.quantized._otherwise", planes.dense if request.param == "library" else None)
+    monkeypatch.setattr("gemkit.ops.quantized._otherwise", dequantize.dense if request.param == "library" else None)

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import killing
+from support import killing
 
 
 def main() -> int:

@@ -97,12 +97,12 @@ def their_logits(folder: Path, ids: list[int], shown: np.ndarray | None, out: Pa
 
 
 def our_logits(folder: Path, ids: list[int], shown: np.ndarray | None, out: Path) -> None:
+    from gemkit.executors.torch import TorchExecutor
     from gemkit.generate import Chunk
-    from gemkit.program.eager import Eager
     from gemkit.weights.load import load_module
 
     with find(folder) as checkpoint:
-        executor = Eager(load_module(checkpoint, dtype="float32")[0])
+        executor = TorchExecutor(load_module(checkpoint, dtype="float32")[0])
     state = executor.new_state(1)
     prompt, answer = ids[:-STEPS], ids[-STEPS:]
     seen = {} if shown is None else {"prefix": len(prompt), "images": [shown]}

@@ -79,10 +79,10 @@ def main() -> int:
 
 def pack_all(folder: Path) -> None:
     """Every member at test size, and one whose head is screened."""
-    from gemkit.program.packing import pack
+    from gemkit.executors.native.packer import pack
 
     sys.path.insert(0, str(Path(__file__).parent))
-    from unit.native.test_executor import MEMBERS, randomised
+    from unit.executors.native.test_executor import MEMBERS, randomised
 
     made = {name: randomised(name) for name in MEMBERS}
     made |= {f"{name}-q8_0": randomised(name, quantized=True) for name in ("gemma-2-2b", "gemma-3-1b")}
@@ -95,8 +95,9 @@ def run_all(folder: Path, kind: str) -> None:
     """What a process with the sanitizers does. It must not import torch, which they take too long for."""
     from gemkit import family
     from gemkit.errors import ConfigError
-    from gemkit.program import native
-    from gemkit.program.pack import Pack
+    from gemkit.executors.native import library as native
+    from gemkit.executors.native.executor import NativeExecutor
+    from gemkit.executors.native.packfile import Pack
 
     try:
         able, why = native.available()
@@ -110,7 +111,7 @@ def run_all(folder: Path, kind: str) -> None:
     paths = sorted(folder.glob("*.gkpack"))
     for path in paths if why != "portable" else [folder / f"{name}.gkpack" for name in names]:
         decoder = eval(path.with_suffix(".txt").read_text(), vars(family))  # our own words, of a moment ago
-        exercise(native.Native(decoder, Pack(path)), 1 if kind == "memory" and why != "portable" else 4)
+        exercise(NativeExecutor(decoder, Pack(path)), 1 if kind == "memory" and why != "portable" else 4)
         if kind == "memory":
             damage(decoder, path)
     assert "torch" not in sys.modules
@@ -119,8 +120,8 @@ def run_all(folder: Path, kind: str) -> None:
 def exercise(executor, less: int) -> None:
     """Everything that an executor and its state do, with so many times fewer tokens."""
     from gemkit.errors import StateError
-    from gemkit.generate import Chunk, Sampling
-    from gemkit.generate.wanted import wanted
+    from gemkit.generate import Chunk
+    from gemkit.generate.sampler import Sampling, logits_filter
 
     rng = np.random.default_rng(0)
     ids = rng.integers(0, executor.decoder.vocab_size, 400).tolist()
@@ -135,8 +136,8 @@ def exercise(executor, less: int) -> None:
     state.rollback(mark, keep=2)
     state.fork(0, 1)
     for token in ids[: 72 // less]:
-        executor.run([Chunk(0, [token], wanted=wanted(Sampling(), ids)), Chunk(1, [token])], state)
-        executor.run([Chunk(2, [token], wanted=wanted(Sampling(), ids))], state)
+        executor.run([Chunk(0, [token], filter=logits_filter(Sampling(), ids)), Chunk(1, [token])], state)
+        executor.run([Chunk(2, [token], filter=logits_filter(Sampling(), ids))], state)
     with contextlib.suppress(StateError):
         state.rollback(mark)
     state.free(0)
@@ -146,9 +147,9 @@ def exercise(executor, less: int) -> None:
 def damage(decoder, path: Path) -> None:
     """Programs with a wrong word: refused, or run within their bounds."""
     from gemkit.errors import ModelError
+    from gemkit.executors.native.executor import NativeExecutor
+    from gemkit.executors.native.packfile import Pack
     from gemkit.generate import Chunk
-    from gemkit.program.native import Native
-    from gemkit.program.pack import Pack
 
     rng = np.random.default_rng(1)
     for _ in range(40):
@@ -159,7 +160,7 @@ def damage(decoder, path: Path) -> None:
         array[row, column] = rng.choice([-1, 0, 1, 7, 2**31 - 1, -(2**31), int(rng.integers(-100, 10_000))])
         setattr(pack, name, array)
         with contextlib.suppress(ModelError):
-            executor = Native(decoder, pack)
+            executor = NativeExecutor(decoder, pack)
             executor.run([Chunk(0, [1, 2, 3], rows=2)], executor.new_state(1))
 
 

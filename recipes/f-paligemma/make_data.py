@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from common import TOKENIZERS, write_jsonl
 
-from gemkit.family import Decoder, Global, Vision
+from gemkit.family import DecoderConfig, Global, Vision
 from gemkit.nn import PaliGemma
 from gemkit.text import Box, Place, Tokenizer, places, tasks
 from gemkit.text.vocabulary import IMAGE
@@ -169,7 +169,7 @@ def model(vocabulary: Tokenizer, seed: int = 0) -> PaliGemma:
     """
     tower = Vision(SIDE, patch_size=16, width=96, depth=3, num_heads=4, mlp_width=288)
     vision = replace(tower, image_token=vocabulary.id(IMAGE))
-    config = Decoder(
+    config = DecoderConfig(
         vocab_size=len(vocabulary),
         width=96,
         ffw_width=288,

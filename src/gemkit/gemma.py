@@ -20,15 +20,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, overload
 
+from gemkit import detections, images
 from gemkit import generate as loop
-from gemkit import images, sight
 from gemkit import text as formats
+from gemkit.detections import Detections
 from gemkit.errors import ConfigError, ModelError
+from gemkit.executors.native import library as native
+from gemkit.executors.native.executor import NativeExecutor
 from gemkit.generate import INSTRUCTION_TUNED, Event, Request, Result, Sampling, Score
 from gemkit.images.read import Picture, Source
-from gemkit.program import native
-from gemkit.program.native import Native
-from gemkit.sight import Sight
 from gemkit.text import Prompt, Tokenizer, tasks
 from gemkit.text.tasks import CaptionStyle
 from gemkit.weights import hub
@@ -37,11 +37,11 @@ from gemkit.weights.checkpoint import SCORE, Checkpoint, find, open_path, with_a
 if TYPE_CHECKING:
     import torch
 
+    from gemkit.adapters.lora import Account, Rule
+    from gemkit.executors.torch import TorchExecutor
     from gemkit.nn import Decoder, PaliGemma
     from gemkit.nn.mask_decoder import MaskDecoder
-    from gemkit.program.eager import Eager
-    from gemkit.train.lora import Account, Rule
-    from gemkit.weights.packed import Following
+    from gemkit.runtime.repack import Repacker
     from gemkit.weights.quantize import Weights
     from gemkit.weights.report import Report
 
@@ -117,18 +117,18 @@ def load(
         if executor == "auto" and not only_torch:
             able, why = native.available()
         if able:
-            from gemkit.weights.packed import load_native
+            from gemkit.runtime.pack_cache import load_native
 
             runner, report = load_native(checkpoint, how, progress=progress)
             return _with_adapters(Gemma(checkpoint, runner, report, how), adapters)
-        from gemkit.program.eager import Eager
+        from gemkit.executors.torch import TorchExecutor
         from gemkit.weights.load import load_module  # imports torch: a wrong name is told without waiting for it
 
         _check_device(device)
         module, report = load_module(checkpoint, dtype=dtype, device=device, **how, progress=progress)
         if why:
             report.notes.append(f"torch computes it: {why}")
-        return _with_adapters(Gemma(checkpoint, Eager(module), report, how), adapters)
+        return _with_adapters(Gemma(checkpoint, TorchExecutor(module), report, how), adapters)
 
 
 def _with_adapters(model: Gemma, adapters: Sequence[str | os.PathLike[str]]) -> Gemma:
@@ -163,7 +163,9 @@ def _check_device(device: str) -> None:
 class Gemma:
     """A loaded model. `load` makes it."""
 
-    def __init__(self, checkpoint: Checkpoint, executor: Eager | Native, report: Report, how: Mapping[str, Any]):
+    def __init__(
+        self, checkpoint: Checkpoint, executor: TorchExecutor | NativeExecutor, report: Report, how: Mapping[str, Any]
+    ):
         self.label = checkpoint.label
         self.member = checkpoint.member
         self.config = checkpoint.decoder
@@ -172,7 +174,7 @@ class Gemma:
         self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill, image
         self.report = report
         self._executor: Any = executor
-        self._following: Following | None = None  # of `module`, once the native executor has one to follow
+        self._following: Repacker | None = None  # of `module`, once the native executor has one to follow
         self._path, self._how = checkpoint.path, how  # to open its modules when they are asked for
         self._base, self._known_as = checkpoint.name, checkpoint.known_as  # what opens it again; what others call it
         self._scored = SCORE in checkpoint.reader.entries
@@ -189,14 +191,14 @@ class Gemma:
     def module(self) -> Decoder | PaliGemma:
         """The model as torch modules, with its weights. The native executor opens them from the same files when they
         are first asked for, and follows what is changed in them."""
-        if not isinstance(self._executor, Native):
+        if not isinstance(self._executor, NativeExecutor):
             return self._executor.module
+        from gemkit.runtime.repack import Repacker
         from gemkit.weights.load import load_module
-        from gemkit.weights.packed import Following
 
         with open_path(self._path, self.label, self.member) as checkpoint:
             module = load_module(checkpoint, **self._how)[0]
-        self._following = Following(module, self._executor)
+        self._following = Repacker(module, self._executor)
         return module
 
     @property
@@ -213,14 +215,14 @@ class Gemma:
 
     def use_torch(self) -> None:
         """Compute with `module` in torch from now on."""
-        from gemkit.program.eager import Eager
+        from gemkit.executors.torch import TorchExecutor
 
         module = self.module
-        self._executor, self._following = Eager(module), None
+        self._executor, self._following = TorchExecutor(module), None
 
     # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────
     #
-    # An adapter is a small change beside the weights, and all that is trained (`train.lora`).
+    # An adapter is a small change beside the weights, and all that is trained (`adapters.lora`).
 
     def enable_lora(
         self,
@@ -234,11 +236,11 @@ class Gemma:
         seed: int = 0,
         quiet: bool = False,
     ) -> Account:
-        """Put new adapters beside the weights, and freeze everything else; `train.lora.enable_lora` has the details.
+        """Put new adapters beside the weights, and freeze everything else; `adapters.lora.enable_lora` has the details.
 
         Says on stderr, unless `quiet`, what was matched and how many parameters are trained.
         """
-        from gemkit.train import lora
+        from gemkit.adapters import lora
 
         told = lora.enable_lora(self.module, rank, alpha, targets, rule=rule, dropout=dropout, name=name, seed=seed)
         if not quiet:
@@ -255,7 +257,7 @@ class Gemma:
             name: None takes the folder's.
             trainable: train it further, and freeze everything else.
         """
-        from gemkit.train import lora
+        from gemkit.adapters import lora
 
         path = hub.adapter(folder)
         told = lora.attach(self.module, path, name, trainable=trainable)
@@ -271,7 +273,7 @@ class Gemma:
             name: which, if there are several.
             data: what it was trained on, for the card.
         """
-        from gemkit.train import lora
+        from gemkit.adapters import lora
 
         return lora.save(
             self.module, folder, name, base=self._base, named=self._known_as, prompts=self.prompts, data=data
@@ -279,31 +281,31 @@ class Gemma:
 
     def adapters(self) -> list[str]:
         """Names of the adapters that there are, merged ones included."""
-        from gemkit.train import lora
+        from gemkit.adapters import lora
 
         return lora.names(self.module)
 
     def scale_adapter(self, strength: float, name: str | None = None) -> None:
         """Let an adapter count more or less than it was trained to: 1 is as it was, 0 is off."""
-        from gemkit.train import lora
+        from gemkit.adapters import lora
 
         lora.set_strength(self.module, strength, name)
 
     def merge_adapters(self, name: str | None = None) -> list[str]:
         """Add the adapters, or the one of this name, to the weights; their names."""
-        from gemkit.train import lora
+        from gemkit.adapters import lora
 
         return lora.merge(self.module, name)
 
     def unmerge_adapters(self) -> list[str]:
         """Take merged adapters out of the weights again, exactly; their names."""
-        from gemkit.train import lora
+        from gemkit.adapters import lora
 
         return lora.unmerge(self.module)
 
     def remove_adapter(self, name: str | None = None) -> None:
         """Take an adapter away."""
-        from gemkit.train import lora
+        from gemkit.adapters import lora
 
         lora.remove(self.module, name)
 
@@ -432,7 +434,7 @@ class Gemma:
     @property
     def is_reward_model(self) -> bool:
         """Whether it has a head of one number, `score`, that `gemkit tune reward` trains."""
-        if isinstance(self.executor, Native) and self._following is None:  # its modules were never opened
+        if isinstance(self.executor, NativeExecutor) and self._following is None:  # its modules were never opened
             return self._scored
         return self.module.score is not None
 
@@ -489,9 +491,11 @@ class Gemma:
         return self._each(image, tasks.OCR, str, options)
 
     @overload
-    def detect(self, image: Source, things: str | Sequence[str], **options: Unpack[Options]) -> Sight: ...
+    def detect(self, image: Source, things: str | Sequence[str], **options: Unpack[Options]) -> Detections: ...
     @overload
-    def detect(self, image: list[Source], things: str | Sequence[str], **options: Unpack[Options]) -> list[Sight]: ...
+    def detect(
+        self, image: list[Source], things: str | Sequence[str], **options: Unpack[Options]
+    ) -> list[Detections]: ...
     def detect(self, image: Any, things: str | Sequence[str], **options: Unpack[Options]) -> Any:
         """Where things are: labelled boxes in pixels of the original image.
 
@@ -500,11 +504,13 @@ class Gemma:
         """
         return self._sights(image, tasks.detect(things), options, None)
 
-    def look(self, image: Source, task: str, *, masks: MaskDecoder | None = None, **options: Unpack[Options]) -> Sight:
+    def look(
+        self, image: Source, task: str, *, masks: MaskDecoder | None = None, **options: Unpack[Options]
+    ) -> Detections:
         """The answer to a whole task on an image, such as "detect cat", read as things.
 
         Args:
-            masks: decodes the masks in the answer (`sight.find_masks`); None: things have boxes alone.
+            masks: decodes the masks in the answer (`detections.find_masks`); None: things have boxes alone.
         """
         return self._sights(image, task, options, masks)
 
@@ -516,7 +522,7 @@ class Gemma:
         *,
         masks: str | os.PathLike[str] | None = None,
         **options: Unpack[Options],
-    ) -> Sight: ...
+    ) -> Detections: ...
     @overload
     def segment(
         self,
@@ -525,7 +531,7 @@ class Gemma:
         *,
         masks: str | os.PathLike[str] | None = None,
         **options: Unpack[Options],
-    ) -> list[Sight]: ...
+    ) -> list[Detections]: ...
     def segment(
         self,
         image: Any,
@@ -542,9 +548,9 @@ class Gemma:
         Args:
             masks: its file, `vae-oid.npz`. None: the one that the environment variable GEMKIT_MASKS names.
         """
-        decoder = sight.find_masks(masks)
+        decoder = detections.find_masks(masks)
         if decoder is None:
-            warnings.warn(sight.NO_MASKS, stacklevel=2)
+            warnings.warn(detections.NO_MASKS, stacklevel=2)
         return self._sights(image, tasks.segment(things), options, decoder)
 
     def _question(self, question: str, lang: str | None) -> str:
@@ -567,7 +573,7 @@ class Gemma:
         if any(isinstance(one, tuple) for one in batch):
             raise ConfigError("places are those of one image: give a list of images, not a tuple, to look in several")
         answers = self._answers(batch, [text] * len(batch), options)
-        found = [sight.read(pictures[0], result, decoder) for pictures, result in answers]
+        found = [detections.read(pictures[0], result, decoder) for pictures, result in answers]
         return found if isinstance(image, list) else found[0]
 
     def _answers(
@@ -614,9 +620,9 @@ class Gemma:
         return "\n".join(lines)
 
     def _accounts(self) -> list[Account]:
-        if isinstance(self.executor, Native) and self._following is None:  # its modules were never opened
+        if isinstance(self.executor, NativeExecutor) and self._following is None:  # its modules were never opened
             return []
-        from gemkit.train import lora
+        from gemkit.adapters import lora
 
         return [lora.account(self.module, name) for name in lora.names(self.module)]
 
@@ -640,7 +646,7 @@ class Gemma:
         Args:
             card: its README.md. None: one that says what was merged, if something was.
         """
-        from gemkit.train import lora
+        from gemkit.adapters import lora
         from gemkit.weights.save import save_hf
 
         module = self.module

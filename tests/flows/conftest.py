@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from gemkit.cli import main
-from tiny_models import write
+from support.tiny_models import write
 
 
 @pytest.fixture(scope="session")

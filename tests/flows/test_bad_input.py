@@ -15,7 +15,7 @@ from huggingface_hub import errors
 
 from gemkit import family
 from gemkit.weights import configs, hub
-from tiny_models import edit_config
+from support.tiny_models import edit_config
 
 
 @pytest.fixture

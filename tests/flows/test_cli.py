@@ -17,7 +17,7 @@ import pytest
 from gemkit import cli
 from gemkit.cli import main
 from gemkit.text import prompts
-from tiny_models import tokenizer
+from support.tiny_models import tokenizer
 
 GEMKIT = [sys.executable, "-m", "gemkit.cli"]
 

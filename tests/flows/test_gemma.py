@@ -11,9 +11,9 @@ import torch
 import gemkit
 from gemkit import text
 from gemkit.errors import ConfigError, ContextError, ModelError, TextError, WeightsError
-from gemkit.program import native
-from tiny import assert_close
-from tiny_models import LETTERS, tokenizer, write
+from gemkit.executors.native import library as native
+from support.tiny import assert_close
+from support.tiny_models import LETTERS, tokenizer, write
 
 GREEDY = {"temperature": 0}
 

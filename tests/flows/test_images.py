@@ -14,17 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gemkit
-import mask_weights
-from gemkit import images, sight
+from gemkit import detections, images
 from gemkit.cli import caption
 from gemkit.errors import ConfigError, ImageError, ModelError, TextError, WeightsError
+from gemkit.executors.native.executor import NativeExecutor
+from gemkit.executors.torch import TorchExecutor
 from gemkit.generate import Chunk, Result, Timings
 from gemkit.images import masks as placing
-from gemkit.program.eager import Eager
-from gemkit.program.native import Native
 from gemkit.text import places
 from gemkit.text.tasks import CaptionStyle
 from gemkit.weights.mask_decoder import load_mask_decoder
+from support import mask_weights
 
 WIDTH, HEIGHT = 300, 200
 CAT = "<loc0256><loc0128><loc0767><loc0639> cat"  # y_min, x_min, y_max, x_max of 1023
@@ -62,7 +62,7 @@ def mask_file(tmp_path_factory):
 @pytest.fixture
 def says(monkeypatch, model):
     """Make the image models answer each prompt with a text: they compute as ever, then its tokens are preferred."""
-    real = {Executor: Executor.run for Executor in (Eager, Native)}
+    real = {Executor: Executor.run for Executor in (TorchExecutor, NativeExecutor)}
 
     def says(text: str):
         script = [*model.tokenizer.encode(text), model.tokenizer.eos]
@@ -109,7 +109,7 @@ def test_every_task_is_worded_as_in_training(model, picture, monkeypatch):
         return real(tokenizer, text, **options)
 
     monkeypatch.setattr("gemkit.gemma.formats.image", image)
-    monkeypatch.delenv(sight.VARIABLE, raising=False)
+    monkeypatch.delenv(detections.VARIABLE, raising=False)
     model.ask(picture, "wo ist die Katze?", lang="de", max_tokens=1)
     model.ask(picture, "caption es", lang=None, max_tokens=1)
     model.caption(picture, max_tokens=1)
@@ -165,14 +165,14 @@ def test_masks_are_those_of_the_published_decoder(model, picture, mask_file, say
     assert expected.any()
     assert np.array_equal(found[0].mask, expected)
     assert found[1].mask is None  # the model gave no codes for it
-    monkeypatch.setenv(sight.VARIABLE, str(mask_file))
+    monkeypatch.setenv(detections.VARIABLE, str(mask_file))
     again = model.segment(picture, "cat")
     assert np.array_equal(again[0].mask, expected)
     segmentation = again.coco()[0]["segmentation"]
     assert np.array_equal(images.coco.from_rle(segmentation), expected)
     with pytest.raises(WeightsError, match=r"scene\.png is no NumPy archive"):
         model.segment(picture, "cat", masks=picture)
-    monkeypatch.setenv(sight.VARIABLE, "nowhere.npz")
+    monkeypatch.setenv(detections.VARIABLE, "nowhere.npz")
     with pytest.raises(WeightsError, match=r"nowhere\.npz: no such file \(GEMKIT_MASKS names it\)"):
         model.segment(picture, "cat")
 
@@ -255,7 +255,7 @@ def test_no_answer_is_an_error(text):
     """Malformed locations stay text; what is a place lies within the picture, is drawn, and goes into JSON."""
     shown = images.Picture(np.zeros((30, 50, 3), np.uint8))
     timings = Timings(1, 0, 1, 0.0, 0.0)
-    found = sight.read(shown, Result(text, (1,), "stop", 1, None, 1, None, timings))
+    found = detections.read(shown, Result(text, (1,), "stop", 1, None, 1, None, timings))
     assert (len(found), found.rest) == (len(places.parse(text).places), places.parse(text).rest)
     for thing in found:
         left, top, right, bottom = thing.box
@@ -348,7 +348,7 @@ def test_detect(run, models, picture, tmp_path, says):
 
 def test_segment(run, models, picture, mask_file, monkeypatch, says):
     says(f"{CAT.removesuffix(' cat')}{CODES} cat")
-    monkeypatch.delenv(sight.VARIABLE, raising=False)
+    monkeypatch.delenv(detections.VARIABLE, raising=False)
     code, out, err = run("segment", "-m", models / "image", picture, "cat", "--json")
     (thing,) = json.loads(out)["things"]
     assert code == 0
@@ -379,11 +379,11 @@ def test_what_a_text_model_is_told(error, models, picture, monkeypatch):
 
 
 def test_doctor_says_whether_images_can_be_read(run, monkeypatch, mask_file):
-    monkeypatch.delenv(sight.VARIABLE, raising=False)
+    monkeypatch.delenv(detections.VARIABLE, raising=False)
     assert "boxes without masks: GEMKIT_MASKS is not set" in run("doctor", "-m", "gemma-2b")[1]
-    monkeypatch.setenv(sight.VARIABLE, str(mask_file))
+    monkeypatch.setenv(detections.VARIABLE, str(mask_file))
     assert f"masks by {mask_file}" in json.loads(run("doctor", "--json")[1])["images"]
-    monkeypatch.setenv(sight.VARIABLE, "nowhere.npz")
+    monkeypatch.setenv(detections.VARIABLE, "nowhere.npz")
     assert "no masks: GEMKIT_MASKS names nowhere.npz, which is no file" in run("doctor", "-m", "gemma-2b")[1]
 
 
@@ -443,14 +443,14 @@ def test_options_that_cannot_be(error, models, picture, tmp_path):
 
 
 def test_interrupted_captions_keep_what_there_is(run, models, picture, monkeypatch):
-    real = {Executor: Executor.run for Executor in (Eager, Native)}
+    real = {Executor: Executor.run for Executor in (TorchExecutor, NativeExecutor)}
 
     def stop(self, chunks, state):
         if not len(chunks[0].images):
             raise KeyboardInterrupt
         return real[type(self)](self, chunks, state)
 
-    for Executor in (Eager, Native):
+    for Executor in (TorchExecutor, NativeExecutor):
         monkeypatch.setattr(Executor, "run", stop)
     code, out, _ = run("caption", "-m", models / "image", picture, picture)
     assert code == 130

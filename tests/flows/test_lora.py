@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file
 
 import gemkit
+from gemkit.adapters import lora
 from gemkit.errors import AccessError, ConfigError, UnknownModelError, WeightsError
-from gemkit.train import lora
 from gemkit.weights import hub
 
 

@@ -10,7 +10,7 @@ from gemkit.errors import StateError
 from gemkit.generate import Request, complete
 from gemkit.nn import Batch, State
 from gemkit.text import next_turn
-from tiny_models import write
+from support.tiny_models import write
 
 
 @pytest.fixture(scope="module")

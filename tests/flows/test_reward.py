@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import gemkit
+from gemkit.adapters import lora
 from gemkit.errors import ModelError, WeightsError
-from gemkit.train import lora, objectives
+from gemkit.train import objectives
 from gemkit.train.objectives.reward import Reward, rewards
 
 PAIR = {"prompt": "best?", "chosen": "this one", "rejected": "no"}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import gemkit
-from recipe_scripts import load
+from support.recipe_scripts import load
 
 MODEL = Path(__file__).parents[1] / "data" / "shapes"
 

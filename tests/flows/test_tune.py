@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import gemkit
-import killing
 from gemkit.train import experiment
 from gemkit.train.checkpoint import Checkpoints
-from tiny_models import tokenizer, write
+from support import killing
+from support.tiny_models import tokenizer, write
 
 WORDS = "abc def ghi"
 QUICK = ["--steps", 4, "--batch-size", 2, "--max-length", 64, "--lr", "1e-2", "--set", "save.every=2"]
@@ -131,7 +131,11 @@ dtype = "bfloat16"
         ("dpo", "preference", ["--lora", 2]),
         ("reward", "preference", []),
         ("distill", "text", ["--teacher", "TEACHER"]),
-        ("rl", "prompt", ["--reward", "rewards:length", "--set", "options.max_tokens=4", "--set", "options.group=3"]),
+        (
+            "rl",
+            "prompt",
+            ["--reward", "support.rewards:length", "--set", "options.max_tokens=4", "--set", "options.group=3"],
+        ),
     ],
 )
 def test_other_objectives(run, models, tmp_path, objective, form, extra):
@@ -251,7 +255,7 @@ def test_what_cannot_fit_is_refused(run, models, texts, tmp_path, monkeypatch):
         ("sft --data DATA -o OUT --set save.dtype=float16", "save.dtype='float16' is not one of float32, bfloat16"),
         ("sft --data DATA -o DATA", "chats.jsonl"),
         ("distill --data DATA -o OUT", "distill has no teacher: options.teacher"),
-        ("sft --data DATA -o OUT --reward rewards:length", "sft judges no answers"),
+        ("sft --data DATA -o OUT --reward support.rewards:length", "sft judges no answers"),
         ("--resume OUT", "holds no run"),
         ("sft --resume OUT", "goes on with what is in the folder"),
     ],

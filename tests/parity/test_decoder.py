@@ -8,7 +8,7 @@ import torch
 from gemkit.family import Global, Sliding
 from gemkit.nn import Batch
 from gemkit.weights.maps import name_map
-from tiny import WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
+from support.tiny import WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
 
 NAMES = [
     "gemma-2b",  # MQA

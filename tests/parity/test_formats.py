@@ -13,7 +13,7 @@ from gemkit.nn import Batch
 from gemkit.ops import Quantized
 from gemkit.weights.checkpoint import find
 from gemkit.weights.load import load_module
-from tiny import WINDOW, assert_close, load, reference, tiny, tokens
+from support.tiny import WINDOW, assert_close, load, reference, tiny, tokens
 
 GGUF_NAMES = {
     "input_layernorm": "attn_norm",

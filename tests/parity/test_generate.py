@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemkit.executors.torch import TorchExecutor
 from gemkit.generate import Request, Sampling, complete, score
-from gemkit.program.eager import Eager
 from gemkit.text import Tokenizer
-from tiny import VOCAB, as_trained, load, reference, save_reference, tiny, tokens
-from vocabularies import small_model
+from support.tiny import VOCAB, as_trained, load, reference, save_reference, tiny, tokens
+from support.vocabularies import small_model
 
 
 @pytest.fixture(scope="module", params=["gemma-2-2b", "gemma-3-1b", "recurrentgemma-2b"])
 def pair(request, tmp_path_factory):
     theirs = reference(tiny(request.param))
-    ours = Eager(load(save_reference(theirs, tmp_path_factory.mktemp(request.param))))
+    ours = TorchExecutor(load(save_reference(theirs, tmp_path_factory.mktemp(request.param))))
     return ours, as_trained(theirs)
 
 

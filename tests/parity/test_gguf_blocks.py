@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gemkit.ops.quantized import KINDS, Quantized
-from gemkit.weights.blocks import block_bytes, load_blocks, to_blocks
-from gemkit.weights.gguf import REFUSED_TYPES, TYPES, GGUFReader
+from gemkit.weights.formats.gguf import REFUSED_TYPES, TYPES, GGUFReader
+from gemkit.weights.formats.gguf_blocks import block_bytes, load_blocks, to_blocks
 from gemkit.weights.quantize import nearest
 
 EVERY_KIND = pytest.mark.parametrize("name", KINDS)

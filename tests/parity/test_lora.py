@@ -7,10 +7,10 @@ import peft
 import pytest
 import torch
 
+from gemkit.adapters import lora
 from gemkit.nn import Batch
-from gemkit.train import lora
 from gemkit.weights.maps import name_map
-from tiny import TOWER, VOCAB, WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
+from support.tiny import TOWER, VOCAB, WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
 
 # PEFT asks Transformers for something by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

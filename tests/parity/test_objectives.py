@@ -18,15 +18,16 @@ import transformers
 from torch import Tensor
 
 from gemkit import nn
-from gemkit.train import lora, losses, objectives, vocabulary
+from gemkit.adapters import lora
+from gemkit.train import losses, objectives, vocabulary
+from gemkit.train.batching import Example
 from gemkit.train.objectives.dpo import Dpo
 from gemkit.train.objectives.pretrain import rows_of
 from gemkit.train.objectives.reward import Reward, rewards
 from gemkit.train.objectives.rl import Grpo
-from gemkit.train.rows import Example
 from gemkit.weights.save import save_hf
-from tiny import load, reference, save_reference, tiny
-from tiny_models import tokenizer
+from support.tiny import load, reference, save_reference, tiny
+from support.tiny_models import tokenizer
 
 WORDS = tokenizer()
 PAIRS = [

@@ -14,7 +14,7 @@ from gemkit.nn import Batch, PaliGemma
 from gemkit.weights import configs
 from gemkit.weights.maps import name_map
 from gemkit.weights.save import save_hf
-from tiny import TOWER, VOCAB, WINDOW, assert_close, load, reference, save_reference, tiny
+from support.tiny import TOWER, VOCAB, WINDOW, assert_close, load, reference, save_reference, tiny
 
 NAMES = ["paligemma-3b-pt-224", "paligemma2-3b-pt-224", "paligemma2-28b-pt-224"]
 PATCHES = TOWER.num_patches

@@ -13,7 +13,7 @@ import torch
 from transformers import SiglipImageProcessorPil
 
 from gemkit.images import Picture, preprocess, read
-from photographs import FOLDER, NAMES
+from support.photographs import FOLDER, NAMES
 
 SIZES = [224, 448]
 STEP = 2 / 255  # one level of 8 bits, on the scale of -1 to 1

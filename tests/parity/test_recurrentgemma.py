@@ -6,26 +6,26 @@ import pytest
 import torch
 import transformers
 
-from deepmind import Reference, layers
 from gemkit import family, ops
 from gemkit.errors import GemkitError
-from gemkit.family import Decoder, Recurrent, Sliding
+from gemkit.family import DecoderConfig, Recurrent, Sliding
 from gemkit.inspect import cost
 from gemkit.nn import Batch
 from gemkit.nn import Decoder as Module
 from gemkit.weights import configs
-from tiny import WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
+from support.deepmind import Reference, layers
+from support.tiny import WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
 
 NAMES = ["recurrentgemma-2b", "recurrentgemma-9b"]
 
 
-def wider_recurrence(decoder: Decoder) -> Decoder:
+def wider_recurrence(decoder: DecoderConfig) -> DecoderConfig:
     """The recurrence twice as wide as the residual stream, which no published member has but the layout allows."""
     layers = (replace(x, width=2 * decoder.width) if isinstance(x, Recurrent) else x for x in decoder.layers)
     return replace(decoder, layers=tuple(layers))
 
 
-def from_deepmind(theirs: Reference, decoder: Decoder, folder, monkeypatch, name: str = NAMES[0]) -> Module:
+def from_deepmind(theirs: Reference, decoder: DecoderConfig, folder, monkeypatch, name: str = NAMES[0]) -> Module:
     """Ours, from the file that their code saves. The architecture follows from its shapes, so the tiny one stands in
     for the member in the registry."""
     folder.mkdir(exist_ok=True)

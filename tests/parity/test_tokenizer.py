@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from fetch_oracles import fetch
 from gemkit.text import chat
 from gemkit.text.prompts import CHAT_TEMPLATE
-from vocabularies import library_sources, published, tokenizer
+from support.vocabularies import library_sources, published, tokenizer
 
 VOCABULARIES = ("gemma2", "gemma3")
 

@@ -7,14 +7,14 @@ import peft
 import pytest
 import torch
 
+from gemkit.adapters import lora
 from gemkit.text import Tokenizer
-from gemkit.train import lora
 from gemkit.train.data import Steps, open_data
 from gemkit.train.experiment import Experiment, Optimizer
 from gemkit.train.objectives.sft import Sft
 from gemkit.train.trainer import Trainer
-from tiny import as_trained, load
-from tiny_models import write
+from support.tiny import as_trained, load
+from support.tiny_models import write
 
 # PEFT asks Transformers for something by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -15,8 +15,8 @@ from fetch_oracles import fetch
 from gemkit.family import Vision
 from gemkit.text.vocabulary import PLACES
 from gemkit.train.data import encode_chat, encode_image
-from photographs import FOLDER, NAMES
-from vocabularies import published, tokenizer, tokenizer_json
+from support.photographs import FOLDER, NAMES
+from support.vocabularies import published, tokenizer, tokenizer_json
 
 TOWER = Vision(224, patch_size=14, width=36, depth=1, num_heads=2, mlp_width=44, image_token=257152)
 

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 import transformers
 from peft import PeftModel
 
+from gemkit.adapters import lora
 from gemkit.text import prompts
-from gemkit.train import experiment, lora
+from gemkit.train import experiment
 from gemkit.train.optimizer import rate
 from gemkit.train.run import Run, _prepare
-from tiny import load
-from tiny_models import LETTERS, write
+from support.tiny import load
+from support.tiny_models import LETTERS, write
 
 STEPS, BATCH, RATE = 20, 3, 3e-3
 

@@ -14,7 +14,7 @@ import pytest
 import gemkit
 from gemkit import family
 from gemkit.generate import Chunk
-from tiny import tiny
+from support.tiny import tiny
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

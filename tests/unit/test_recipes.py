@@ -13,7 +13,7 @@ from gemkit.cli import main
 from gemkit.text import Tokenizer, places
 from gemkit.text.vocabulary import INFILL
 from gemkit.train import experiment
-from recipe_scripts import RECIPES, load
+from support.recipe_scripts import RECIPES, load
 
 CODE = Path(__file__).parents[1] / "data" / "code"  # the model that recipe b left, and the lines it was measured with
 

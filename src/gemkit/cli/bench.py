@@ -131,7 +131,7 @@ def _plan(args: argparse.Namespace) -> Plan:
     return Plan((subjects[0], subjects[1]), depths, args.scale, args.tokens, args.threads, args.decode_all)
 
 
-def _same_size(decoder: family.Decoder) -> str:
+def _same_size(decoder: family.DecoderConfig) -> str:
     """The Gemma 1 with the nearest number of parameters."""
     from gemkit import family
     from gemkit.inspect import cost
@@ -141,7 +141,7 @@ def _same_size(decoder: family.Decoder) -> str:
     return min(plain, key=lambda member: abs(cost.count(member.decoder).total - size)).name
 
 
-def small(decoder: family.Decoder) -> family.Decoder:
+def small(decoder: family.DecoderConfig) -> family.DecoderConfig:
     """The decoder with every width divided by `SMALL`, so with about 1/16 of the parameters. The layers and their
     windows, the numbers of heads and the context stay.
 
@@ -170,12 +170,12 @@ def small(decoder: family.Decoder) -> family.Decoder:
 class Depths:
     """One model with random weights, whose one sequence grows from depth to depth."""
 
-    def __init__(self, decoder: family.Decoder, tokens: int, threads: int | None = None):
+    def __init__(self, decoder: family.DecoderConfig, tokens: int, threads: int | None = None):
         import torch
 
         from gemkit import family
+        from gemkit.executors.torch import TorchExecutor
         from gemkit.nn import Decoder
-        from gemkit.program.eager import Eager
 
         if threads is not None:
             torch.set_num_threads(threads)
@@ -186,7 +186,7 @@ class Depths:
             weight = torch.empty(shape, dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5)
             module.hold(name, torch.nn.Parameter(weight, requires_grad=False))
         self.threads = torch.get_num_threads()
-        self.executor = Eager(module)
+        self.executor = TorchExecutor(module)
         self.state = self.executor.new_state(1, room=tokens)
         self._tokens = tokens
         self._next = 0
@@ -361,7 +361,7 @@ def _measure(plan: Plan, quiet: bool) -> dict[str, Any]:
 
 
 def _figures(
-    decoder: family.Decoder, depth: int, tokens: int, held: int, rounds: Sequence[tuple[float, int | None]]
+    decoder: family.DecoderConfig, depth: int, tokens: int, held: int, rounds: Sequence[tuple[float, int | None]]
 ) -> dict[str, Any]:
     from gemkit.inspect import cost
 

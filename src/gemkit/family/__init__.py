@@ -7,7 +7,7 @@
 from gemkit.family.parameters import parameters
 from gemkit.family.registry import difference, get, members, names
 from gemkit.family.schema import (
-    Decoder,
+    DecoderConfig,
     Global,
     Layer,
     Member,
@@ -21,7 +21,7 @@ from gemkit.family.schema import (
 )
 
 __all__ = [
-    "Decoder",
+    "DecoderConfig",
     "Global",
     "Layer",
     "Member",

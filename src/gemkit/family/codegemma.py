@@ -7,12 +7,12 @@ the control tokens of infilling (ids 67 to 70), so the vocabulary has a name of 
 from __future__ import annotations
 
 from gemkit.family.gemma1 import GEMMA1_2B, GEMMA1_7B
-from gemkit.family.schema import Decoder, Member, Prompt
+from gemkit.family.schema import DecoderConfig, Member, Prompt
 
 _V1, _V1_1 = "2024-04-09", "2024-05-03"
 
 
-def _member(name: str, decoder: Decoder, prompts: tuple[Prompt, ...], released: str, keras: str) -> Member:
+def _member(name: str, decoder: DecoderConfig, prompts: tuple[Prompt, ...], released: str, keras: str) -> Member:
     return Member(
         name=name,
         hub_id=f"google/{name}",

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gemkit.family.schema import Decoder, Global, Member, repeat
+from gemkit.family.schema import DecoderConfig, Global, Member, repeat
 
-GEMMA1_2B = Decoder(
+GEMMA1_2B = DecoderConfig(
     vocab_size=256_000,
     width=2048,
     ffw_width=16_384,
@@ -34,7 +34,7 @@ GEMMA1_7B = replace(
 _SOURCE = "arXiv:2403.08295; google/gemma_pytorch gemma/config.py"
 
 
-def _base(size: str, decoder: Decoder) -> Member:
+def _base(size: str, decoder: DecoderConfig) -> Member:
     name = f"gemma-{size}"
     return Member(
         name=name,
@@ -50,7 +50,7 @@ def _base(size: str, decoder: Decoder) -> Member:
     )
 
 
-def _tuned(size: str, decoder: Decoder, version: str = "", released: str = "2024-02-21") -> Member:
+def _tuned(size: str, decoder: DecoderConfig, version: str = "", released: str = "2024-02-21") -> Member:
     name = f"gemma-{version}{size}-it"
     return replace(
         _base(size, decoder),

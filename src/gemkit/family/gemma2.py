@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gemkit.family.schema import Decoder, Global, Member, Sliding, repeat
+from gemkit.family.schema import DecoderConfig, Global, Member, Sliding, repeat
 
-GEMMA2_2B = Decoder(
+GEMMA2_2B = DecoderConfig(
     vocab_size=256_000,
     width=2304,
     ffw_width=9216,
@@ -45,7 +45,7 @@ GEMMA2_27B = replace(
 )
 
 
-def _pair(size: str, decoder: Decoder, released: str) -> tuple[Member, Member]:
+def _pair(size: str, decoder: DecoderConfig, released: str) -> tuple[Member, Member]:
     name = f"gemma-2-{size}"
     base = Member(
         name=name,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gemkit.family.schema import Decoder, Global, Layer, Member, Rope, Sliding, repeat
+from gemkit.family.schema import DecoderConfig, Global, Layer, Member, Rope, Sliding, repeat
 
 
 def _layers(total: int, window: int, factor: float = 1.0) -> tuple[Layer, ...]:
@@ -18,7 +18,7 @@ def _layers(total: int, window: int, factor: float = 1.0) -> tuple[Layer, ...]:
     return repeat(*[sliding] * 5, all_tokens, total=total)
 
 
-GEMMA3_270M = Decoder(
+GEMMA3_270M = DecoderConfig(
     vocab_size=262_144,
     width=640,
     ffw_width=2048,
@@ -61,7 +61,9 @@ GEMMA3_27B = replace(
 )
 
 
-def _pair(size: str, decoder: Decoder, suffix: str = "-pt", released: str = "2025-03-12") -> tuple[Member, Member]:
+def _pair(
+    size: str, decoder: DecoderConfig, suffix: str = "-pt", released: str = "2025-03-12"
+) -> tuple[Member, Member]:
     """The pretrained release (`suffix` ends its name) and the instruction-tuned one."""
     name = f"gemma-3-{size}"
     # Keras has two presets of a multimodal size; both have this text decoder

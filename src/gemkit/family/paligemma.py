@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from gemkit.family.gemma1 import GEMMA1_2B
 from gemkit.family.gemma2 import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
-from gemkit.family.schema import Decoder, Member, Vision
+from gemkit.family.schema import DecoderConfig, Member, Vision
 
 ROWS = 257_216  # released Hugging Face tables
 ROWS_USED = 257_152  # 256,000 pieces, 1024 <loc> and 128 <seg>: the tables of big_vision and Keras
@@ -23,7 +23,7 @@ PALIGEMMA2_10B = replace(GEMMA2_9B, vocab_size=ROWS)
 PALIGEMMA2_28B = replace(GEMMA2_27B, vocab_size=ROWS)
 
 
-def _member(generation: int, size: str, tuning: str, pixels: int, decoder: Decoder, released: str) -> Member:
+def _member(generation: int, size: str, tuning: str, pixels: int, decoder: DecoderConfig, released: str) -> Member:
     version = "2" if generation == 2 else ""
     name = f"paligemma{version}-{size}-{tuning}-{pixels}"
     keras = f"pali_gemma2_{tuning}_{size}_{pixels}" if version else f"pali_gemma_{size}_{tuning}_{pixels}"
@@ -42,7 +42,7 @@ def _member(generation: int, size: str, tuning: str, pixels: int, decoder: Decod
     )
 
 
-def _releases(generation: int, size: str, decoder: Decoder, pretrained: str, mix: str) -> tuple[Member, ...]:
+def _releases(generation: int, size: str, decoder: DecoderConfig, pretrained: str, mix: str) -> tuple[Member, ...]:
     """Pretrained at three resolutions and the mix at two; `pretrained` and `mix` are dates."""
     return (
         *(_member(generation, size, "pt", pixels, decoder, pretrained) for pixels in (224, 448, 896)),

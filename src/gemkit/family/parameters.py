@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gemkit.family.schema import Decoder, Recurrent, Vision
+from gemkit.family.schema import DecoderConfig, Recurrent, Vision
 
 Parameters = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def parameters(decoder: Decoder, vision: Vision | None = None) -> Parameters:
+def parameters(decoder: DecoderConfig, vision: Vision | None = None) -> Parameters:
     """Name and shape of every parameter, in the order data meets them; the tied head is not repeated.
 
     The same list as the module's own `named_parameters()` (a test compares them), without torch. Linear weights are
@@ -26,7 +26,7 @@ def parameters(decoder: Decoder, vision: Vision | None = None) -> Parameters:
         yield "language_model." + name, shape
 
 
-def _decoder(decoder: Decoder) -> Parameters:
+def _decoder(decoder: DecoderConfig) -> Parameters:
     d, f, h = decoder.width, decoder.ffw_width, decoder.head_dim
     yield "embed_tokens.weight", (decoder.vocab_size, d)
     for i, layer in enumerate(decoder.layers):

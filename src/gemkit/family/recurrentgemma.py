@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gemkit.family.schema import Decoder, Member, Recurrent, Rope, Sliding, repeat
+from gemkit.family.schema import DecoderConfig, Member, Recurrent, Rope, Sliding, repeat
 
 _ATTENTION = Sliding(2049, Rope(fraction=0.5))
 
-RECURRENTGEMMA_2B = Decoder(
+RECURRENTGEMMA_2B = DecoderConfig(
     vocab_size=256_000,
     width=2560,
     ffw_width=7680,  # Hugging Face writes 15360 and halves it
@@ -36,7 +36,7 @@ RECURRENTGEMMA_9B = replace(
 )
 
 
-def _pair(size: str, decoder: Decoder, released: str) -> tuple[Member, Member]:
+def _pair(size: str, decoder: DecoderConfig, released: str) -> tuple[Member, Member]:
     name = f"recurrentgemma-{size}"
     base = Member(
         name=name,

@@ -63,7 +63,7 @@ Layer = Global | Sliding | Recurrent
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderConfig:
     """The text decoder of a member.
 
     `ffw_width` counts ONE branch of the gated MLP (some sources count both: 32768 for Gemma 2B). `vocab_size` counts
@@ -174,7 +174,7 @@ class Member:
     name: str  # as people say it: "gemma-2-2b-it"
     hub_id: str  # "google/gemma-2-2b-it"
     family: str  # a heading for tables: "Gemma 2"
-    decoder: Decoder
+    decoder: DecoderConfig
     tuning: Tuning
     vocabulary: Literal["gemma", "codegemma", "paligemma", "gemma3"]
     prompts: tuple[Prompt, ...]  # what it was trained to answer

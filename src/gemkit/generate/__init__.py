@@ -1,6 +1,7 @@
 """Ids in, ids and text out: the sampler, stop strings, speculation and the loop. Needs NumPy and no torch."""
 
-from gemkit.generate.loop import Chunk, Executor, Request, State, TextStream, complete, generate, score
+from gemkit.executors.interface import Chunk, Executor, State
+from gemkit.generate.loop import Request, TextStream, complete, generate, score
 from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, TokenLogprob
 from gemkit.generate.sampler import GREEDY, INSTRUCTION_TUNED, Sampling, sample
 from gemkit.generate.speculate import room_for

@@ -12,73 +12,17 @@ import time
 from array import array
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
 from gemkit.errors import ConfigError, ContextError, StateError
-from gemkit.family.schema import Decoder
+from gemkit.executors.interface import Chunk, Executor, S, State
+from gemkit.family.schema import DecoderConfig
 from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, TokenLogprob
-from gemkit.generate.sampler import GREEDY, Sampling, check_ids, sample, token_logprob
-from gemkit.generate.speculate import Drafts, Pace, draft_limit, room_for
+from gemkit.generate.sampler import GREEDY, Sampling, check_ids, logits_filter, sample, token_logprob
+from gemkit.generate.speculate import Drafts, SpeculationController, draft_limit, room_for
 from gemkit.generate.stops import StopStrings
-from gemkit.generate.wanted import Wanted, wanted
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The next tokens of one sequence."""
-
-    slot: int
-    ids: Sequence[int]
-    rows: int = 1  # logits are wanted for the last so many of `ids`: 0 inside a prompt, all for scoring
-    prefix: int = 0  # so many of the sequence's tokens, from its first on, see one another; never cut by a chunk
-    images: Sequence[np.ndarray] = ()  # (3, S, S) float32 in -1 to 1 each, whose placeholders are among `ids`
-    wanted: Wanted | None = None  # all that will be looked at of each row; None: everything
-
-
-class State(Protocol):
-    """What a model remembers of several sequences. The loop reads nothing of it but how much that is.
-
-    Only speculation goes back, to a mark that it made before a step, or to a token of that step.
-    """
-
-    @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens remembered, for each slot."""
-        ...
-
-    @property
-    def room(self) -> int:
-        """How many tokens can be taken back."""
-        ...
-
-    def mark(self, slot: int) -> Any: ...
-
-    def rollback(self, mark: Any, keep: int = 0) -> None:
-        """Forget all tokens since the mark but the first `keep`, or those as well; `lengths` then say so."""
-        ...
-
-
-S = TypeVar("S", bound=State)
-
-
-class Executor(Protocol[S]):
-    """Whatever computes a member: torch modules, native kernels, a stand-in in a test."""
-
-    @property
-    def decoder(self) -> Decoder: ...
-
-    def new_state(self, slots: int, room: int = 0) -> S:
-        """An empty memory for so many sequences, of which `room` tokens can be taken back."""
-        ...
-
-    def run(self, chunks: Sequence[Chunk], state: S) -> np.ndarray:
-        """Append each chunk to its slot; logits (sum of rows, vocab_size) float32, in the order of the chunks.
-
-        All or nothing: if it raises, by Ctrl-C too, `lengths` are as before and every slot can go on from there.
-        """
-        ...
 
 
 class TextStream(Protocol):
@@ -172,7 +116,7 @@ def generate(
         _Answer(i, request, slot, state, limit, stream(), most)
         for i, (request, slot) in enumerate(zip(requests, slots, strict=True))
     ]
-    return _run(executor, state, answers, chunk, Pace(most) if most else None)
+    return _run(executor, state, answers, chunk, SpeculationController(most) if most else None)
 
 
 def complete(executor: Executor[S], requests: Sequence[Request], **options) -> list[Result]:
@@ -223,7 +167,7 @@ def score(
 
 
 def _run(
-    executor: Executor[S], state: S, answers: list[_Answer], chunk: int, pace: Pace | None
+    executor: Executor[S], state: S, answers: list[_Answer], chunk: int, pace: SpeculationController | None
 ) -> Generator[Event, None, None]:
     started = time.perf_counter()
     for answer in answers:
@@ -335,7 +279,7 @@ class _Answer:
         draft = self.drafts.begin(most)
         rows = int(count == self.pending) + len(draft)
         images = () if self.in_state else self.request.images
-        some = wanted(self.sampling, self.ids) if rows and self.request.logprobs is None else None
+        some = logits_filter(self.sampling, self.ids) if rows and self.request.logprobs is None else None
         return Chunk(self.slot, part + draft, rows, self.request.prefix, images, some)
 
     def accept(self, logits_RV: np.ndarray) -> Iterator[Event]:
@@ -416,7 +360,7 @@ class _NoText:
         return ""
 
 
-def _check(request: Request, decoder: Decoder, has_text: bool, beyond_context: bool) -> None:
+def _check(request: Request, decoder: DecoderConfig, has_text: bool, beyond_context: bool) -> None:
     vocab, most = decoder.vocab_size, decoder.max_context
     if not len(request.ids):
         raise ConfigError("ids is empty: a prompt has at least one token, usually <bos>")

@@ -28,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gemkit.errors import ConfigError, ModelError
+from gemkit.executors.interface import LogitsFilter
 from gemkit.generate.result import TokenLogprob
 
 _LOWEST_TEMPERATURE = 1e-6  # below it, differences of logits divided by it leave float32
@@ -162,6 +163,31 @@ def candidates(logits_V: np.ndarray, sampling: Sampling, history: Sequence[int] 
         kept = np.flatnonzero(weights >= sampling.min_p)
         ids, weights = ids[kept], weights[kept]
     return Candidates(ids, weights)
+
+
+# Of a larger set than this the whole table is computed as cheaply.
+_MOST_FILTERED = 256
+
+
+def logits_filter(sampling: Sampling, history: Sequence[int]) -> LogitsFilter | None:
+    """Which logits `sample` looks at with these settings; None: all of them.
+
+    Greedy looks at the best token, top-k at the k best, with whatever filters come after it, and min-p at those within
+    a distance of the best. Top-p without top-k and plain temperature weigh every token.
+    """
+    max_gap = None
+    if not sampling.temperature:
+        top_n = 1
+    elif sampling.top_k is not None and sampling.top_k <= _MOST_FILTERED:
+        top_n = sampling.top_k
+    elif sampling.min_p > 0 and sampling.top_p == 1:
+        top_n, max_gap = 1, -sampling.temperature * math.log(sampling.min_p)
+    else:
+        return None
+    always = sampling.biases[0]
+    if sampling.repetition_penalty != 1:
+        always = np.concatenate([always, np.asarray(history, np.int64)])
+    return LogitsFilter(top_n, max_gap, always)
 
 
 def token_logprob(logits_V: np.ndarray, token: int, top: int = 0) -> TokenLogprob:

@@ -9,8 +9,8 @@ from the first other token on, the state forgets. So a draft changes what is com
 a function of its logits, seed and position, and the tokens are those of the plain loop, under sampling too. (To the bit
 if the executor's logits do not depend on how many tokens a step has; else up to near-ties, as with any batch.)
 
-Texts that repeat their prompt (edits, quotes, summaries, code) gain; others lose what verifying costs. `Pace` measures
-both on the way and stops where it loses.
+Texts that repeat their prompt (edits, quotes, summaries, code) gain; others lose what verifying costs.
+`SpeculationController` measures both on the way and stops where it loses.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Drafts:
         self._before = None
 
 
-class Pace:
+class SpeculationController:
     """Whether drafts pay, from the seconds that steps take: those with drafts against those without.
 
     A drafted token that was drawn is worth its sequence's share of a plain step; what a step with drafts takes longer

@@ -16,7 +16,7 @@ class Subject:
     """What is looked at: a member of the family, or a checkpoint of the user's own (then `member` is None)."""
 
     label: str
-    decoder: family.Decoder
+    decoder: family.DecoderConfig
     vision: family.Vision | None = None
     member: family.Member | None = None
 

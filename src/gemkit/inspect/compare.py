@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gemkit.errors import ConfigError
-from gemkit.family import Decoder, Layer, Member, Recurrent, Rope, Sliding, Vision
+from gemkit.family import DecoderConfig, Layer, Member, Recurrent, Rope, Sliding, Vision
 from gemkit.inspect import Subject, cost, units
 from gemkit.inspect.explain import bfloat16, confusions, explanation
 
@@ -140,11 +140,11 @@ def walk(a: Subject, b: Subject) -> dict[str, Delta | None]:
     return steps
 
 
-def _parameters(decoder: Decoder) -> int:
+def _parameters(decoder: DecoderConfig) -> int:
     return cost.count(decoder).total
 
 
-def _cache(decoder: Decoder) -> int:
+def _cache(decoder: DecoderConfig) -> int:
     return cost.cache_bytes_per_token(decoder).total
 
 
@@ -247,7 +247,7 @@ def _runs(kinds: list[str]) -> str:
     return ", ".join(kind if n == 1 else f"{n} {kind}" for n, kind in runs)
 
 
-def sharing(decoder: Decoder) -> str:
+def sharing(decoder: DecoderConfig) -> str:
     """`4 (GQA, 2 heads each)`: key/value heads and who shares them."""
     heads, kv = decoder.num_heads, decoder.num_kv_heads
     if kv == heads:
@@ -259,7 +259,7 @@ def _windows(subject: Subject) -> list[int] | None:
     return sorted({layer.window for layer in subject.decoder.layers if isinstance(layer, Sliding)}) or None
 
 
-def ropes(decoder: Decoder) -> str:
+def ropes(decoder: DecoderConfig) -> str:
     """`base 10,000`, or each kind's own where they differ."""
     of_kind: dict[str, Rope] = {}
     for layer in decoder.layers:
@@ -280,7 +280,7 @@ def _rope(rope: Rope) -> str:
     return text
 
 
-def head_size(decoder: Decoder) -> str:
+def head_size(decoder: DecoderConfig) -> str:
     """`256 (x 16 = 4,096, width 3,072)` where the heads together are not as wide as the residual."""
     together = decoder.num_heads * decoder.head_dim
     if together == decoder.width:
@@ -293,7 +293,7 @@ def scale(query_scale: float) -> str:
     return f"1/{round(1 / query_scale, 4):g}"
 
 
-def _embed_scale(decoder: Decoder) -> str:
+def _embed_scale(decoder: DecoderConfig) -> str:
     exact = decoder.width**0.5
     return f"{bfloat16(exact):g} (bf16)" if decoder.embed_scale_dtype == "bfloat16" else f"{exact:.6g}"
 
@@ -306,7 +306,7 @@ def _yes(x: bool) -> str:
     return "yes" if x else "no"
 
 
-def _of_vision(measure: Callable[[Decoder, Vision], Any]) -> Callable[[Subject], Any]:
+def _of_vision(measure: Callable[[DecoderConfig, Vision], Any]) -> Callable[[Subject], Any]:
     return lambda s: measure(s.decoder, s.vision) if s.vision else None
 
 

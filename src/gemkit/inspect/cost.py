@@ -12,7 +12,7 @@ from math import prod
 from typing import Literal
 
 from gemkit.errors import ConfigError
-from gemkit.family import Decoder, Global, Recurrent, Sliding, Vision, parameters
+from gemkit.family import DecoderConfig, Global, Recurrent, Sliding, Vision, parameters
 
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 
@@ -47,7 +47,7 @@ class ByKind:
         return self.global_attention + self.sliding_attention + self.recurrent
 
 
-def count(decoder: Decoder, vision: Vision | None = None) -> Count:
+def count(decoder: DecoderConfig, vision: Vision | None = None) -> Count:
     """Parameters, split as the family's reports split them."""
     embedding = decoder.vocab_size * decoder.width
     text = sum(prod(shape) for _, shape in parameters(decoder))
@@ -58,7 +58,7 @@ def count(decoder: Decoder, vision: Vision | None = None) -> Count:
     )
 
 
-def weight_bytes(decoder: Decoder, vision: Vision | None = None, dtype: Dtype = "bfloat16") -> int:
+def weight_bytes(decoder: DecoderConfig, vision: Vision | None = None, dtype: Dtype = "bfloat16") -> int:
     """Bytes of the weights.
 
     In int8 and int4 the decoder's projections and its embedding are in blocks of 32 with a scale each (8.5 and 4.5
@@ -77,7 +77,7 @@ def weight_bytes(decoder: Decoder, vision: Vision | None = None, dtype: Dtype = 
     return total
 
 
-def state_bytes(decoder: Decoder, context: int) -> ByKind:
+def state_bytes(decoder: DecoderConfig, context: int) -> ByKind:
     """Bytes remembered of one sequence of `context` tokens.
 
     An attention layer holds a key and a value of every token it may still look at, in bfloat16: all of them, or the
@@ -102,7 +102,7 @@ def state_bytes(decoder: Decoder, context: int) -> ByKind:
     return ByKind(full, sliding, recurrent)
 
 
-def cache_bytes_per_token(decoder: Decoder) -> ByKind:
+def cache_bytes_per_token(decoder: DecoderConfig) -> ByKind:
     """Bytes that one more token adds, in bfloat16, while no window is full."""
     entry = _entry_bytes(decoder)
     return ByKind(
@@ -112,11 +112,11 @@ def cache_bytes_per_token(decoder: Decoder) -> ByKind:
     )
 
 
-def _entry_bytes(decoder: Decoder) -> int:
+def _entry_bytes(decoder: DecoderConfig) -> int:
     return 2 * decoder.num_kv_heads * decoder.head_dim * 2  # a key and a value of each head, 2 bytes a number
 
 
-def decode_flops(decoder: Decoder, context: int) -> int:
+def decode_flops(decoder: DecoderConfig, context: int) -> int:
     """Floating-point operations to decode one token of one sequence.
 
     Args:
@@ -132,17 +132,17 @@ def decode_flops(decoder: Decoder, context: int) -> int:
     return 2 * matmuls + 4 * decoder.num_heads * decoder.head_dim * _attended(decoder, context)
 
 
-def _attended(decoder: Decoder, context: int) -> int:
+def _attended(decoder: DecoderConfig, context: int) -> int:
     """Tokens attended to, summed over layers."""
     windows = (layer.window if isinstance(layer, Sliding) else context for layer in _attention(decoder))
     return sum(min(context, window) for window in windows)
 
 
-def _attention(decoder: Decoder) -> list[Global | Sliding]:
+def _attention(decoder: DecoderConfig) -> list[Global | Sliding]:
     return [layer for layer in decoder.layers if not isinstance(layer, Recurrent)]
 
 
-def decode_bytes(decoder: Decoder, context: int, dtype: Dtype = "bfloat16") -> int:
+def decode_bytes(decoder: DecoderConfig, context: int, dtype: Dtype = "bfloat16") -> int:
     """Bytes read from memory to decode one token of one sequence: every weight once, and the whole state.
 
     The embedding counts once, for the output head reads all of it. On most machines this over the memory bandwidth is
@@ -151,7 +151,7 @@ def decode_bytes(decoder: Decoder, context: int, dtype: Dtype = "bfloat16") -> i
     return weight_bytes(decoder, dtype=dtype) + state_bytes(decoder, context).total
 
 
-def image_flops(decoder: Decoder, vision: Vision) -> int:
+def image_flops(decoder: DecoderConfig, vision: Vision) -> int:
     """Floating-point operations of the image tower and projection for one image, counted as in `decode_flops`."""
     weights = sum(
         prod(shape)
@@ -175,7 +175,7 @@ class Image:
     flops: int  # of tower and projection
 
 
-def images(decoder: Decoder, vision: Vision) -> list[Image]:
+def images(decoder: DecoderConfig, vision: Vision) -> list[Image]:
     """What an image costs at the resolution of this tower, and then at the other published ones, for comparison.
 
     Each resolution is a member of its own, with its own table of positions; all else of the tower is the same.
@@ -193,7 +193,7 @@ def images(decoder: Decoder, vision: Vision) -> list[Image]:
     ]
 
 
-def crossings(a: Decoder, b: Decoder, head_start: int = 0) -> list[int]:
+def crossings(a: DecoderConfig, b: DecoderConfig, head_start: int = 0) -> list[int]:
     """Contexts from which the other of two members needs less memory for one sequence, ascending.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemkit.family import Decoder, Recurrent, Sliding, Vision
+from gemkit.family import DecoderConfig, Recurrent, Sliding, Vision
 from gemkit.inspect.units import exact
 
 # keys are those of the rows in compare.py (a test holds the two together)
@@ -148,7 +148,7 @@ def explanation(key: str) -> str:
     return " ".join(EXPLANATIONS[key].split())
 
 
-def confusions(key: str, decoder: Decoder, vision: Vision | None) -> list[str]:
+def confusions(key: str, decoder: DecoderConfig, vision: Vision | None) -> list[str]:
     """What is commonly mistaken about a quantity of this decoder, with its own numbers; often nothing."""
     d, n, h, f, v = decoder.width, decoder.num_heads, decoder.head_dim, decoder.ffw_width, decoder.vocab_size
     recurrent = any(isinstance(layer, Recurrent) for layer in decoder.layers)

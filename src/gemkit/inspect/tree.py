@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from gemkit.family import Decoder, Sliding, Vision, parameters
+from gemkit.family import DecoderConfig, Sliding, Vision, parameters
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -41,7 +41,7 @@ class Line:
     published: str = ""
 
 
-def tree(decoder: Decoder, vision: Vision | None = None) -> Node:
+def tree(decoder: DecoderConfig, vision: Vision | None = None) -> Node:
     """The modules of a member, in the order data meets them."""
     shapes = dict(parameters(decoder, vision))
     published = _published(decoder)
@@ -121,7 +121,7 @@ def _ranges(indices: list[int]) -> str:
     return ", ".join(parts if len(parts) <= 4 else [*parts[:2], "...", parts[-1]])
 
 
-def _attention(decoder: Decoder, i: int) -> str:
+def _attention(decoder: DecoderConfig, i: int) -> str:
     layer = decoder.layers[i]
     return f"sliding, window={layer.window}" if isinstance(layer, Sliding) else "global"
 
@@ -141,7 +141,7 @@ _CONTAINERS = {
 
 
 def _class_of(
-    name: str, groups: dict[str, Shapes], own: Shapes, decoder: Decoder, vision: Vision | None
+    name: str, groups: dict[str, Shapes], own: Shapes, decoder: DecoderConfig, vision: Vision | None
 ) -> tuple[str, str]:
     """Class and detail of a module, by its name and by the parameters in it."""
     if groups:
@@ -169,7 +169,7 @@ def _class_of(
     return "Linear", f"in_features={weight[1]}, out_features={weight[0]}, bias={'bias' in own}"
 
 
-def _published(decoder: Decoder) -> dict[str, str]:
+def _published(decoder: DecoderConfig) -> dict[str, str]:
     """Our module path -> what a Hugging Face checkpoint calls it within its layer, where that differs."""
     from gemkit.weights.maps import name_map
 

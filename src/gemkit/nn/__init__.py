@@ -1,8 +1,8 @@
 """The models, written once: modules that compute only through `gemkit.ops`.
 
 `decoder.py` is the text decoder of the whole family: read it first. `griffin.py` is the recurrent mixer of some of its
-layers, `siglip.py` the image tower and `paligemma.py` the two together, `weighted.py` the modules that all of it is put
-together from, `lora.py` what may stand beside their weights. `mask_decoder.py` stands by itself: codes to a mask and
+layers, `siglip.py` the image tower and `paligemma.py` the two together, `layers.py` the modules that all of it is put
+together from. `mask_decoder.py` stands by itself: codes to a mask and
 back. `batch.py` and `state.py` are what goes in beside the weights: the tokens of many sequences laid end to end, and
 what a model remembers of them between calls.
 
@@ -12,8 +12,7 @@ syntax trees), a weight read outside the module that owns it, a member's name, m
 
 from gemkit.nn.batch import Batch
 from gemkit.nn.decoder import Decoder
-from gemkit.nn.lora import EmbeddingLoRA, LoRA
 from gemkit.nn.paligemma import PaliGemma, build
 from gemkit.nn.state import State
 
-__all__ = ["Batch", "Decoder", "EmbeddingLoRA", "LoRA", "PaliGemma", "State", "build"]
+__all__ = ["Batch", "Decoder", "PaliGemma", "State", "build"]

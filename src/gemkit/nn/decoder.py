@@ -1,6 +1,6 @@
 """The decoder of the whole family, from token ids to logits, in the order data meets it.
 
-It reads a `family.Decoder` and never asks for a name: what differs between members is data.
+It reads a `family.DecoderConfig` and never asks for a name: what differs between members is data.
 
     T  tokens being computed, all sequences end to end     K  key/value heads
     S  positions attended to (remembered + new)            G  query heads per key/value head (N = K * G)
@@ -25,14 +25,14 @@ from torch.nn import Module, ModuleList
 from gemkit import family, ops
 from gemkit.nn.batch import Batch
 from gemkit.nn.griffin import Recurrent
+from gemkit.nn.layers import Embedding, Head, Linear, ParamModule, RMSNorm
 from gemkit.nn.state import State
-from gemkit.nn.weighted import Embedding, Head, Linear, RMSNorm, Weighted
 
 
 class Attention(Module):
     """Attention with N query heads on K key/value heads: K = N is MHA, K = 1 is MQA, between them GQA."""
 
-    def __init__(self, config: family.Decoder, layer: family.Global | family.Sliding):
+    def __init__(self, config: family.DecoderConfig, layer: family.Global | family.Sliding):
         super().__init__()
         d, h = config.width, config.head_dim
         self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
@@ -64,7 +64,7 @@ class Attention(Module):
 class MLP(Module):
     """The gated feed-forward: `down(gelu(gate(x)) * up(x))` (GeGLU, arXiv:2002.05202)."""
 
-    def __init__(self, config: family.Decoder):
+    def __init__(self, config: family.DecoderConfig):
         super().__init__()
         self.gate_proj = Linear(config.width, config.ffw_width, config.biases)
         self.up_proj = Linear(config.width, config.ffw_width, config.biases)
@@ -77,7 +77,7 @@ class MLP(Module):
 class Block(Module):
     """One layer: a mixer of positions, then a feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: family.Decoder, layer: family.Layer):
+    def __init__(self, config: family.DecoderConfig, layer: family.Layer):
         super().__init__()
         norm = (config.width, config.norm_eps)
         self.input_layernorm = RMSNorm(*norm)
@@ -106,21 +106,21 @@ class Block(Module):
 
 
 class Decoder(Module):
-    """Token ids to logits, for any member's `family.Decoder`. New weights are zeros: load or initialise them.
+    """Token ids to logits, for any member's `family.DecoderConfig`. New weights are zeros: load or initialise them.
 
     `model(batch)` computes a ragged batch, `model(tokens_BT)` the rows of a rectangle.
     """
 
     vision = None  # it sees no images itself: `paligemma.PaliGemma` hands it the features of some
 
-    def __init__(self, config: family.Decoder):
+    def __init__(self, config: family.DecoderConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.width, config.embed_scale, config.embed_scale_dtype)
         self.layers = ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = Head(self.embed_tokens)
-        self.score: Any = None  # of a reward model: a `weighted.Score`, which reads what the head reads
+        self.score: Any = None  # of a reward model: a `layers.Score`, which reads what the head reads
 
     def forward(self, batch: Batch | Any, state: State | None = None, rows=None, features_ED=None):
         """Logits of every token, or of `rows` of them only.
@@ -177,7 +177,7 @@ class Decoder(Module):
         """Put a weight where it belongs by its name; the head follows the embedding."""
         path, _, leaf = name.rpartition(".")
         owner = self.get_submodule(path)
-        assert isinstance(owner, Weighted)
+        assert isinstance(owner, ParamModule)
         owner.hold(leaf, value)
         if path == "embed_tokens":
             self.lm_head.hold(leaf, value)

@@ -15,10 +15,10 @@ from torch.nn import Module, Parameter
 
 from gemkit import family, ops
 from gemkit.nn.batch import Batch
-from gemkit.nn.weighted import Linear, Weighted
+from gemkit.nn.layers import Linear, ParamModule
 
 
-class CausalConv1d(Weighted):
+class CausalConv1d(ParamModule):
     """Each channel's own weighting of its last C inputs; the weight is (R, C), the current input's column last."""
 
     def __init__(self, width: int, taps: int):
@@ -34,7 +34,7 @@ class CausalConv1d(Weighted):
         return f"{width}, taps={taps}"
 
 
-class BlockDiagonal(Weighted):
+class BlockDiagonal(ParamModule):
     """Projections side by side, each of its own channels; the weight is (blocks, in, out)."""
 
     def __init__(self, width: int, blocks: int):
@@ -50,7 +50,7 @@ class BlockDiagonal(Weighted):
         return f"blocks={blocks}, in_features={in_features}, out_features={out_features}"
 
 
-class RGLRU(Weighted):
+class RGLRU(ParamModule):
     """The real-gated linear recurrent unit: how much to forget and how much to take in depend on the input alone."""
 
     def __init__(self, layer: family.Recurrent):
@@ -67,7 +67,7 @@ class RGLRU(Weighted):
 class Recurrent(Module):
     """A gated branch beside a convolution and a recurrence."""
 
-    def __init__(self, config: family.Decoder, layer: family.Recurrent):
+    def __init__(self, config: family.DecoderConfig, layer: family.Recurrent):
         super().__init__()
         self.linear_x = Linear(config.width, layer.width, bias=True)
         self.linear_y = Linear(config.width, layer.width, bias=True)

@@ -20,7 +20,7 @@ from itertools import pairwise
 from torch.nn import Module, ModuleList, Parameter
 
 from gemkit import ops
-from gemkit.nn.weighted import Embedding, Weighted
+from gemkit.nn.layers import Embedding, ParamModule
 
 CODES = 128  # rows of the codebook
 GRID = 4  # codes a side
@@ -29,7 +29,7 @@ CHANNELS = 128  # of the decoder before its first enlargement
 Shape = tuple[int, int, int, int]  # of a convolution's weight: (out, in, rows, columns)
 
 
-class Conv2d(Weighted):
+class Conv2d(ParamModule):
     """A convolution that keeps the size, divided by the stride; the weight is (out, in, rows, columns)."""
 
     def __init__(self, shape: Shape, stride: int = 1):
@@ -45,7 +45,7 @@ class Conv2d(Weighted):
         return f"{tuple(self.weight.shape)}, stride={self.stride}"
 
 
-class ConvTranspose2d(Weighted):
+class ConvTranspose2d(ParamModule):
     """A convolution that doubles the size, by a kernel of 4 x 4; the weight is (in, out, rows, columns)."""
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -73,7 +73,7 @@ class Residual(Module):
         return ops.add(x_BCYX, third(h_BCYX))
 
 
-class Nearest(Weighted):
+class Nearest(ParamModule):
     """The number of a codebook's nearest row; the weight is the codebook, (rows, width)."""
 
     def __init__(self, rows: int, width: int):

@@ -17,15 +17,15 @@ from gemkit import family
 from gemkit.errors import ConfigError
 from gemkit.nn.batch import Batch
 from gemkit.nn.decoder import Decoder
+from gemkit.nn.layers import Linear, ParamModule
 from gemkit.nn.siglip import Siglip
 from gemkit.nn.state import State
-from gemkit.nn.weighted import Linear, Weighted
 
 
 class Projector(Module):
     """From the tower's width to the decoder's."""
 
-    def __init__(self, vision: family.Vision, config: family.Decoder):
+    def __init__(self, vision: family.Vision, config: family.DecoderConfig):
         super().__init__()
         self.linear = Linear(vision.width, config.width, bias=True)
 
@@ -42,7 +42,7 @@ class PaliGemma(Module):
 
     score: Any = None  # no reward model sees images
 
-    def __init__(self, config: family.Decoder, vision: family.Vision):
+    def __init__(self, config: family.DecoderConfig, vision: family.Vision):
         super().__init__()
         if vision.image_token >= config.vocab_size:
             raise ConfigError(f"image_token={vision.image_token} is beyond the {config.vocab_size} rows of vocabulary")
@@ -90,7 +90,7 @@ class PaliGemma(Module):
             return
         path, _, leaf = name.rpartition(".")
         owner = self.get_submodule(path)
-        assert isinstance(owner, Weighted)
+        assert isinstance(owner, ParamModule)
         owner.hold(leaf, value)
 
     def new_state(self, slots: int = 1, room: int = 0) -> State:
@@ -98,6 +98,6 @@ class PaliGemma(Module):
         return self.language_model.new_state(slots, room)
 
 
-def build(config: family.Decoder, vision: family.Vision | None = None) -> Decoder | PaliGemma:
+def build(config: family.DecoderConfig, vision: family.Vision | None = None) -> Decoder | PaliGemma:
     """The module of a member. New weights are zeros."""
     return Decoder(config) if vision is None else PaliGemma(config, vision)

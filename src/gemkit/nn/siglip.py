@@ -15,10 +15,10 @@ from torch.nn import Module, ModuleList, Parameter
 from gemkit import family, ops
 from gemkit.errors import ConfigError
 from gemkit.nn.batch import Patches
-from gemkit.nn.weighted import LayerNorm, Linear, Weighted
+from gemkit.nn.layers import LayerNorm, Linear, ParamModule
 
 
-class PatchEmbedding(Weighted):
+class PatchEmbedding(ParamModule):
     """A projection of the pixels of each patch; the weight is (W, 3, patch, patch)."""
 
     def __init__(self, width: int, patch_size: int):
@@ -34,7 +34,7 @@ class PatchEmbedding(Weighted):
         return f"{channels}, {width}, patch_size={patch_size}"
 
 
-class PositionEmbedding(Weighted):
+class PositionEmbedding(ParamModule):
     """A learned vector for each place of a patch."""
 
     def __init__(self, patches: int, width: int):

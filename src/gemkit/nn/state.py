@@ -46,7 +46,7 @@ class _Span:
         return self.first + self.count
 
 
-class KeysValues:
+class KVCache:
     """What one attention layer remembers: every position, or those that the window of a coming token can reach.
 
     A sliding layer keeps `window - 1 + room` positions when its buffer is compacted, where `room` is how many tokens
@@ -252,7 +252,7 @@ class State:
         room: how many tokens a `rollback` may take back at most; sliding layers keep that many more positions.
     """
 
-    def __init__(self, decoder: family.Decoder, slots: int, room: int = 0):
+    def __init__(self, decoder: family.DecoderConfig, slots: int, room: int = 0):
         if slots < 1 or room < 0:
             raise StateError(f"slots={slots} must be at least 1, and room={room} at least 0")
         self.decoder = decoder
@@ -307,7 +307,7 @@ class State:
         """Bytes held, the buffers' spare room included."""
         return sum(entry.nbytes for entry in self.layers)
 
-    def expect(self, decoder: family.Decoder, spans: Iterable[Span]) -> None:
+    def expect(self, decoder: family.DecoderConfig, spans: Iterable[Span]) -> None:
         """Check that new tokens continue what is remembered, before any layer is touched."""
         if decoder != self.decoder:
             raise StateError("this state was made for another model: make one with model.new_state()")
@@ -366,7 +366,9 @@ class State:
         return target
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], decoder: family.Decoder, device: torch.device | str = "cpu") -> State:
+    def load(
+        cls, path: str | os.PathLike[str], decoder: family.DecoderConfig, device: torch.device | str = "cpu"
+    ) -> State:
         """A state that was saved, for a model of the architecture `decoder`.
 
         Raises:
@@ -394,13 +396,13 @@ class State:
         return slot
 
 
-def _entry(decoder: family.Decoder, layer: family.Layer, slots: int, room: int) -> KeysValues | Recurrence:
+def _entry(decoder: family.DecoderConfig, layer: family.Layer, slots: int, room: int) -> KVCache | Recurrence:
     heads = (decoder.num_kv_heads, decoder.head_dim)
     match layer:
         case family.Global():
-            return KeysValues(slots, heads, None, room)
+            return KVCache(slots, heads, None, room)
         case family.Sliding(window=window):
-            return KeysValues(slots, heads, window, room)
+            return KVCache(slots, heads, window, room)
         case family.Recurrent():
             return Recurrence(slots, layer)
 
@@ -419,7 +421,7 @@ _MANIFEST = "gemkit.state"  # its key in the header
 _VERSION = 1
 
 
-def _fingerprint(decoder: family.Decoder) -> str:
+def _fingerprint(decoder: family.DecoderConfig) -> str:
     """Equal for equal architectures; it says nothing of the weights."""
     return hashlib.sha256(repr(decoder).encode()).hexdigest()
 

@@ -42,7 +42,7 @@ class Sequences(Protocol):
 
 
 class Memory(Protocol):
-    """What one attention layer remembers between calls (`nn.state.KeysValues` is one)."""
+    """What one attention layer remembers between calls (`nn.state.KVCache` is one)."""
 
     def append(self, slot: int, position: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
         """Remember the keys and values of the tokens from `position` on."""

@@ -198,7 +198,7 @@ _otherwise: Callable[[Quantized, Tensor], bool] | None = None
 
 def make_dense_by(way: Callable[[Quantized, Tensor], bool] | None) -> None:
     """Make weights dense by other means from now on: the native library's, which stands above this room
-    (`program.planes`). None: by the definition alone."""
+    (`executors.native.dequantize`). None: by the definition alone."""
     global _otherwise
     _otherwise = way
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gemkit.errors import ModelError
-from gemkit.family import Decoder as Config
+from gemkit.family import DecoderConfig as Config
 from gemkit.nn import Batch, Decoder
 from gemkit.ops import Quantized
 from gemkit.ops.symbolic import Shape, Symbol

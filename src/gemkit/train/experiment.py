@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gemkit.errors import ConfigError, nearest
-from gemkit.family import Decoder, Global, Layer, Recurrent, Sliding, Vision, get, repeat
+from gemkit.family import DecoderConfig, Global, Layer, Recurrent, Sliding, Vision, get, repeat
 from gemkit.train import OBJECTIVES
 
 Decay = Literal["constant", "cosine", "linear", "rsqrt"]
@@ -178,7 +178,7 @@ class Experiment:
             )
 
 
-def published(settings: Optimizer, decoder: Decoder, vision: Vision | None, *, new: bool) -> Optimizer:
+def published(settings: Optimizer, decoder: DecoderConfig, vision: Vision | None, *, new: bool) -> Optimizer:
     """The settings, with what was left out as the family publishes it.
 
     RecurrentGemma's fine-tuning colab: rate 1e-4, betas 0.9 and 0.96, decay 0.1. PaliGemma's transfers (big_vision,
@@ -355,10 +355,10 @@ def _fitting(hint: Any, value: Any, where: str, name: str) -> Any:
 # ── a model from nothing ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def new_model(values: Mapping[str, Any], vocab_size: int) -> tuple[Decoder, Vision | None]:
+def new_model(values: Mapping[str, Any], vocab_size: int) -> tuple[DecoderConfig, Vision | None]:
     """The architecture that a table `[model.new]` describes.
 
-    Its keys are the fields of `family.Decoder`. `like` names a member whose fields are those that are left out.
+    Its keys are the fields of `family.DecoderConfig`. `like` names a member whose fields are those that are left out.
     `layers` is a pattern that is repeated to `depth` layers, of tables such as {kind = "sliding", window = 512}, {kind
     = "global"} and {kind = "recurrent", width = 256, num_blocks = 4}; a `rope` is a table with `base`. `vision` is a
     table of the fields of `family.Vision`. `query_scale` is by default that of `head_dim`, the rows of the table are
@@ -371,10 +371,10 @@ def new_model(values: Mapping[str, Any], vocab_size: int) -> tuple[Decoder, Visi
     given = dict(values)
     like = given.pop("like", None)
     member = None if like is None else get(like)
-    base = {} if member is None else {f.name: getattr(member.decoder, f.name) for f in fields(Decoder)}
+    base = {} if member is None else {f.name: getattr(member.decoder, f.name) for f in fields(DecoderConfig)}
     base["vocab_size"] = vocab_size
     tower = given.pop("vision", None)
-    known = {f.name for f in fields(Decoder)} | {"depth"}
+    known = {f.name for f in fields(DecoderConfig)} | {"depth"}
     for name in given:
         if name not in known:
             raise ConfigError(f"{where}: there is no {name}; " + nearest(name, known | {"like", "vision"}))
@@ -390,13 +390,13 @@ def new_model(values: Mapping[str, Any], vocab_size: int) -> tuple[Decoder, Visi
         raise ConfigError(f"{where}: depth={total!r} must be a whole number from 1, of a pattern of layers")
     if "head_dim" in given and "query_scale" not in given:
         base["query_scale"] = given["head_dim"] ** -0.5 if isinstance(given["head_dim"], int) else 1.0
-    hints = get_type_hints(Decoder)
+    hints = get_type_hints(DecoderConfig)
     fitted = {name: _fitting(hints[name], value, where, name) for name, value in given.items()}
     if missing := [
-        f.name for f in fields(Decoder) if f.name not in {**base, **fitted, "layers": ()} and _is_required(f)
+        f.name for f in fields(DecoderConfig) if f.name not in {**base, **fitted, "layers": ()} and _is_required(f)
     ]:
         raise ConfigError(f"{where}: {missing[0]} is missing; `like` takes what is left out from a member")
-    decoder = Decoder(**{**base, **fitted, "layers": repeat(*pattern, total=total)})
+    decoder = DecoderConfig(**{**base, **fitted, "layers": repeat(*pattern, total=total)})
     if tower is None:
         return decoder, None
     of_member = {} if member is None or member.vision is None else member.vision.__dict__

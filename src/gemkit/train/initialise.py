@@ -25,7 +25,7 @@ _CONV_SCALE = 0.01
 
 
 def new_module(
-    decoder: family.Decoder,
+    decoder: family.DecoderConfig,
     vision: family.Vision | None = None,
     *,
     seed: int = 0,
@@ -43,7 +43,7 @@ def new_module(
     return module
 
 
-def draw(name: str, shape: tuple[int, ...], decoder: family.Decoder, generator: torch.Generator) -> Tensor:
+def draw(name: str, shape: tuple[int, ...], decoder: family.DecoderConfig, generator: torch.Generator) -> Tensor:
     """The first value of a parameter, in float32."""
     tower = name.startswith("vision_tower.")
     if "norm" in name:
@@ -60,7 +60,7 @@ def draw(name: str, shape: tuple[int, ...], decoder: family.Decoder, generator: 
     return torch.randn(shape, generator=generator) * math.sqrt(_variance(name, shape, decoder))
 
 
-def _variance(name: str, shape: tuple[int, ...], decoder: family.Decoder) -> float:
+def _variance(name: str, shape: tuple[int, ...], decoder: family.DecoderConfig) -> float:
     if "position_embedding" in name or "embed_tokens" in name:
         return 1 / shape[1]
     if "rg_lru" in name:  # blocks are (in, out)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from gemkit.train.rows import Unit
+from gemkit.train.batching import Unit
 
 
 @dataclass(frozen=True, eq=False)

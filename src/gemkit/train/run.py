@@ -31,28 +31,29 @@ import torch
 from gemkit import family
 from gemkit import generate as loop
 from gemkit import text as formats
+from gemkit.adapters import lora
 from gemkit.errors import ConfigError, TrainingError
+from gemkit.executors.torch import TorchExecutor
 from gemkit.family import Prompt
 from gemkit.generate import Request
 from gemkit.nn import Decoder, PaliGemma
-from gemkit.program.eager import Eager
 from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import IMAGE
-from gemkit.train import OBJECTIVES, lora, objectives
+from gemkit.train import OBJECTIVES, objectives
 from gemkit.train import experiment as settings
+from gemkit.train.batching import Unit
 from gemkit.train.checkpoint import Checkpoints, Saved, replace_bytes
 from gemkit.train.data import Data, Steps, open_data
+from gemkit.train.estimate import Plan, choose, flops_per_second, predict
 from gemkit.train.experiment import Experiment
 from gemkit.train.initialise import new_module
 from gemkit.train.objective import Objective
 from gemkit.train.objectives import judges
 from gemkit.train.objectives.rl import Grpo
-from gemkit.train.plan import Plan, choose, flops_per_second, predict
-from gemkit.train.rows import Unit
 from gemkit.train.trainer import Outcome, Progress, Trainer
-from gemkit.weights.card import card, new_card
 from gemkit.weights.checkpoint import Checkpoint, find
 from gemkit.weights.load import available_memory, load_module
+from gemkit.weights.model_card import card, new_card
 from gemkit.weights.save import save_hf
 
 MAX_LENGTH = 1024
@@ -67,7 +68,7 @@ class Run:
     """An experiment whose files are open. A context manager."""
 
     experiment: Experiment  # with nothing left out
-    decoder: family.Decoder
+    decoder: family.DecoderConfig
     vision: family.Vision | None
     tokenizer: Tokenizer
     prompts: tuple[Prompt, ...]  # what the model will have been trained to answer
@@ -346,7 +347,7 @@ class Run:
         requests = [Request(p.ids, max_tokens=asked.sample_tokens, stop_ids=p.stop_ids) for p in made]
 
         def sample() -> list[tuple[str, str]]:
-            results = loop.complete(Eager(module), requests, text_stream=self.tokenizer.stream)
+            results = loop.complete(TorchExecutor(module), requests, text_stream=self.tokenizer.stream)
             return [(prompt, result.text) for prompt, result in zip(asked.samples, results, strict=True)]
 
         return sample

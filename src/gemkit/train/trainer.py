@@ -31,12 +31,12 @@ from torch.utils import deterministic as _deterministic
 
 from gemkit.errors import NoSpaceError, TrainingError
 from gemkit.inspect import curves
-from gemkit.train import diagnose
+from gemkit.train import nonfinite
+from gemkit.train.batching import Unit
 from gemkit.train.checkpoint import Checkpoints, Saved, replace_bytes
 from gemkit.train.experiment import Experiment
 from gemkit.train.objective import Objective
 from gemkit.train.optimizer import KIND, Optimizer
-from gemkit.train.rows import Unit
 
 deterministic: Any = _deterministic  # a module whose one setting torch's stubs do not know
 
@@ -242,7 +242,7 @@ class Trainer:
         def loss(units: Sequence[Unit]) -> Tensor:
             return self.objective.loss(self.model, units).total / size
 
-        found = diagnose.blame(self.model, parts, loss)
+        found = nonfinite.blame(self.model, parts, loss)
         self.optimizer.forget()
         said = f"step {self.step + 1}: {why}: {found}"
         if self._skipped >= self.experiment.step.skip_nonfinite:

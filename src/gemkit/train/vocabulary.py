@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemkit.nn import PaliGemma
-from gemkit.nn.weighted import Head
+from gemkit.nn.layers import Head
 from gemkit.ops import Quantized
 from gemkit.ops.basic import wide
 

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from gemkit import family
+from gemkit.adapters import peft as adapters
 from gemkit.errors import AccessError, UnknownModelError, WeightsError
-from gemkit.family import Decoder, Member, Prompt, Vision
+from gemkit.family import DecoderConfig, Member, Prompt, Vision
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import FIM_PREFIX
 from gemkit.text.vocabulary import IMAGE
-from gemkit.weights import adapters, configs, hub
-from gemkit.weights.ckpt import CkptReader
-from gemkit.weights.entries import DENSE, MAX_HEADER, Format, Reader, parse_json, sniff
-from gemkit.weights.gguf import GGUFReader
+from gemkit.weights import configs, hub
+from gemkit.weights.formats.base import DENSE, MAX_HEADER, Format, Reader, parse_json, sniff
+from gemkit.weights.formats.gguf import GGUFReader
+from gemkit.weights.formats.safetensors import SafetensorsReader
+from gemkit.weights.formats.torch_checkpoint import CkptReader
 from gemkit.weights.maps import Part, name_map
-from gemkit.weights.safetensors import SafetensorsReader
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Checkpoint:
     path: Path
     format: Format
     reader: Reader
-    decoder: Decoder
+    decoder: DecoderConfig
     member: Member | None = None  # the member that it was asked for as, if it was by name
     vision: Vision | None = None
     notes: list[str] = field(default_factory=list)  # what a user should know of how it was read
@@ -230,7 +231,7 @@ def _describe(format: Format, path: Path, label: str, reader: Reader, member: Me
     return Checkpoint(label, path, format, reader, member.decoder, member)
 
 
-def resolve(path: str | os.PathLike[str]) -> tuple[Decoder, Vision | None, str]:
+def resolve(path: str | os.PathLike[str]) -> tuple[DecoderConfig, Vision | None, str]:
     """Architecture and name of a checkpoint on disk."""
     with open_path(Path(path).expanduser(), os.fspath(path)) as checkpoint:
         return checkpoint.decoder, checkpoint.vision, checkpoint.label
@@ -309,7 +310,7 @@ def _member_of(format: Format, reader: Reader, label: str) -> Member:
     raise WeightsError(f"{label}: its tensors are those of no member that is known here")
 
 
-def _fit(format: Format, decoder: Decoder, vision: Vision | None, reader: Reader) -> tuple[list[Part], list[str]]:
+def _fit(format: Format, decoder: DecoderConfig, vision: Vision | None, reader: Reader) -> tuple[list[Part], list[str]]:
     """Where each parameter is, and what is wrong with that: missing, misshapen or left over."""
     shapes = dict(family.parameters(decoder, vision))
     table = name_map(format, decoder, vision)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemkit.errors import ConfigError, WeightsError
-from gemkit.family import Decoder, Global, Layer, Recurrent, Rope, Sliding, Vision, repeat
+from gemkit.family import DecoderConfig, Global, Layer, Recurrent, Rope, Sliding, Vision, repeat
 
 # Published defaults of the configuration classes, for keys that released files omit (the text configuration of
 # gemma-3-4b-pt names five keys only). Transformers 5.23, models/gemma*/configuration_gemma*.py
@@ -65,7 +65,7 @@ _PATTERN = {"gemma2": 2, "gemma3_text": 6}  # every n-th layer is global
 _TANH_GELU = {"gelu_pytorch_tanh", "gelu"}  # "gelu" in old files means the tanh form: the models were trained with it
 
 
-def from_hf(config: Mapping[str, Any], where: str) -> Decoder:
+def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
     """The decoder that a `config.json` describes.
 
     Args:
@@ -104,7 +104,7 @@ def from_hf(config: Mapping[str, Any], where: str) -> Decoder:
             ("final_softcap", "final_logit_softcapping"),
         ):
             softcaps[ours] = None if theirs in config and config[theirs] is None else keys.optional_number(theirs)
-    return Decoder(
+    return DecoderConfig(
         vocab_size=keys.whole("vocab_size"),
         width=keys.whole("hidden_size"),
         ffw_width=keys.whole("intermediate_size"),
@@ -250,7 +250,7 @@ def _hf_ropes(kind: str, keys: _Keys) -> dict[str, Rope]:
 _BLOCK_TYPES = ("layers_block_type", "layer_types", "_block_types", "block_types")
 
 
-def _hf_griffin(keys: _Keys) -> Decoder:
+def _hf_griffin(keys: _Keys) -> DecoderConfig:
     heads, width = keys.whole("num_attention_heads"), keys.whole("hidden_size")
     both_branches = keys.whole("intermediate_size")
     if width % heads or both_branches % 2:
@@ -279,7 +279,7 @@ def _hf_griffin(keys: _Keys) -> Decoder:
         raise WeightsError(f"{keys.where}: {name} must list kinds of layers")
     if unknown := sorted({str(t) for t in types} - kinds.keys()):
         raise ConfigError(f"{keys.where}: {name} has {unknown[0]!r}; known: {', '.join(kinds)}")
-    return Decoder(
+    return DecoderConfig(
         vocab_size=keys.whole("vocab_size"),
         width=width,
         ffw_width=both_branches // 2,
@@ -296,7 +296,7 @@ def _hf_griffin(keys: _Keys) -> Decoder:
     )
 
 
-def to_hf(decoder: Decoder, vision: Vision | None = None) -> dict[str, Any]:
+def to_hf(decoder: DecoderConfig, vision: Vision | None = None) -> dict[str, Any]:
     """The `config.json` that Transformers loads this model from (both its current and its older keys).
 
     Raises:
@@ -352,7 +352,7 @@ def as_reward_model(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "architectures": architectures, "problem_type": "regression", **label}
 
 
-def _to_hf_paligemma(decoder: Decoder, vision: Vision) -> dict[str, Any]:
+def _to_hf_paligemma(decoder: DecoderConfig, vision: Vision) -> dict[str, Any]:
     text = to_hf(decoder)
     if text["model_type"] not in ("gemma", "gemma2"):
         raise _inexpressible("paligemma", decoder)
@@ -403,7 +403,7 @@ def preprocessor_to_hf(vision: Vision) -> dict[str, Any]:
     }
 
 
-def _to_hf_common(decoder: Decoder) -> dict[str, Any]:
+def _to_hf_common(decoder: DecoderConfig) -> dict[str, Any]:
     return {
         "vocab_size": decoder.vocab_size,
         "hidden_size": decoder.width,
@@ -423,7 +423,7 @@ def _to_hf_common(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def _to_hf_griffin(decoder: Decoder) -> dict[str, Any]:
+def _to_hf_griffin(decoder: DecoderConfig) -> dict[str, Any]:
     recurrent = next(layer for layer in decoder.layers if isinstance(layer, Recurrent))
     sliding = next((layer for layer in decoder.layers if isinstance(layer, Sliding)), Sliding(2049, Rope(fraction=0.5)))
     types = ["recurrent" if isinstance(layer, Recurrent) else "attention" for layer in decoder.layers]
@@ -446,14 +446,14 @@ def _to_hf_griffin(decoder: Decoder) -> dict[str, Any]:
     }
 
 
-def _expressed(config: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+def _expressed(config: dict[str, Any], decoder: DecoderConfig) -> dict[str, Any]:
     """A configuration, if the decoder is what it says."""
     if _rounded(from_hf(config, "config.json")) != _rounded(decoder):
         raise _inexpressible(config["model_type"], decoder)
     return config
 
 
-def _inexpressible(kind: str, decoder: Decoder) -> ConfigError:
+def _inexpressible(kind: str, decoder: DecoderConfig) -> ConfigError:
     return ConfigError(f"no published configuration of model_type {kind!r} can express this decoder: {decoder}")
 
 
@@ -466,13 +466,13 @@ def _whole_if_close(value: float) -> float | int:
     return round(value) if abs(value - round(value)) < 1e-6 else value
 
 
-def _rounded(decoder: Decoder) -> tuple[Any, ...]:
+def _rounded(decoder: DecoderConfig) -> tuple[Any, ...]:
     """For comparison: `x ** -0.5 ** -2` is not always x to the last bit."""
     fields = dict(decoder.__dict__)
     return (round(fields.pop("query_scale"), 9), *fields.values())
 
 
-def from_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str) -> Decoder:
+def from_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str) -> DecoderConfig:
     """The decoder that a GGUF's metadata describes; `vocab_size` counts the rows of its embedding.
 
     Layer pattern, local rope base and (by the number of layers, as in llama.cpp) the query scale of the 27B models
@@ -502,7 +502,7 @@ def from_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str) -> Decod
         sliding = Sliding(keys.whole("attention.sliding_window", 4096), local)
         layers = repeat(*[sliding] * (1 if kind == "gemma2" else 5), full, total=depth)
     wide = (kind, depth) in (("gemma2", 46), ("gemma3", 62))
-    return Decoder(
+    return DecoderConfig(
         vocab_size=vocab_size,
         width=width,
         ffw_width=keys.whole("feed_forward_length"),

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from gemkit.family import Decoder, Recurrent, Vision
-from gemkit.weights.entries import Format
+from gemkit.family import DecoderConfig, Recurrent, Vision
+from gemkit.weights.formats.base import Format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +65,10 @@ class Part:
 
 
 # The layout of a parameter, from its name, its shape and the architecture.
-Stored = Callable[[str, Shape, Decoder], Layout]
+Stored = Callable[[str, Shape, DecoderConfig], Layout]
 
 
-def _as_it_is(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+def _as_it_is(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
     return Layout(shape)
 
 
@@ -125,7 +125,7 @@ class NameMap:
         pattern, number = _split(ours)
         return self._by_ours[pattern].replace("{i}", number)
 
-    def parts(self, decoder: Decoder, shapes: Mapping[str, Shape], published: Iterable[str] = ()) -> list[Part]:
+    def parts(self, decoder: DecoderConfig, shapes: Mapping[str, Shape], published: Iterable[str] = ()) -> list[Part]:
         """Where to find each of our parameters in a file that holds `published`; without them, where we write it.
 
         Args:
@@ -274,7 +274,7 @@ _GGUF_QK_NORMS = tuple(
 _GGUF_IGNORED = (r"rope_freqs\.weight",)
 
 
-def _plus_one(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+def _plus_one(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
     return Layout(shape, plus_one=True)
 
 
@@ -294,7 +294,7 @@ _GP_ENDS = (("embedder.weight", "embed_tokens.weight"), ("model.norm.weight", "n
 _GP_IGNORED = (r"(local_|global_)?freqs_cis", r"siglip_vision_model\..*", r"mm_.*")
 
 
-def _fused_rows(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+def _fused_rows(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
     q, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
     rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
     return Layout((q + 2 * kv, decoder.width), rows[ours.split(".")[-2]])
@@ -321,7 +321,7 @@ _GRIFFIN_NORMS = (
 )
 
 
-def _hf_taps(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+def _hf_taps(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
     width, taps = shape
     return Layout((width, 1, taps))  # as torch.nn.Conv1d has it
 
@@ -361,11 +361,11 @@ HF_GRIFFIN = NameMap(
 )
 
 
-def _turned(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+def _turned(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
     return Layout(shape[::-1], turned=True)
 
 
-def _of_pair(ours: str, shape: Shape, decoder: Decoder) -> Layout:
+def _of_pair(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
     """The gated branch is first of two; a matrix is (in, out), a bias has axes for a batch and a sequence."""
     first = int("up_proj" in ours)
     whole = (2, *shape[::-1]) if len(shape) == 2 else (2, 1, 1, *shape)
@@ -418,7 +418,7 @@ _MAPS: dict[Format, tuple[NameMap, ...]] = {
 }
 
 
-def name_map(format: Format, decoder: Decoder, vision: Vision | None = None) -> NameMap:
+def name_map(format: Format, decoder: DecoderConfig, vision: Vision | None = None) -> NameMap:
     """The table for a model in a format, chosen by what it has. Only one format has names for an image tower."""
     if vision is not None and format == "safetensors":
         return HF_PALIGEMMA2 if decoder.post_norms else HF_PALIGEMMA1

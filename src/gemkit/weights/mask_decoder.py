@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gemkit.errors import WeightsError
-from gemkit.weights.npz import NpzReader
+from gemkit.weights.formats.npz import NpzReader
 
 if TYPE_CHECKING:
     from torch.nn import Module

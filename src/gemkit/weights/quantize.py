@@ -35,7 +35,7 @@ from torch.nn import Module
 
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Batch, Decoder, PaliGemma
-from gemkit.nn.weighted import Embedding, Linear
+from gemkit.nn.layers import Embedding, Linear
 from gemkit.ops.quantized import KINDS, Kind, Quantized
 
 Weights = Literal["int8", "int4"]

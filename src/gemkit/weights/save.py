@@ -53,7 +53,7 @@ def save_hf(
         quantized: write quantized weights as they are, each plane as a tensor `<weight>.<plane>`, their block types in
             the configuration. Such a folder is for gemkit alone.
         shard_bytes: a file is closed before it grows beyond this.
-        card: the README.md (`weights.card`); None: there is none.
+        card: the README.md (`weights.model_card`); None: there is none.
 
     Raises:
         WeightsError: if the folder exists, or cannot be written; nothing is left behind then.

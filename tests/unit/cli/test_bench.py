@@ -16,13 +16,13 @@ from gemkit.cli import bench, main
 from gemkit.errors import ConfigError
 from gemkit.family import Recurrent, Sliding
 from gemkit.inspect import cost
-from tiny import WINDOW, reference, save_reference, tiny
+from support.tiny import WINDOW, reference, save_reference, tiny
 
 GRIFFIN, GEMMA = "recurrentgemma-2b", "gemma-2b"
 TOKENS = 3
 
 
-def cut(name: str) -> family.Decoder:
+def cut(name: str) -> family.DecoderConfig:
     """Tiny, and with the first four layers only: two recurrent, one sliding, one recurrent; or four global."""
     decoder = tiny(name)
     return replace(decoder, layers=decoder.layers[:4])

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gemkit.errors import ConfigError, ContextError, ModelError, StateError
 from gemkit.generate import Event, Request, Result, Sampling, complete, generate, sample, score
-from unit.generate.fakes import BOS, END, PIECES, ByteStream, HashModel, Script, text_of
+from support.fake_executors import BOS, END, PIECES, ByteStream, HashModel, Script, text_of
 
 tokens = st.integers(2, len(PIECES) - 1)
 samplings = st.builds(

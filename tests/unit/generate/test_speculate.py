@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemkit.errors import ConfigError, StateError
+from gemkit.executors.torch import TorchExecutor
 from gemkit.family import Global, Sliding
 from gemkit.generate import Chunk, Request, Result, Sampling, complete, generate, room_for
-from gemkit.generate.speculate import DRAFT, Drafts, Lookup, Pace
-from gemkit.program.eager import Eager
-from unit.generate.fakes import BOS, ByteStream, FakeState, HashModel, text_of
+from gemkit.generate.speculate import DRAFT, Drafts, Lookup, SpeculationController
+from support.fake_executors import BOS, ByteStream, FakeState, HashModel, text_of
 from unit.generate.test_loop import outcome, requests
 from unit.nn.test_state import CONFIG, random_module
 
@@ -214,7 +214,7 @@ def test_it_starts_again_where_it_pays(monkeypatch):
 
 
 def test_a_token_of_a_batch_is_worth_its_share_of_a_step(monkeypatch):
-    pace = Pace(8)
+    pace = SpeculationController(8)
 
     def step(seconds: float, tokens: int, accepted: int) -> int:
         times = iter([0.0, seconds])
@@ -236,7 +236,7 @@ def test_real_members_say_the_same(monkeypatch, recurrent, sampling):
     """Windows of 5 that slide over drafts, and recurrent layers, which must be computed again from a mark."""
     Clock(monkeypatch)
     config = CONFIG if recurrent else replace(CONFIG, layers=(Sliding(5), Global(), Sliding(2)))
-    executor = Eager(random_module(config, seed=3))
+    executor = TorchExecutor(random_module(config, seed=3))
     rng = np.random.default_rng(4)
     batch = [Request([2, *rng.integers(3, 64, n).tolist() * 3], sampling, max_tokens=60) for n in (3, 6, 1)]
     plain = complete(executor, batch)

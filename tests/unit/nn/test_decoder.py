@@ -59,7 +59,7 @@ def test_the_head_is_the_embedding():
     assert module.lm_head.weight is module.embed_tokens.weight
 
 
-def tiny_config(**changes) -> family.Decoder:
+def tiny_config(**changes) -> family.DecoderConfig:
     settings = {
         "vocab_size": 64,
         "width": 32,
@@ -71,7 +71,7 @@ def tiny_config(**changes) -> family.Decoder:
         "max_context": 64,
         "query_scale": 32**-0.5,
     }
-    return family.Decoder(**{**settings, **changes})
+    return family.DecoderConfig(**{**settings, **changes})
 
 
 def quantized(rows: int, columns: int) -> Quantized:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-import mask_weights
 from gemkit.weights.mask_decoder import load_mask_decoder, load_mask_encoder
+from support import mask_weights
 
 
 @pytest.fixture

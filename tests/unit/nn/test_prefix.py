@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from gemkit import family, nn
 from gemkit.errors import ConfigError
+from gemkit.executors.torch import TorchExecutor
 from gemkit.family import Global, Sliding, Vision
 from gemkit.generate import Chunk, Request, complete, generate, score
 from gemkit.nn import Batch
-from gemkit.program.eager import Eager
 
 WINDOW = 5
-CONFIG = family.Decoder(
+CONFIG = family.DecoderConfig(
     vocab_size=64,
     width=24,
     ffw_width=32,
@@ -43,7 +43,7 @@ def random_module() -> nn.PaliGemma:
 
 
 MODULE = random_module()
-EXECUTOR = Eager(MODULE)
+EXECUTOR = TorchExecutor(MODULE)
 
 
 def image(seed: int = 0) -> np.ndarray:
@@ -161,7 +161,7 @@ def test_an_interrupted_prefix_is_computed_anew():
 
 
 def test_images_and_placeholders_must_match():
-    state, text_only = MODULE.new_state(), Eager(nn.Decoder(CONFIG))
+    state, text_only = MODULE.new_state(), TorchExecutor(nn.Decoder(CONFIG))
     with pytest.raises(ConfigError, match="1 images of 9 patches each, and 8 placeholders"):
         feed(state, [63] * 8 + [1], 9, [image()])
     with pytest.raises(ConfigError, match="2 images of 9 patches each, and 9 placeholders"):

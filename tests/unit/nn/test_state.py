@@ -16,7 +16,7 @@ from gemkit.family import Global, Recurrent, Rope, Sliding
 from gemkit.nn import Batch
 
 WINDOW = 5
-CONFIG = family.Decoder(
+CONFIG = family.DecoderConfig(
     vocab_size=64,
     width=24,
     ffw_width=32,
@@ -39,7 +39,7 @@ CONFIG = family.Decoder(
 )
 
 
-def random_module(config: family.Decoder = CONFIG, seed: int = 0) -> nn.Decoder:
+def random_module(config: family.DecoderConfig = CONFIG, seed: int = 0) -> nn.Decoder:
     module = nn.Decoder(config)
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():

@@ -6,7 +6,7 @@ import torch
 from torch.autograd import gradcheck
 
 from gemkit import ops
-from mask_weights import same_conv, transposed_conv
+from support.mask_weights import same_conv, transposed_conv
 
 
 def normal(*shape):

@@ -5,11 +5,11 @@ import torch
 
 from gemkit import nn, ops
 from gemkit.errors import ModelError
+from gemkit.executors.native.lower import lower
 from gemkit.nn import Batch
 from gemkit.program.ir import BATCH, Memory, Program, Value, Weight, count
-from gemkit.program.lower import lower
 from gemkit.program.trace import trace
-from tiny import tiny, tokens
+from support.tiny import tiny, tokens
 
 NAMES = ["gemma-2b", "gemma-2-27b", "gemma-3-1b", "recurrentgemma-2b"]
 

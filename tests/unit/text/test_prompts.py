@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from gemkit.errors import ConfigError, ContextError, ModelError, TextError
 from gemkit.text import Span, Tokenizer, chat, complete, image, infill, infill_at, next_turn, stop_ids, tasks
-from vocabularies import small_model, tokenizer
+from support.vocabularies import small_model, tokenizer
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n<>|_"), max_size=20)
 VOCABULARIES = ("gemma2", "gemma3", "codegemma", "paligemma")

@@ -7,7 +7,7 @@ from sentencepiece import SentencePieceProcessor
 from gemkit.errors import WeightsError
 from gemkit.text import PieceType, Tokenizer
 from gemkit.text.sentencepiece_model import read, write
-from vocabularies import small_model
+from support.vocabularies import small_model
 
 
 def test_reads_what_sentencepiece_reads():

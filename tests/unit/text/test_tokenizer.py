@@ -9,7 +9,7 @@ from sentencepiece import SentencePieceProcessor
 
 from gemkit.errors import TextError, WeightsError
 from gemkit.text import Tokenizer
-from vocabularies import small_model, tokenizer
+from support.vocabularies import small_model, tokenizer
 
 CHARACTERS = st.characters(exclude_categories=["Cs"])  # all but surrogates
 TEXT = st.text(CHARACTERS)

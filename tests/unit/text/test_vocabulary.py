@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from gemkit.errors import WeightsError
 from gemkit.text import PieceType, Tokenizer, Vocabulary
 from gemkit.text.sentencepiece_model import read
-from vocabularies import gguf_lists, small_model, tokenizer, tokenizer_json
+from support.vocabularies import gguf_lists, small_model, tokenizer, tokenizer_json
 
 
 def small_lists() -> tuple[list, np.ndarray, np.ndarray]:

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
-from deepmind import layers
 from gemkit import family
 from gemkit.nn import Batch
 from gemkit.train.initialise import draw, new_module
-from tiny import TOWER, VOCAB, tiny
-from training import replace
+from support.deepmind import layers
+from support.tiny import TOWER, VOCAB, tiny
+from support.training import replace
 
 WIDE = replace(tiny("recurrentgemma-2b"), width=640, head_dim=64, vocab_size=2000)
 

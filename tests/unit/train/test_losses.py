@@ -11,11 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gemkit import nn
+from gemkit.adapters.layers import LoRA
 from gemkit.errors import ConfigError
-from gemkit.nn.lora import LoRA
 from gemkit.ops.quantized import KINDS, Quantized
 from gemkit.train import losses, vocabulary
-from tiny import tiny
+from support.tiny import tiny
 
 ROWS, VOCAB = 13, 320
 HEADS = ("plain", "capped", "hooked", "adapted", "biased")

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemkit import nn
+from gemkit.adapters import lora
 from gemkit.errors import ConfigError, DataError, ModelError
 from gemkit.text.vocabulary import IMAGE
-from gemkit.train import lora, objectives, vocabulary
+from gemkit.train import objectives, vocabulary
+from gemkit.train.batching import Rows
 from gemkit.train.experiment import Experiment
 from gemkit.train.objectives import judges, reference
 from gemkit.train.objectives.distill import Distill
@@ -25,9 +27,8 @@ from gemkit.train.objectives.pretrain import Pretrain
 from gemkit.train.objectives.reward import Reward, rewards
 from gemkit.train.objectives.rl import Grpo
 from gemkit.train.objectives.sft import Sft
-from gemkit.train.rows import Rows
-from tiny import TOWER, tiny
-from tiny_models import tokenizer
+from support.tiny import TOWER, tiny
+from support.tiny_models import tokenizer
 
 WORDS = tokenizer()
 TEXT = {"text": "over the hills"}

@@ -10,7 +10,7 @@ from gemkit import family
 from gemkit.errors import ConfigError, TrainingError
 from gemkit.train import experiment
 from gemkit.train.optimizer import Optimizer, decays, rate
-from training import PLAIN, replace
+from support.training import PLAIN, replace
 
 
 def settings(**changes) -> experiment.Optimizer:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from gemkit.adapters.layers import LoRA
 from gemkit.errors import NoSpaceError, TrainingError
-from gemkit.nn import LoRA
 from gemkit.train import checkpoint, trainer
 from gemkit.train.experiment import Save, Step, Watch
 from gemkit.train.trainer import Log, Trainer, cut, thinned
-from tiny import VOCAB
-from training import PLAIN, NextToken, Sequences, example, experiment, module
+from support.tiny import VOCAB
+from support.training import PLAIN, NextToken, Sequences, example, experiment, module
 
 STEPS = 6
 

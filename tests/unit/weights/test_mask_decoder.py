@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import mask_weights
 from gemkit.errors import WeightsError
+from gemkit.weights.formats.npz import NpzReader
 from gemkit.weights.mask_decoder import load_mask_decoder, load_mask_encoder
-from gemkit.weights.npz import NpzReader
+from support import mask_weights
 
 
 @pytest.fixture

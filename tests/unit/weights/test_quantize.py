@@ -13,12 +13,12 @@ from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Decoder
 from gemkit.ops.quantized import KINDS, Quantized
 from gemkit.weights import quantize
+from gemkit.weights.formats.safetensors import PLANES, SafetensorsReader
 from gemkit.weights.load import weight
 from gemkit.weights.quantize import INT4, INT5, INT8
-from gemkit.weights.safetensors import PLANES, SafetensorsReader
 from gemkit.weights.save import save_hf
-from tiny import tiny
-from tiny_models import edit_config, tokenizer, write
+from support.tiny import tiny
+from support.tiny_models import edit_config, tokenizer, write
 
 EVERY_KIND = pytest.mark.parametrize("kind", [INT8, INT5, INT4], ids=lambda kind: kind.name)
 

@@ -17,9 +17,9 @@ from gemkit.train.data.encoding import (
     prompt_ids,
 )
 from gemkit.train.data.files import Data, open_data
-from gemkit.train.data.forms import FORMS
 from gemkit.train.data.infilling import Infilling, encode_infill
-from gemkit.train.data.order import Steps
+from gemkit.train.data.loader import Steps
+from gemkit.train.data.schemas import FORMS
 
 __all__ = [
     "FORMS",

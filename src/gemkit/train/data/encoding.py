@@ -26,7 +26,7 @@ from gemkit.family import Vision
 from gemkit.images.read import Source
 from gemkit.text import Tokenizer, prompts
 from gemkit.text.vocabulary import IMAGE
-from gemkit.train.rows import Example
+from gemkit.train.batching import Example
 
 Messages = Sequence[Mapping[str, str]]
 

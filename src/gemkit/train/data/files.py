@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 from gemkit.errors import ConfigError, DataError, MissingExtraError
-from gemkit.train.data import forms, repository
+from gemkit.train.data import repo_order, schemas
 from gemkit.weights import hub
 
 Place: TypeAlias = tuple[int, int]  # where a record is in its source: what it means, the source knows
@@ -55,7 +55,7 @@ class Data(Sequence[dict[str, Any]]):
     """Checked records of one form. `data[i]` reads record i anew; `data.where(i)` says where it stands.
 
     Attributes:
-        form: the form of all of them, one of `forms.FORMS`.
+        form: the form of all of them, one of `schemas.FORMS`.
         fingerprint: SHA-256 of what was read, in the order in which it was. Neither the names of data files nor the
             contents of images are part of it.
         on_bad: what is done about a bad record.
@@ -65,7 +65,7 @@ class Data(Sequence[dict[str, Any]]):
     def __init__(self, sources: Sequence[_Source], form: str | None, on_bad: Literal["error", "skip"] = "error"):
         if on_bad not in ("error", "skip"):
             raise ConfigError(f"on_bad={on_bad!r} must be 'error' or 'skip'")
-        self.form: str = "" if form is None else forms.known(form)
+        self.form: str = "" if form is None else schemas.known(form)
         self.on_bad = on_bad
         self.bad: list[str] = []
         self._sources = sources
@@ -99,8 +99,8 @@ class Data(Sequence[dict[str, Any]]):
             if isinstance(raw, DataError):
                 raise raw
             if not self.form:
-                self.form = forms.detect(raw)
-            forms.check(self.form, raw, source.folder)
+                self.form = schemas.detect(raw)
+            schemas.check(self.form, raw, source.folder)
         except DataError as error:
             message = f"{source.where(place)}: {error}"
             if self.on_bad == "error":
@@ -116,7 +116,7 @@ class Data(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]  # one record: slices are not read
         source, place = self._find(index)
         try:
-            return forms.check(self.form, source.read(place), source.folder)
+            return schemas.check(self.form, source.read(place), source.folder)
         except (DataError, OSError, KeyError, IndexError) as error:
             raise DataError(f"{source.where(place)}: {error}; it was read before, so the file has changed") from None
 
@@ -159,7 +159,7 @@ def open_data(
         paths: one or several of: a file, a folder, a pattern such as "data/*.jsonl", or "hub:owner/name" for the data
             files of a data set on the hub, "hub:owner/name/part.jsonl" for one of them or some by a pattern.
         form: of the records; by default as the first one shows. "files" makes each folder one repository, whose files
-            are ordered by what they import (`repository.order`) and come in groups.
+            are ordered by what they import (`repo_order.order`) and come in groups.
         on_bad: "error" stops at the first bad record, "skip" leaves it out.
         group_bytes: of the form "files": how much text a record has, unless one file has more.
 
@@ -414,10 +414,10 @@ class _Repository:
             except DataError as error:
                 wrong[name] = error
                 continue
-            heads[name], sizes[name] = repository.head(text), len(text.encode())
+            heads[name], sizes[name] = repo_order.head(text), len(text.encode())
             self._digest.update(hashlib.sha256(name.encode()).digest() + hashlib.sha256(text.encode()).digest())
-        self._order = [*repository.order(heads), *wrong]
-        for start, end in repository.groups([sizes[name] for name in self._order[: len(heads)]], self._group_bytes):
+        self._order = [*repo_order.order(heads), *wrong]
+        for start, end in repo_order.groups([sizes[name] for name in self._order[: len(heads)]], self._group_bytes):
             yield (start, end), self.read((start, end))
         for i, error in enumerate(wrong.values(), len(heads)):
             yield (i, i + 1), error

@@ -27,7 +27,7 @@ import numpy as np
 
 from gemkit.errors import ConfigError, ContextError
 from gemkit.text import Tokenizer, prompts
-from gemkit.train.rows import Example
+from gemkit.train.batching import Example
 
 File = tuple[str | None, str]  # path and text; without a path, its line is left out
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from gemkit.adapters import lora
 from gemkit.errors import ConfigError, nearest
 from gemkit.family import Vision
 from gemkit.text import Tokenizer
-from gemkit.train import lora
 from gemkit.train.data.infilling import Infilling
 from gemkit.train.experiment import Experiment
 from gemkit.train.objective import Objective

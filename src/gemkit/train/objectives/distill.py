@@ -14,10 +14,10 @@ from torch import Tensor
 from gemkit.errors import ConfigError
 from gemkit.text import Tokenizer
 from gemkit.train import losses
+from gemkit.train.batching import Unit
 from gemkit.train.objective import Loss
 from gemkit.train.objectives.pretrain import Pretrain, rows_of, weight
 from gemkit.train.objectives.sft import Sft
-from gemkit.train.rows import Unit
 
 
 class Distill:

@@ -12,11 +12,11 @@ import torch
 from gemkit.errors import ConfigError, DataError
 from gemkit.text import Tokenizer
 from gemkit.train import losses
+from gemkit.train.batching import Unit
 from gemkit.train.data.encoding import encode_answer
 from gemkit.train.objective import Loss
 from gemkit.train.objectives import reference
 from gemkit.train.objectives.pretrain import rows_of
-from gemkit.train.rows import Unit
 
 
 class Dpo:

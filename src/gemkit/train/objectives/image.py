@@ -9,9 +9,9 @@ import numpy as np
 
 from gemkit.family import Vision
 from gemkit.text import Tokenizer
+from gemkit.train.batching import Unit
 from gemkit.train.data.encoding import encode_image
 from gemkit.train.objectives.pretrain import NextToken
-from gemkit.train.rows import Unit
 
 
 class Image(NextToken):

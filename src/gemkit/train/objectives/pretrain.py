@@ -10,9 +10,9 @@ import numpy as np
 
 from gemkit.text import Tokenizer
 from gemkit.train import losses
+from gemkit.train.batching import Rows, Unit
 from gemkit.train.data.encoding import encode_text
 from gemkit.train.objective import Loss
-from gemkit.train.rows import Rows, Unit
 
 
 class NextToken:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemkit.nn.lora import Adapter
+from gemkit.adapters.layers import Adapter
 from gemkit.train import losses
+from gemkit.train.batching import Unit
 from gemkit.train.objectives.pretrain import rows_of
-from gemkit.train.rows import Unit
 
 
 def frozen(model: Any) -> Any:

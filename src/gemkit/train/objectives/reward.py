@@ -14,9 +14,9 @@ from gemkit.errors import ConfigError
 from gemkit.nn import Batch
 from gemkit.text import Tokenizer
 from gemkit.train import losses
+from gemkit.train.batching import Unit
 from gemkit.train.objective import Loss
 from gemkit.train.objectives.dpo import pair
-from gemkit.train.rows import Unit
 
 
 class Reward:

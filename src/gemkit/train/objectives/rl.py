@@ -10,16 +10,16 @@ import torch
 
 from gemkit import generate as loop
 from gemkit.errors import ConfigError
+from gemkit.executors.torch import TorchExecutor
 from gemkit.generate import Request, Sampling
-from gemkit.program.eager import Eager
 from gemkit.text import Tokenizer, prompts
 from gemkit.train import losses
+from gemkit.train.batching import Example, Unit
 from gemkit.train.data.encoding import prompt_ids
 from gemkit.train.objective import Loss
 from gemkit.train.objectives import reference
 from gemkit.train.objectives.judges import Judge, Verdicts
 from gemkit.train.objectives.pretrain import rows_of
-from gemkit.train.rows import Example, Unit
 
 
 class Grpo:
@@ -123,7 +123,7 @@ class Grpo:
         ]
         was_training = model.training
         try:
-            return loop.complete(Eager(model), requests, text_stream=self.tokenizer.stream)
+            return loop.complete(TorchExecutor(model), requests, text_stream=self.tokenizer.stream)
         finally:
             model.train(was_training)
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from gemkit.text import Tokenizer
+from gemkit.train.batching import Unit
 from gemkit.train.data.encoding import encode_answer, encode_chat
 from gemkit.train.objectives.pretrain import NextToken
-from gemkit.train.rows import Unit
 
 
 class Sft(NextToken):

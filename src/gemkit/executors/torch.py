@@ -1,0 +1,68 @@
+"""The torch executor: the modules as they stand, on any torch device. The reference that others are tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from gemkit import family
+from gemkit.executors.interface import Chunk, check_ids, image_rows
+from gemkit.nn import Batch, Decoder, PaliGemma, State
+from gemkit.ops import attention_kernel
+
+
+class TorchExecutor:
+    """Runs a `nn.Decoder` or a `nn.PaliGemma` chunk by chunk, without recording gradients."""
+
+    name = "torch"
+
+    def __init__(self, module: Decoder | PaliGemma):
+        self.module = module.eval()
+        self.device = module.norm.weight.device
+
+    @property
+    def decoder(self) -> family.DecoderConfig:
+        return self.module.config
+
+    def about(self) -> str:
+        """How it computes, for people."""
+        kernel, reason = attention_kernel(self.decoder.attention_softcap)
+        return f"on {self.device}; attention {kernel}: {reason}"
+
+    def new_state(self, slots: int, room: int = 0) -> State:
+        return self.module.new_state(slots, room)
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk], state: State) -> np.ndarray:
+        """Compute the chunks, which continue what `state` remembers of their slots.
+
+        Returns:
+            float32 logits (R, V): for each chunk in order, those of its last `rows` tokens.
+
+        Raises:
+            TextError: if a token id is outside the vocabulary.
+            ConfigError: if images and the placeholders among the ids do not match, images are of another resolution
+                than the tower, or a chunk cuts its prefix.
+        """
+        check_ids([token for chunk in chunks for token in chunk.ids], self.decoder)
+        slots = [chunk.slot for chunk in chunks]
+        batch = Batch.of(
+            [chunk.ids for chunk in chunks],
+            offsets=[state.lengths[slot] for slot in slots],
+            slots=slots,
+            prefixes=[chunk.prefix for chunk in chunks],
+            image_rows=image_rows(chunks, self.module.vision),
+            device=self.device,
+        )
+        ends = batch.starts[1:].tolist()
+        wanted = [row for end, chunk in zip(ends, chunks, strict=True) for row in range(end - chunk.rows, end)]
+        rows = torch.tensor(wanted, dtype=torch.int64, device=self.device)
+        images = [image for chunk in chunks for image in chunk.images]
+        if images:
+            pixels_ICSS = torch.from_numpy(np.stack(images)).to(self.device)
+            logits_RV = self.module(batch, state, rows, pixels_ICSS=pixels_ICSS)
+        else:
+            logits_RV = self.module(batch, state, rows)
+        return logits_RV.float().cpu().numpy()

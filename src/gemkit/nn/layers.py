@@ -1,0 +1,143 @@
+"""The modules that own a weight: what every part of every model is put together from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.nn import Module, Parameter
+
+from gemkit import ops
+
+
+class ParamModule(Module):
+    """A module that owns a weight, dense (a `Parameter`) or quantized (`ops.Quantized`)."""
+
+    weight: Any
+
+    def hold(self, name: str, value) -> None:
+        """Replace a weight: by a `Parameter`, or by something quantized, which no optimizer must ever find."""
+        self._parameters.pop(name, None)
+        self.__dict__.pop(name, None)
+        setattr(self, name, value)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if isinstance(self.__dict__.get("weight"), ops.Quantized):  # moves with the module, but is never cast
+            self.weight = self.weight.to(fn(self.weight.planes["codes"][:0]).device)
+        return self
+
+
+class LoRAHost(ParamModule):
+    """A module with adapters beside its weight, each of which adds its own to what it gives (`lora`), if it has any."""
+
+    def __init__(self):
+        super().__init__()
+        self.adapters: Any = None  # a ModuleDict by name, once there is one
+        self.merged: Any = None  # what `adapters.lora` needs to take merged adapters out of the weight again
+
+
+class Embedding(LoRAHost):
+    """Rows of a table by token id, scaled. What an adapter adds to them never changes the head, whose table it is."""
+
+    def __init__(self, rows: int, width: int, scale: float, scale_dtype: str):
+        super().__init__()
+        self.weight = Parameter(ops.new_weight(rows, width))
+        self.scale, self.scale_dtype = scale, scale_dtype
+        self.run_dtype: Any = None  # what a quantized table is read as; None is float32
+
+    def forward(self, tokens_T):
+        x_TD = ops.embed(tokens_T, self.weight, self.scale, self.scale_dtype, self.run_dtype)
+        if self.adapters is not None:
+            for adapter in self.adapters.values():
+                x_TD = ops.add(x_TD, ops.in_dtype_of(adapter(tokens_T), x_TD))
+        return x_TD
+
+    def extra_repr(self):
+        return "{}, {}".format(*self.weight.shape)
+
+
+class Projection(LoRAHost):
+    """What multiplies rows by a weight."""
+
+    bias: Any
+
+    def forward(self, x_TI):
+        y_TO = ops.linear(x_TI, self.weight, self.bias)
+        if self.adapters is not None:
+            for adapter in self.adapters.values():
+                y_TO = ops.add(y_TO, adapter(x_TI))
+        return y_TO
+
+
+class Linear(Projection):
+    """A projection; the weight is (out, in)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.weight = Parameter(ops.new_weight(out_features, in_features))
+        self.bias = Parameter(ops.new_weight(out_features)) if bias else None
+
+    def extra_repr(self):
+        out_features, in_features = self.weight.shape
+        kind = f", {self.weight.kind.name}" if isinstance(self.weight, ops.Quantized) else ""
+        return f"in_features={in_features}, out_features={out_features}, bias={self.bias is not None}{kind}"
+
+
+class Head(Projection):
+    """The projection to the vocabulary, by the embedding's own weight (tied in every member).
+
+    An adapter on it changes the logits alone, and never what a token is embedded as.
+    """
+
+    def __init__(self, embedding: Embedding):
+        super().__init__()
+        self.weight, self.bias = embedding.weight, None
+
+    def extra_repr(self):
+        out_features, in_features = self.weight.shape
+        return f"in_features={in_features}, out_features={out_features}, tied to embed_tokens"
+
+
+class Score(ParamModule):
+    """One number of a row: what a reward model has beside the head. Adapters have no part in it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = Parameter(ops.new_weight(1, width))
+
+    def forward(self, x_BD):
+        return ops.linear(ops.in_dtype_of(x_BD, self.weight), self.weight)
+
+    def extra_repr(self):
+        return f"in_features={self.weight.shape[1]}, out_features=1"
+
+
+class RMSNorm(ParamModule):
+    """Division by the root mean square, then by channel times `1 + weight`."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = Parameter(ops.new_weight(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+class LayerNorm(ParamModule):
+    """The ordinary norm of mean and variance, with a weight that is the factor itself and a bias."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = Parameter(ops.new_weight(width))
+        self.bias = Parameter(ops.new_weight(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def extra_repr(self):
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"

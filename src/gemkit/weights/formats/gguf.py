@@ -1,0 +1,291 @@
+"""GGUF: metadata, tensor infos, then the data; written by the llama.cpp family of tools.
+
+    "GGUF" | version u32 | tensors u64 | keys u64 | key, type, value ... | name, axes, type, offset ... | padding | data
+
+Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count is checked against the bytes that are
+left in the file before anything is allocated or looped over.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from gemkit.errors import WeightsError
+from gemkit.weights.formats.base import DENSE, Entry, File, Reader, count_elements, only_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gemkit.ops.quantized import Quantized
+
+# Tensor types that are read: number in files -> our name, elements a block, bytes a block.
+TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    30: ("BF16", 1, 2),
+}
+# Those that are not, so that they can be refused by name. Numbers without a name were given up by the format.
+REFUSED_TYPES = {
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
+    22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}  # fmt: skip
+
+# Metadata types: number -> struct format of one value. 8 is a string, 9 an array.
+_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_U32, _STRING, _ARRAY = 4, 8, 9
+
+_MAX_NAME = 65_535  # bytes of a key, and of a tensor's name
+_MIN_KEY_BYTES, _MIN_TENSOR_BYTES = 14, 33  # a name of one letter; one byte of value, or one axis
+
+_CHUNK = 4 << 20  # bytes of blocks repacked at a time, so that they stay in a cache
+
+
+class Strings(Sequence[str]):
+    """A string array of the metadata, decoded when first asked for: vocabularies have 262,144 of them."""
+
+    def __init__(self, data: bytes, count: int, where: str):
+        """`data` is `count` lengths and strings end to end, already checked to be complete."""
+        self._data, self._count, self._where = data, count, where
+        self._list: list[str] | None = None
+
+    def _decoded(self) -> list[str]:
+        if self._list is None:
+            data, at, strings = self._data, 0, []
+            unpack = struct.Struct("<Q").unpack_from
+            try:
+                for _ in range(self._count):
+                    start = at + 8
+                    at = start + unpack(data, at)[0]
+                    strings.append(data[start:at].decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise WeightsError(f"{self._where}[{len(strings)}] is not UTF-8: {error}") from None
+            self._list, self._data = strings, b""
+        return self._list
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return self._decoded()[index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._decoded())
+
+    def __repr__(self) -> str:
+        return f"<{self._count:,} strings>"
+
+
+class GGUFReader(Reader):
+    """A `.gguf` file, or a folder with one.
+
+    `metadata` maps keys to numbers, bools, strings, NumPy arrays (of the file's dtype) and `Strings`. Shapes are
+    reversed to PyTorch's order. `read` gives a Tensor for dense types and a `Quantized` for blocks.
+    """
+
+    version: int
+
+    def _scan(self) -> None:
+        file = self._open(only_file(self.path, "*.gguf") if self.path.is_dir() else self.path)
+        with mmap.mmap(file.fileno(), file.size, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data, file)
+            self.version, num_tensors, num_keys = _read_prologue(cursor)
+            for _ in range(num_keys):
+                key = cursor.string("a metadata key", _MAX_NAME)
+                if not key or key in self.metadata:
+                    raise WeightsError(f"{file.path}: metadata key {key!r} " + ("appears twice" if key else "is empty"))
+                self.metadata[key] = _read_value(cursor, key)
+            infos = [_read_info(cursor) for _ in range(num_tensors)]
+            header_end = cursor.at
+        alignment = self._alignment()
+        self._refuse_split()
+        start = -(-header_end // alignment) * alignment
+        for name, type_id, shape, offset in infos:
+            if offset % alignment:
+                raise WeightsError(f"{file.path}: tensor {name!r} is at {offset}, off the alignment of {alignment}")
+            dtype, nbytes = _measure(f"{file.path}: tensor {name!r}", type_id, shape)
+            self._add(Entry(name, dtype, shape, file.path, start + offset, nbytes))
+        end, last = start, ""
+        for entry in sorted(self.entries.values(), key=lambda entry: entry.offset):
+            if entry.offset < end:
+                raise WeightsError(f"{file.path}: tensors {last!r} and {entry.name!r} overlap")
+            end, last = entry.offset + entry.nbytes, entry.name
+
+    def _alignment(self) -> int:
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
+            raise WeightsError(f"{self.path}: general.alignment={alignment!r} is not a power of two from 8")
+        return alignment
+
+    def _refuse_split(self) -> None:
+        parts = self.metadata.get("split.count", 1)
+        if parts != 1:
+            raise WeightsError(
+                f"{self.path} is one part of a GGUF split in {parts}: join them first (llama-gguf-split --merge)"
+            )
+
+    def read(self, name: str) -> Tensor | Quantized:
+        entry = self._entry(name)
+        if entry.dtype in DENSE:
+            return self._read_dense(entry)
+        if len(entry.shape) != 2:
+            raise WeightsError(f"{entry.path}: tensor {name!r} is {entry.dtype} of shape {entry.shape}, not a matrix")
+        from gemkit.ops.quantized import KINDS, Quantized
+        from gemkit.weights.formats.gguf_blocks import load_blocks
+
+        rows, columns = entry.shape
+        weight = Quantized.empty(KINDS[entry.dtype], (rows, columns))
+        row_bytes = entry.nbytes // rows
+        step = min(rows, max(1, _CHUNK // row_bytes))
+        buffer = np.empty(step * row_bytes, np.uint8)
+        for start in range(0, rows, step):
+            length = min(step, rows - start)
+            data = buffer[: length * row_bytes]
+            self._files[entry.path].read_into(data, entry.offset + start * row_bytes)
+            load_blocks(weight.narrow_rows(start, length), data)
+        return weight
+
+
+class _Cursor:
+    """A place in the file that never leaves it."""
+
+    def __init__(self, data: mmap.mmap, file: File):
+        self.data, self.path, self.size, self.at = data, file.path, file.size, 0
+
+    @property
+    def left(self) -> int:
+        return self.size - self.at
+
+    def take(self, count: int, what: str) -> int:
+        """Step over `count` bytes; where they start."""
+        start = self.at
+        if count > self.left:
+            raise WeightsError(
+                f"{self.path}: the file is {self.size:,} bytes, {what} at byte {start:,} needs {start + count:,}: "
+                "an incomplete download, or corrupt"
+            )
+        self.at += count
+        return start
+
+    def number(self, format: str, what: str) -> Any:
+        return struct.unpack_from(format, self.data, self.take(struct.calcsize(format), what))[0]
+
+    def string(self, what: str, limit: int | None = None) -> str:
+        length = self.number("<Q", what)
+        if limit is not None and length > limit:
+            raise WeightsError(f"{self.path}: {what} at byte {self.at:,} is {length:,} bytes long, more than {limit:,}")
+        start = self.take(length, what)
+        try:
+            return self.data[start : self.at].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise WeightsError(f"{self.path}: {what} at byte {start:,} is not UTF-8: {error}") from None
+
+    def count(self, what: str, each: int) -> int:
+        """A number of things of at least `each` bytes."""
+        count = self.number("<Q", what)
+        if count * each > self.left:
+            raise WeightsError(f"{self.path}: {what} is {count:,}, but only {self.left:,} bytes follow")
+        return count
+
+    def skip_strings(self, count: int, what: str) -> None:
+        # the vocabulary's 262,144 lengths stand between us and the next key: the one loop here that must be quick
+        data, size, at = self.data, self.size, self.at
+        unpack = struct.Struct("<Q").unpack_from
+        for _ in range(count):
+            if at + 8 > size:
+                break
+            at += 8 + unpack(data, at)[0]
+        else:
+            self.take(at - self.at, what)
+            return
+        self.take(at + 8 - self.at, what)
+
+
+def _read_prologue(cursor: _Cursor) -> tuple[int, int, int]:
+    """Version, number of tensors, number of keys."""
+    magic = cursor.data[cursor.take(4, "the magic number") : 4]
+    if magic != b"GGUF":
+        raise WeightsError(f"{cursor.path} starts with {magic!r}, not with GGUF")
+    version = cursor.number("<I", "the version")
+    if version not in (2, 3):
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        which = f"{swapped}, big-endian" if swapped in (1, 2, 3) else f"{version}"
+        raise WeightsError(f"{cursor.path} is GGUF version {which}; versions 2 and 3, little-endian, are read")
+    num_tensors = cursor.count("the number of tensors", _MIN_TENSOR_BYTES)
+    return version, num_tensors, cursor.count("the number of metadata keys", _MIN_KEY_BYTES)
+
+
+def _read_value(cursor: _Cursor, key: str) -> Any:
+    what = f"metadata {key}"
+    type_id = cursor.number("<I", what)
+    if key == "general.alignment" and type_id != _U32:
+        raise WeightsError(f"{cursor.path}: {what} must be an unsigned 32-bit number, not of the type {type_id}")
+    if type_id == _STRING:
+        return cursor.string(what)
+    if type_id in _NUMBERS:
+        return cursor.number(_NUMBERS[type_id], what)
+    if type_id != _ARRAY:
+        raise WeightsError(f"{cursor.path}: {what} has the unknown type {type_id}")
+    element = cursor.number("<I", what)
+    if element == _STRING:
+        count = cursor.count(f"the length of {what}", 8)
+        start = cursor.at
+        cursor.skip_strings(count, what)
+        return Strings(cursor.data[start : cursor.at], count, f"{cursor.path}: {what}")
+    if element not in _NUMBERS:
+        raise WeightsError(f"{cursor.path}: {what} is an array of the type {element}; numbers and strings are read")
+    dtype = np.dtype(_NUMBERS[element])
+    count = cursor.count(f"the length of {what}", dtype.itemsize)
+    start = cursor.take(count * dtype.itemsize, what)
+    return np.frombuffer(cursor.data[start : cursor.at], dtype)
+
+
+def _read_info(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
+    """Name, type, shape in PyTorch's order, offset in the data."""
+    name = cursor.string("a tensor's name", _MAX_NAME)
+    if not name:
+        raise WeightsError(f"{cursor.path}: the tensor info that ends at byte {cursor.at:,} has no name")
+    what = f"tensor {name!r}"
+    num_axes = cursor.number("<I", what)
+    if not 1 <= num_axes <= 4:
+        raise WeightsError(f"{cursor.path}: {what} has {num_axes} axes; GGUF knows 1 to 4")
+    axes = [cursor.number("<Q", what) for _ in range(num_axes)]
+    return name, cursor.number("<I", what), tuple(reversed(axes)), cursor.number("<Q", what)
+
+
+def _measure(where: str, type_id: int, shape: tuple[int, ...]) -> tuple[str, int]:
+    """Name of a tensor's type and its bytes."""
+    if type_id not in TYPES:
+        name = REFUSED_TYPES.get(type_id, f"number {type_id}")
+        readable = ", ".join(name for name, _, _ in TYPES.values())
+        raise WeightsError(f"{where} is of the type {name}, which is not read; these are: {readable}")
+    name, elements, nbytes = TYPES[type_id]
+    if 0 in shape:
+        raise WeightsError(f"{where} has the shape {shape}, with an empty axis")
+    count = count_elements(shape, where)
+    if shape[-1] % elements:
+        raise WeightsError(f"{where} is {name}, but its rows of {shape[-1]:,} are not a multiple of {elements}")
+    return name, count // elements * nbytes

@@ -1,0 +1,175 @@
+"""safetensors: eight bytes of length, a JSON header, then the numbers end to end.
+
+Source: https://github.com/huggingface/safetensors (format). Stricter than the library: a repeated key is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemkit.errors import WeightsError
+from gemkit.weights.formats.base import DENSE, MAX_HEADER, Entry, File, Reader, count_elements, parse_json
+from gemkit.weights.formats.shards import check_shard, read_index
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gemkit.ops.quantized import Quantized
+
+_LOW, _SCALES, _MINS = ("codes", "U8", 2), ("scales", "F16", 32), ("mins", "F16", 32)
+_SUPER = (("super_scales", "F16", 256), ("super_mins", "F16", 256))
+# What `ops.quantized.KINDS` lays out, without torch: plane, dtype, columns of the weight an element.
+PLANES: dict[str, tuple[tuple[str, str, int], ...]] = {
+    "Q4_0": (_LOW, _SCALES),
+    "Q4_1": (_LOW, _SCALES, _MINS),
+    "Q5_0": (_LOW, ("high", "U8", 8), _SCALES),
+    "Q5_1": (_LOW, ("high", "U8", 8), _SCALES, _MINS),
+    "Q8_0": (("codes", "I8", 1), _SCALES),
+    "Q2_K": (("codes", "U8", 4), ("scales", "U8", 16), ("mins", "U8", 16), *_SUPER),
+    "Q3_K": (("codes", "U8", 4), ("high", "U8", 8), ("scales", "I8", 16), _SUPER[0]),
+    "Q4_K": (_LOW, ("scales", "U8", 32), ("mins", "U8", 32), *_SUPER),
+    "Q5_K": (_LOW, ("high", "U8", 8), ("scales", "U8", 32), ("mins", "U8", 32), *_SUPER),
+    "Q6_K": (_LOW, ("high", "U8", 4), ("scales", "I8", 16), _SUPER[0]),
+}
+
+
+class SafetensorsReader(Reader):
+    """A `.safetensors` file, an index of several, or a folder with one of these.
+
+    `metadata` is the header's `__metadata__` (strings to strings), of all shards together.
+    """
+
+    def _scan(self) -> None:
+        self._planes: dict[str, dict[str, Entry]] = {}
+        target = _choose(self.path) if self.path.is_dir() else self.path
+        if not target.name.endswith(".index.json"):
+            self._scan_file(self._open(target))
+            return
+        for path, promised in read_index(target).items():
+            before = set(self.entries)
+            self._scan_file(self._open(path))
+            check_shard(path, promised, set(self.entries) - before)
+
+    def _scan_file(self, file: File) -> None:
+        header, start = _read_header(file)
+        notes = header.pop("__metadata__", {})
+        if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
+            raise WeightsError(f"{file.path}: __metadata__ must map strings to strings")
+        self.metadata |= notes
+        entries = [_entry(file.path, start, name, info) for name, info in header.items()]
+        end = start
+        for entry in sorted(entries, key=lambda entry: (entry.offset, entry.nbytes)):
+            if entry.offset != end:
+                word = "overlaps the one before it" if entry.offset < end else "leaves a gap before it"
+                raise WeightsError(f"{file.path}: tensor {entry.name!r} {word}: bytes {entry.offset - start:,} on")
+            self._add(entry)
+            end = entry.offset + entry.nbytes
+        if end != file.size:
+            raise WeightsError(f"{file.path}: {file.size - end:,} bytes after the last tensor belong to none")
+
+    def join(self, kinds: Mapping[str, str]) -> None:
+        """Make one entry of the planes of each quantized weight, which the file holds as `<weight>.<plane>`.
+
+        Args:
+            kinds: block type by weight.
+
+        Raises:
+            WeightsError: if a type is unknown, or planes are missing or of another shape or dtype than it has.
+        """
+        for name, kind in kinds.items():
+            where = f"{self.path}: {name!r}"
+            if name in self.entries:
+                raise WeightsError(f"{where} is said to be {kind!r}, but is also stored as it is")
+            if not isinstance(kind, str) or kind not in PLANES:
+                raise WeightsError(f"{where} is said to be {kind!r}, which is not one of {', '.join(PLANES)}")
+            planes = {plane: self._take(f"{name}.{plane}") for plane, _, _ in PLANES[kind]}
+            shape = _joined_shape(where, kind, planes)
+            self._planes[name] = planes
+            codes = planes["codes"]
+            nbytes = sum(entry.nbytes for entry in planes.values())
+            self.entries[name] = Entry(name, kind, shape, codes.path, codes.offset, nbytes)
+
+    def _take(self, name: str) -> Entry:
+        entry = self._entry(name)
+        del self.entries[name]
+        return entry
+
+    def read(self, name: str) -> Tensor | Quantized:
+        if name not in self._planes:
+            return super().read(name)
+        from gemkit.ops.quantized import KINDS, Quantized
+
+        entry = self._entry(name)
+        planes = {plane: self._read_dense(part) for plane, part in self._planes[name].items()}
+        return Quantized(KINDS[entry.dtype], planes, (entry.shape[0], entry.shape[1]))
+
+
+def _joined_shape(where: str, kind: str, planes: Mapping[str, Entry]) -> tuple[int, int]:
+    """Shape of the weight that planes make up."""
+    codes = planes["codes"].shape
+    if len(codes) != 2:
+        raise WeightsError(f"{where}: its codes have the shape {codes}, not that of a matrix")
+    most = max(each for _, _, each in PLANES[kind])
+    rows, columns = codes[0], codes[1] * PLANES[kind][0][2]
+    if columns % most:
+        raise WeightsError(f"{where} is {kind}, but its rows of {columns:,} are not a multiple of {most}")
+    for plane, dtype, each in PLANES[kind]:
+        found, wanted = planes[plane], (rows, columns // each)
+        if (found.dtype, found.shape) != (dtype, wanted):
+            raise WeightsError(
+                f"{where}: plane {plane} is {found.shape} {found.dtype}, must be {wanted} {dtype} for {kind}"
+            )
+    return rows, columns
+
+
+def _choose(folder: Path) -> Path:
+    """The file of a folder that says what is in it."""
+    index, single = folder / INDEX, folder / SINGLE
+    if index.exists() and single.exists():
+        raise WeightsError(f"{folder} holds both {INDEX} and {SINGLE}: remove the one that is out of date")
+    if index.exists() or single.exists():
+        return index if index.exists() else single
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1 and "-of-" not in files[0].name:
+        return files[0]
+    if files:
+        raise WeightsError(f"{folder} holds {len(files)} safetensors files but no {INDEX}: fetch the index too")
+    raise WeightsError(f"{folder} holds no safetensors files")
+
+
+def _read_header(file: File) -> tuple[dict, int]:
+    """The JSON header and the offset of the data after it."""
+    if file.size < 8:
+        raise WeightsError(f"{file.path} is {file.size} bytes: too short for a safetensors file")
+    length = int.from_bytes(file.read(8, 0), "little")
+    if length > MAX_HEADER:
+        raise WeightsError(f"{file.path} claims a header of {length:,} bytes; not a safetensors file?")
+    if 8 + length > file.size:
+        raise WeightsError(f"{file.path}: the file is {file.size:,} bytes, its header needs {8 + length:,}")
+    text = file.read(length, 8)
+    if not text.startswith(b"{"):
+        raise WeightsError(f"{file.path}: its header does not start with '{{'; not a safetensors file?")
+    return parse_json(text, f"the header of {file.path}"), 8 + length
+
+
+def _entry(path: Path, start: int, name: str, info: object) -> Entry:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        raise WeightsError(f"{where} is not described by dtype, shape and data_offsets")
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DENSE:
+        raise WeightsError(f"{where} has the unknown dtype {dtype!r}; known: {', '.join(DENSE)}")
+    if not isinstance(shape, list):
+        raise WeightsError(f"{where} has the shape {shape!r}, which is not a list")
+    nbytes = count_elements(shape, where) * DENSE[dtype][0]
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(at) is not int or at < 0 for at in offsets):
+        raise WeightsError(f"{where} has the data_offsets {offsets!r}: two whole numbers from 0 are needed")
+    begin, end = offsets
+    if end - begin != nbytes:
+        raise WeightsError(f"{where} is {nbytes:,} bytes by dtype and shape, {end - begin:,} by data_offsets")
+    return Entry(name, dtype, tuple(shape), path, start + begin, nbytes)
