@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, ov
 from gemkit import detections, images
 from gemkit import generate as loop
 from gemkit import text as formats
+from gemkit.adapters.resolve import find
 from gemkit.detections import Detections
 from gemkit.errors import ConfigError, ModelError
 from gemkit.executors.native import library as native
@@ -32,7 +33,7 @@ from gemkit.images.read import Picture, Source
 from gemkit.text import Prompt, Tokenizer, tasks
 from gemkit.text.tasks import CaptionStyle
 from gemkit.weights import hub
-from gemkit.weights.checkpoint import SCORE, Checkpoint, find, open_path, with_adapters
+from gemkit.weights.checkpoint import SCORE, Checkpoint, open_path, with_adapters
 
 if TYPE_CHECKING:
     import torch

@@ -314,6 +314,8 @@ WITHOUT_TORCH = [
     "gemkit.weights.configs",
     "gemkit.weights.hub",
     "gemkit.weights.checkpoint",
+    "gemkit.weights.resolve",
+    "gemkit.adapters.resolve",
     "gemkit.images",
     "gemkit.images.coco",
     "gemkit.images.masks",

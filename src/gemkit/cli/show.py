@@ -98,13 +98,13 @@ def _kinds_of(name: str) -> dict[str, tuple[str, int]]:
     """What each weight of a checkpoint is stored as, and in how many bytes; nothing is known of a member's name."""
     from pathlib import Path
 
+    from gemkit.adapters.resolve import find
     from gemkit.weights import hub
-    from gemkit.weights.checkpoint import open_path
 
     place, _ = hub.locate(name)
     if not isinstance(place, Path):
         return {}
-    with open_path(place, name) as checkpoint:
+    with find(place) as checkpoint:
         entries = checkpoint.reader.entries
         dense = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
         return {

@@ -35,7 +35,7 @@ def subject(name: str) -> Subject:
         return Subject(member.name, member.decoder, member.vision, member)
     if isinstance(place, str):
         raise UnknownModelError(f"{name} is no member of the family; download it, and give the folder")
-    from gemkit.weights.checkpoint import resolve
+    from gemkit.adapters.resolve import find
 
-    decoder, vision, label = resolve(place)
-    return Subject(label, decoder, vision)
+    with find(place) as checkpoint:
+        return Subject(checkpoint.label, checkpoint.decoder, checkpoint.vision)

@@ -32,6 +32,7 @@ from gemkit import family
 from gemkit import generate as loop
 from gemkit import text as formats
 from gemkit.adapters import lora
+from gemkit.adapters.resolve import find
 from gemkit.errors import ConfigError, TrainingError
 from gemkit.executors.torch import TorchExecutor
 from gemkit.family import Prompt
@@ -51,7 +52,7 @@ from gemkit.train.objective import Objective
 from gemkit.train.objectives import judges
 from gemkit.train.objectives.rl import Grpo
 from gemkit.train.trainer import Outcome, Progress, Trainer
-from gemkit.weights.checkpoint import Checkpoint, find
+from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.load import available_memory, load_module
 from gemkit.weights.model_card import card, new_card
 from gemkit.weights.save import save_hf

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from gemkit import family
-from gemkit.adapters import peft as adapters
-from gemkit.errors import AccessError, UnknownModelError, WeightsError
+from gemkit.errors import WeightsError
 from gemkit.family import DecoderConfig, Member, Prompt, Vision
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import FIM_PREFIX
 from gemkit.text.vocabulary import IMAGE
-from gemkit.weights import configs, hub
+from gemkit.weights import configs
 from gemkit.weights.formats.base import DENSE, MAX_HEADER, Format, Reader, parse_json, sniff
 from gemkit.weights.formats.gguf import GGUFReader
 from gemkit.weights.formats.safetensors import SafetensorsReader
 from gemkit.weights.formats.torch_checkpoint import CkptReader
 from gemkit.weights.maps import Part, name_map
+from gemkit.weights.resolve import Place, resolve
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Checkpoint:
     vision: Vision | None = None
     notes: list[str] = field(default_factory=list)  # what a user should know of how it was read
     adapters: tuple[Path, ...] = ()  # folders of what is to be added to it, if it was asked for by one
-    name: str | None = None  # what `find` opens it by again, from any folder; None is the starter model
+    name: str | None = None  # what `resolve` finds it by again, from any folder; None is the starter model
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -132,52 +132,42 @@ _PADDING_ROWS = 128
 
 
 def find(name: str | os.PathLike[str] | None) -> Checkpoint:
-    """The checkpoint that a user means.
-
-    Args:
-        name: a path (a folder in the Hugging Face layout, a .gguf, a .ckpt or .pt of Google's PyTorch code), a
-            member's name or alias, a hub id, or None for the starter model.
-
-    Raises:
-        UnknownModelError: if it is none of these; the message names the nearest members.
-        WeightsError: if the files are incomplete, corrupt or of another kind.
-        AccessError: if the weights cannot be had.
-    """
-    if name is None:
-        return open_path(hub.starter(), "gemma-3-270m (starter, Q4_K_M)", family.get(hub.STARTER))
-    place, member = hub.locate(os.fspath(name))
-    if isinstance(place, Path):
-        checkpoint = open_path(place, os.fspath(name))
-        if not checkpoint.adapters:
-            checkpoint.name = os.path.abspath(place)
-        return checkpoint
-    checkpoint = open_path(hub.download(place), member.name if member else place, member)
-    if not checkpoint.adapters:
-        checkpoint.name = place
-    return checkpoint
+    """The checkpoint of a model. Raises as `resolve` and `open_place`; an adapter's folder is no model."""
+    return open_place(resolve(name))
 
 
-def find_vocabulary(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer, tuple[Prompt, ...]]:
+def vocabulary_of(place: Place) -> tuple[str, Tokenizer, tuple[Prompt, ...]]:
     """What a prompt for a model needs, without its weights: its name, its tokenizer, what it was trained to answer.
 
-    Raises as `find` does.
+    Raises:
+        WeightsError: if there is no tokenizer, or the files are those of no model.
     """
-    place, member = (None, None) if name is None else hub.locate(os.fspath(name))
-    if not isinstance(place, str):
-        with find(name) as checkpoint:
+    if place.name is None or os.path.isabs(place.name):  # not from the hub: its headers are there to be checked
+        with open_place(place) as checkpoint:
             return checkpoint.label, checkpoint.tokenizer, checkpoint.prompts
-    folder = hub.download(place, weights=False)
+    folder, member = place.folder, place.member
     tokenizer = _tokenizer_in(folder, member)
     if member is None:
         shown: tuple[Prompt, ...] = ("image",) if _shows_images(folder, None) else ()
-        return place, tokenizer, shown or _prompts(tokenizer, _has_chat_template(folder))
-    return member.name, tokenizer, member.prompts
+        prompts = shown or _prompts(tokenizer, _has_chat_template(folder))
+    else:
+        prompts = member.prompts
+    return place.label, tokenizer, with_adapters(prompts, place.adapters)
+
+
+def open_place(place: Place) -> Checkpoint:
+    """Read and check the headers of the checkpoint at a place.
+
+    Raises:
+        WeightsError: if the files are incomplete, corrupt or of another kind.
+    """
+    checkpoint = open_path(place.path, place.label, place.member)
+    checkpoint.name, checkpoint.adapters = place.name, place.adapters
+    return checkpoint
 
 
 def open_path(path: Path, label: str, member: Member | None = None) -> Checkpoint:
-    """Read and check the headers of a checkpoint; of an adapter's base, if the path is one's."""
-    if adapters.is_adapter(path):
-        return _base(path, label)
+    """Read and check the headers of a checkpoint on disk."""
     format = sniff(path)
     reader = _READERS[format](path)
     try:
@@ -185,20 +175,6 @@ def open_path(path: Path, label: str, member: Member | None = None) -> Checkpoin
     except BaseException:
         reader.close()
         raise
-
-
-def _base(path: Path, label: str) -> Checkpoint:
-    """What an adapter was trained on, which knows that it is asked for by that adapter."""
-    name = adapters.base_of(path)
-    way_out = f"give its base by name: -m BASE --adapter {label}"
-    if name is not None and adapters.is_adapter(Path(name).expanduser()):
-        raise WeightsError(f"{label} names {name} as its base, which is an adapter itself: {way_out}")
-    try:
-        checkpoint = find(name)
-    except (UnknownModelError, AccessError) as error:
-        raise type(error)(f"{label} was trained on {name}: {error}; or {way_out}") from error
-    checkpoint.label, checkpoint.adapters = f"{checkpoint.label} + {label}", (path,)
-    return checkpoint
 
 
 _READERS: dict[Format, type[Reader]] = {"safetensors": SafetensorsReader, "gguf": GGUFReader, "ckpt": CkptReader}
@@ -229,12 +205,6 @@ def _describe(format: Format, path: Path, label: str, reader: Reader, member: Me
         return checkpoint
     member = member or _member_of(format, reader, label)
     return Checkpoint(label, path, format, reader, member.decoder, member)
-
-
-def resolve(path: str | os.PathLike[str]) -> tuple[DecoderConfig, Vision | None, str]:
-    """Architecture and name of a checkpoint on disk."""
-    with open_path(Path(path).expanduser(), os.fspath(path)) as checkpoint:
-        return checkpoint.decoder, checkpoint.vision, checkpoint.label
 
 
 def _prompts(tokenizer: Tokenizer, has_chat_template: bool) -> tuple[Prompt, ...]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from gemkit.adapters import lora
+from gemkit.adapters.resolve import find
 from gemkit.errors import ConfigError, nearest
 from gemkit.family import Vision
 from gemkit.text import Tokenizer
@@ -34,7 +35,6 @@ from gemkit.train.objectives.pretrain import Pretrain
 from gemkit.train.objectives.reward import Reward
 from gemkit.train.objectives.rl import Grpo
 from gemkit.train.objectives.sft import Sft
-from gemkit.weights.checkpoint import find
 from gemkit.weights.load import load_module, put_score
 
 REGISTRY: dict[str, Any] = {

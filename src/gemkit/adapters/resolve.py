@@ -1,0 +1,41 @@
+"""The base of an adapter: an adapter's folder can stand wherever a model's name can."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from gemkit.adapters import peft
+from gemkit.errors import AccessError, UnknownModelError, WeightsError
+from gemkit.weights import checkpoint as checkpoints
+from gemkit.weights.checkpoint import Checkpoint
+from gemkit.weights.resolve import Place
+from gemkit.weights.resolve import resolve as resolve_model
+
+
+def resolve(name: str | os.PathLike[str] | None, *, weights: bool = True) -> Place:
+    """The place of a model; of an adapter's base, with the adapter's folder in `adapters`, if the name is an adapter's.
+
+    Arguments and errors are those of `weights.resolve.resolve`.
+
+    Raises:
+        WeightsError: if the adapter does not name its base, or names another adapter.
+    """
+    place = resolve_model(name, weights=weights)
+    if not peft.is_adapter(place.path):
+        return place
+    base = peft.base_of(place.path)
+    way_out = f"give its base by name: -m BASE --adapter {place.label}"
+    if base is not None and peft.is_adapter(Path(base).expanduser()):
+        raise WeightsError(f"{place.label} names {base} as its base, which is an adapter itself: {way_out}")
+    try:
+        found = resolve_model(base, weights=weights)
+    except (UnknownModelError, AccessError) as error:
+        raise type(error)(f"{place.label} was trained on {base}: {error}; or {way_out}") from error
+    return replace(found, label=f"{found.label} + {place.label}", adapters=(place.path,))
+
+
+def find(name: str | os.PathLike[str] | None) -> Checkpoint:
+    """The checkpoint of a model, or of an adapter's base. Raises as `resolve` and `weights.checkpoint.open_place`."""
+    return checkpoints.open_place(resolve(name))
