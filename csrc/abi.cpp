@@ -1,6 +1,7 @@
-// What Python calls, by ctypes: plain functions of plain types. Called with the GIL held, as `ctypes.PyDLL` does; a run
-// gives the GIL up while it computes, and takes it now and then to let Python see a signal. The three functions of Python's
-// stable ABI that this takes are found in the process, so that nothing of Python is needed to build.
+// The functions that Python calls by ctypes: plain functions of plain types. Called with the GIL held, as `ctypes.PyDLL`
+// does; a run gives the GIL up while it waits for its turn and while it computes, and takes it now and then to let Python
+// see a signal. The three functions of Python's stable ABI that this takes are found in the process, so that nothing of
+// Python is needed to build.
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -25,9 +26,12 @@ thread_local std::string message;
 thread_local void *python = nullptr;  // this thread's, while the GIL is given up
 thread_local bool signalled = false;
 thread_local std::chrono::steady_clock::time_point looked;
+thread_local const int32_t *stop_flag = nullptr;  // of this thread's call; set by any other thread
 
-// Asked between regions. Python is let in every 20 ms: then a handler of a signal runs, and if it raised we stop.
+// Asked between regions, and while a call waits for its turn. Python is let in every 20 ms: then a handler of a signal
+// runs, and if it raised we stop.
 bool keep_on() {
+    if (stop_flag && __atomic_load_n(stop_flag, __ATOMIC_RELAXED)) return false;
     const auto now = std::chrono::steady_clock::now();
     if (!python || now - looked < std::chrono::milliseconds(20)) return true;
     looked = now;
@@ -39,7 +43,7 @@ bool keep_on() {
 
 }  // namespace
 
-GK_API int32_t gk_version() { return 2; }
+GK_API int32_t gk_version() { return 3; }
 
 // Why the last call of this thread failed.
 GK_API const char *gk_error() { return message.c_str(); }
@@ -60,7 +64,7 @@ GK_API double gk_read_limit(int32_t threads) {
     const gk::Kernels *kernels = gk::best_kernels();
     const std::vector<float> memory(FLOATS, 1.0f);
     gk::Pool &pool = gk::pool(threads);
-    const std::lock_guard<std::mutex> turn(pool.turn);
+    const std::lock_guard turn(pool.turn);
     double best = 0;
     for (int pass = 0; pass < 7; pass++) {
         const auto start = std::chrono::steady_clock::now();
@@ -79,7 +83,7 @@ GK_API int32_t gk_dense(int32_t threads, int32_t kind, const gk::Planes *planes,
     constexpr int64_t PIECE = 1 << 16;  // floats of one item of work
     const int64_t step = std::max<int64_t>(1, PIECE / cols);
     gk::Pool &pool = gk::pool(threads);
-    const std::lock_guard<std::mutex> turn(pool.turn);
+    const std::lock_guard turn(pool.turn);
     pool.each((rows + step - 1) / step, [&](int64_t i, int) {
         kernels->dense((gk::Kind)kind, *planes, i * step, std::min(rows, (i + 1) * step), cols, out);
     });
@@ -102,23 +106,28 @@ GK_API void gk_state_keep(gk::State *state, int32_t layer, int64_t slot, const f
     state->keep(layer, slot, values);
 }
 
-// 0 done, 1 stopped by a signal (Python's exception is set), 2 out of memory, 3 keys or values beyond float16.
+// 0 done, 1 stopped by the flag or by a signal (then Python's exception is set), 2 out of memory, 3 keys or values beyond
+// float16. `stop`: null, or an int32 that ends this call when it is not 0.
 GK_API int32_t gk_run(gk::Executor *executor, gk::State *state, int32_t threads, const int64_t *tokens, int64_t n_tokens,
                       const gk::Span *spans, int64_t n_spans, const int64_t *rows, int64_t n_rows, const float *features,
                       const int64_t *feature_rows, int64_t n_features, float *logits, const gk::Executor::Wanted *wanted,
-                      const int64_t *kept, int64_t *computed, double *seconds) {
+                      const int64_t *kept, int64_t *computed, double *seconds, const int32_t *stop) {
     const gk::Executor::Call call{tokens,       n_tokens,   spans,  n_spans, rows, n_rows,   features,
                                   feature_rows, n_features, logits, wanted,  kept, computed, seconds};
     looked = std::chrono::steady_clock::now();
     signalled = false;
+    stop_flag = stop;
     if (PyEval_SaveThread) python = PyEval_SaveThread();
-    int32_t result;
-    {
-        gk::Pool &pool = gk::pool(threads);
-        const std::lock_guard<std::mutex> turn(pool.turn);
+    int32_t result = gk::Executor::STOPPED;
+    gk::Pool &pool = gk::pool(threads);
+    bool mine = false;
+    while (!(mine = pool.turn.try_lock_for(std::chrono::milliseconds(5))) && keep_on()) continue;
+    if (mine) {
+        const std::lock_guard turn(pool.turn, std::adopt_lock);
         result = executor->run(call, *state, pool, keep_on);
     }
     if (python) PyEval_RestoreThread(python);
     python = nullptr;
+    stop_flag = nullptr;
     return result;
 }

@@ -27,7 +27,7 @@ public:
         run(items, [](void *context, int64_t item, int thread) { (*(F *)context)(item, thread); }, &f);
     }
 
-    std::mutex turn;
+    std::timed_mutex turn;  // so that a caller that waits can look at signals and stop flags
 
 private:
     void worker(int thread);

@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -51,7 +54,8 @@ class NativeState:
     def mark(self, slot: int) -> NativeMark:
         """A place in `slot` that `rollback` returns to."""
         self._checked(slot)
-        return NativeMark(slot, self.lengths[slot], self._recurrent(slot))
+        with self._executor.turn:
+            return NativeMark(slot, self.lengths[slot], self._recurrent(slot))
 
     def rollback(self, mark: NativeMark, keep: int = 0) -> None:
         """Forget everything since `mark`, but for its first `keep` tokens; with a recurrent layer, those too.
@@ -60,7 +64,10 @@ class NativeState:
             StateError: if the slot has been shorter since, or a sliding layer had no `room` to keep what is needed.
                 Nothing has changed then.
         """
-        length = mark.length + (0 if mark.recurrent else keep)
+        with self._executor.turn:
+            self._rollback(mark, mark.length + (0 if mark.recurrent else keep), keep)
+
+    def _rollback(self, mark: NativeMark, length: int, keep: int) -> None:
         if length > self.lengths[self._checked(mark.slot)]:
             where = f"the mark is at {mark.length}" + (f", {keep} are to be kept after it" if keep else "")
             raise StateError(f"slot {mark.slot} holds {self.lengths[mark.slot]} tokens, {where}")
@@ -76,17 +83,20 @@ class NativeState:
 
     def fork(self, source: int, target: int) -> None:
         """Make `target` remember what `source` does; the two go their own ways from here."""
-        self._library.gk_state_fork(self._handle, self._checked(source), self._checked(target))
-        self.lengths[target] = self.lengths[source]
+        with self._executor.turn:
+            self._library.gk_state_fork(self._handle, self._checked(source), self._checked(target))
+            self.lengths[target] = self.lengths[source]
 
     def free(self, slot: int) -> None:
         """Forget a sequence; the slot is as new."""
-        self._library.gk_state_clear(self._handle, self._checked(slot))
-        self.lengths[slot] = 0
+        with self._executor.turn:
+            self._library.gk_state_clear(self._handle, self._checked(slot))
+            self.lengths[slot] = 0
 
     @property
     def nbytes(self) -> int:
-        return self._library.gk_state_bytes(self._handle)
+        with self._executor.turn:
+            return self._library.gk_state_bytes(self._handle)
 
     def _recurrent(self, slot: int) -> dict[int, np.ndarray]:
         kept = {}
@@ -114,8 +124,20 @@ class NativeMark:
         self.slot, self.length, self.recurrent = slot, length, recurrent
 
 
+_executors: weakref.WeakSet[NativeExecutor] = weakref.WeakSet()
+
+
+def _give_turns_anew() -> None:
+    """In the child of a fork: the thread that had a turn may exist in the parent alone."""
+    for executor in _executors:
+        executor.turn = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_give_turns_anew)
+
+
 class NativeExecutor:
-    """Runs a packed model, chunk by chunk."""
+    """Runs a packed model, chunk by chunk. Calls of several threads, and what they do to states, take turns."""
 
     name = "native"
     device = "cpu"
@@ -145,6 +167,8 @@ class NativeExecutor:
         if not self._handle:
             raise ModelError(f"{pack.path} cannot run: {self._library.gk_error().decode()}")
         self._logits_width = decoder.vocab_size
+        self.turn = threading.Lock()
+        _executors.add(self)
 
     @property
     def handle(self) -> int:
@@ -172,6 +196,18 @@ class NativeExecutor:
             ConfigError: if images and the placeholders among the ids do not match, or a chunk cuts its prefix.
             ModelError: if memory runs out, or keys or values are too large for float16.
         """
+        check_ids([token for chunk in chunks for token in chunk.ids], self.decoder)
+        features = self._features(chunks)
+        with self.turn:
+            return self._run(chunks, state, features, seconds)
+
+    def _run(
+        self,
+        chunks: Sequence[Chunk],
+        state: NativeState,
+        features: tuple[np.ndarray, np.ndarray],
+        seconds: np.ndarray | None,
+    ) -> np.ndarray:
         ids: list[int] = []
         rows: list[int] = []
         spans: list[tuple[int, int, int, int, int]] = []
@@ -181,10 +217,9 @@ class NativeExecutor:
             check_prefix(chunk, state.lengths[chunk.slot])
             spans.append((first, len(ids), chunk.slot, state.lengths[chunk.slot], chunk.prefix))
             rows += range(len(ids) - chunk.rows, len(ids))
-        check_ids(ids, self.decoder)
         filters, always = _filters(chunks)
-        features, image_rows = self._features(chunks)
-        self.computed = np.zeros(len(rows), np.int64)
+        # arrays of this call alone: another thread that replaced one would free it while the library writes to it
+        computed = np.zeros(len(rows), np.int64)
         logits = np.empty((len(rows), self._logits_width), np.float32)
         given: list[Any] = [np.array(ids, np.int64), np.array(spans, np.int64), np.array(rows, np.int64)]
         result = self._library.gk_run(
@@ -192,15 +227,16 @@ class NativeExecutor:
             state.handle,
             self.threads,
             *[part for array in given for part in (array.ctypes.data, len(array))],
-            features.ctypes.data,
-            image_rows.ctypes.data,
-            len(image_rows),
+            *[array.ctypes.data for array in features],
+            len(features[1]),
             logits.ctypes.data,
             filters.ctypes.data,
             always.ctypes.data,
-            self.computed.ctypes.data,
+            computed.ctypes.data,
             None if seconds is None else seconds.ctypes.data,
+            None,
         )
+        self.computed = computed
         if result == _NO_MEMORY:
             raise ModelError(f"memory ran out for {len(ids)} tokens of {len(chunks)} sequences: use smaller chunks")
         if result == _TOO_LARGE:

@@ -19,7 +19,7 @@ from gemkit.errors import ConfigError, ModelError
 
 LIBRARY = "libgemkit_native.so"
 _ISAS = ("avx512", "avx2", "portable")
-_ABI = 2
+_ABI = 3
 
 
 @cache
@@ -80,7 +80,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         ("gk_state_kept", pointer, [pointer, i32, i64]),
         ("gk_state_cell", i64, [pointer, i32]),
         ("gk_state_keep", None, [pointer, i32, i64, pointer]),
-        ("gk_run", i32, [pointer, pointer, i32, *[pointer, i64] * 3, pointer, pointer, i64, *[pointer] * 5]),
+        ("gk_run", i32, [pointer, pointer, i32, *[pointer, i64] * 3, pointer, pointer, i64, *[pointer] * 6]),
     ):
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
