@@ -34,7 +34,7 @@ def measure(model: gemkit.Gemma, folder: Path) -> dict[str, float]:
     """Overlap and share of empty answers on the held-out pictures of a folder."""
     overlaps, empty = [], []
     for record in read_jsonl(folder / "held-out.jsonl"):
-        seen = model.look(folder / record["image"], record["prompt"], max_tokens=24)
+        seen = model.detect_prompt(folder / record["image"], record["prompt"], max_tokens=24)
         right = places.parse(record["suffix"]).places
         if not right:
             empty.append(not seen.result.text)
@@ -51,7 +51,7 @@ def picture(model: gemkit.Gemma, folder: Path) -> None:
 
     records = list(read_jsonl(folder / "held-out.jsonl"))
     chosen = [*records[:6], *records[-2:]]
-    drawn = [model.look(folder / r["image"], r["prompt"], max_tokens=24).overlay() for r in chosen]
+    drawn = [model.detect_prompt(folder / r["image"], r["prompt"], max_tokens=24).overlay() for r in chosen]
     sheet = Image.new("RGB", (4 * 160, 2 * 160), "white")
     for i, overlay in enumerate(drawn):
         sheet.paste(overlay.resize((152, 152)), (i % 4 * 160 + 4, i // 4 * 160 + 4))

@@ -16,9 +16,8 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, overload
 
 from gemkit import detections, images
 from gemkit import generate as loop
@@ -26,29 +25,25 @@ from gemkit import text as formats
 from gemkit.adapters.resolve import find
 from gemkit.detections import Detections
 from gemkit.errors import ConfigError, ModelError
-from gemkit.executors.native import library as native
-from gemkit.executors.native.executor import NativeExecutor
 from gemkit.generate import INSTRUCTION_TUNED, Event, Request, Result, Sampling, Score
 from gemkit.images.read import Picture, Source
+from gemkit.runtime.open import Runtime, open_runtime
+from gemkit.runtime.options import ExecutorName, LoadOptions
 from gemkit.text import Prompt, Tokenizer, tasks
 from gemkit.text.tasks import CaptionStyle
 from gemkit.weights import hub
-from gemkit.weights.checkpoint import SCORE, Checkpoint, open_path, with_adapters
+from gemkit.weights.checkpoint import SCORE, Checkpoint, with_adapters
 
 if TYPE_CHECKING:
     import torch
 
     from gemkit.adapters.lora import Account, Rule
-    from gemkit.executors.torch import TorchExecutor
     from gemkit.nn import Decoder, PaliGemma
     from gemkit.nn.mask_decoder import MaskDecoder
-    from gemkit.runtime.repack import Repacker
     from gemkit.weights.quantize import Weights
-    from gemkit.weights.report import Report
 
 MAX_TOKENS = 256
 Shown: TypeAlias = "Source | tuple[Source, ...]"  # one prompt's images: one, or several in a tuple
-Executor = Literal["auto", "native", "torch"]
 
 
 class Options(TypedDict, total=False):
@@ -79,7 +74,7 @@ def load(
     *,
     device: str = "cpu",
     dtype: str | torch.dtype | None = None,
-    executor: Executor = "auto",
+    executor: ExecutorName = "auto",
     quantized: bool = True,
     weights: Weights | None = None,
     calibrate: bool | str = True,
@@ -105,79 +100,29 @@ def load(
     Raises:
         GemkitError: one of its kinds, with what to do about it.
     """
-    if executor not in ("auto", "native", "torch"):
-        raise ConfigError(f"executor={executor!r} is not one of auto, native, torch")
-    asked = (adapter,) if isinstance(adapter, str | os.PathLike) else tuple(adapter)
-    how: dict[str, Any] = {"quantized": quantized, "weights": weights, "calibrate": calibrate}
+    options = LoadOptions(device, dtype, executor, quantized, weights, calibrate)
     with find(name) as checkpoint:
-        adapters = (*checkpoint.adapters, *asked)
-        only_torch = _only_torch(device, dtype, quantized or weights is not None)
-        if executor == "native" and only_torch:
-            raise ConfigError(f"executor='native' cannot do {only_torch}: use executor='torch'")
-        able, why = executor == "native", ""
-        if executor == "auto" and not only_torch:
-            able, why = native.available()
-        if able:
-            from gemkit.runtime.pack_cache import load_native
-
-            runner, report = load_native(checkpoint, how, progress=progress)
-            return _with_adapters(Gemma(checkpoint, runner, report, how), adapters)
-        from gemkit.executors.torch import TorchExecutor
-        from gemkit.weights.load import load_module  # imports torch: a wrong name is told without waiting for it
-
-        _check_device(device)
-        module, report = load_module(checkpoint, dtype=dtype, device=device, **how, progress=progress)
-        if why:
-            report.notes.append(f"torch computes it: {why}")
-        return _with_adapters(Gemma(checkpoint, TorchExecutor(module), report, how), adapters)
-
-
-def _with_adapters(model: Gemma, adapters: Sequence[str | os.PathLike[str]]) -> Gemma:
-    for folder in adapters:
-        model.report.notes.append(str(model.load_adapter(folder)))
+        model = Gemma(checkpoint, open_runtime(checkpoint, options, progress=progress))
+        asked = (adapter,) if isinstance(adapter, str | os.PathLike) else tuple(adapter)
+        for folder in (*checkpoint.adapters, *asked):
+            model.report.notes.append(str(model.load_adapter(folder)))
+    model.sync()
     return model
-
-
-def _only_torch(device: str, dtype: Any, quantized: bool) -> str:
-    """What is asked for that only the torch executor has; empty: nothing."""
-    asked = []
-    if device != "cpu":
-        asked.append(f"device={device!r}")
-    if dtype is not None:
-        asked.append(f"dtype={str(dtype).removeprefix('torch.')}")
-    if not quantized:
-        asked.append("quantized=False")
-    return ", ".join(asked)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
-        other = torch.accelerator.current_accelerator(check_available=True)
-        usable = "cpu" if other is None else f"cpu, {other.type}"
-        raise ConfigError(f"device={device!r} cannot be used on this machine, only: {usable}") from error
 
 
 class Gemma:
     """A loaded model. `load` makes it."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, executor: TorchExecutor | NativeExecutor, report: Report, how: Mapping[str, Any]
-    ):
+    def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
         self.label = checkpoint.label
         self.member = checkpoint.member
         self.config = checkpoint.decoder
         self.vision = checkpoint.vision  # None: it sees no images
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill, image
-        self.report = report
-        self._executor: Any = executor
-        self._following: Repacker | None = None  # of `module`, once the native executor has one to follow
-        self._path, self._how = checkpoint.path, how  # to open its modules when they are asked for
-        self._base, self._known_as = checkpoint.name, checkpoint.known_as  # what opens it again; what others call it
+        self.runtime = runtime
+        self.report = runtime.report
+        self._source, self._display_name = checkpoint.name, checkpoint.display_name
         self._scored = SCORE in checkpoint.reader.entries
 
     def __repr__(self) -> str:
@@ -188,42 +133,35 @@ class Gemma:
 
         return str(tree(self.config, self.vision))
 
-    @cached_property
+    @property
     def module(self) -> Decoder | PaliGemma:
         """The model as torch modules, with its weights. The native executor opens them from the same files when they
-        are first asked for, and follows what is changed in them."""
-        if not isinstance(self._executor, NativeExecutor):
-            return self._executor.module
-        from gemkit.runtime.repack import Repacker
-        from gemkit.weights.load import load_module
-
-        with open_path(self._path, self.label, self.member) as checkpoint:
-            module = load_module(checkpoint, **self._how)[0]
-        self._following = Repacker(module, self._executor)
-        return module
+        are first read. What is changed in them counts from the next answer on (`sync`)."""
+        return self.runtime.module
 
     @property
     def executor(self) -> Any:
-        """What computes the model as it is now. The native executor packs anew what was changed in `module`, and
-        leaves a model that it cannot run to torch."""
-        if self._following is not None:
-            try:
-                self._executor = self._following.executor()
-            except ModelError as error:
-                warnings.warn(f"{error}; torch computes {self.label} from now on", stacklevel=2)
-                self.use_torch()
-        return self._executor
+        """The executor as of the last answer or `sync`."""
+        return self.runtime.executor
+
+    def sync(self) -> Any:
+        """Bring the executor up to date with `module`, and return it.
+
+        Every answer begins with it, so that a changed weight or adapter counts from the next answer on. Call it to use
+        `executor` directly after a change, or to pay for packing now. The native executor packs what was changed; a
+        model that it cannot run is computed by torch from then on, with a warning.
+        """
+        return self.runtime.sync()
 
     def use_torch(self) -> None:
         """Compute with `module` in torch from now on."""
-        from gemkit.executors.torch import TorchExecutor
-
-        module = self.module
-        self._executor, self._following = TorchExecutor(module), None
+        self.runtime.use_torch()
 
     # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────────
     #
-    # An adapter is a small change beside the weights, and all that is trained (`adapters.lora`).
+    # An adapter is a small change beside the weights, and all that is trained (`adapters.lora`). The executor packs it
+    # before the next answer (`sync`), so that training or merging to save packs nothing. `runtime.lock`: another thread
+    # that asks meanwhile gets the model before the change or after it.
 
     def enable_lora(
         self,
@@ -243,7 +181,8 @@ class Gemma:
         """
         from gemkit.adapters import lora
 
-        told = lora.enable_lora(self.module, rank, alpha, targets, rule=rule, dropout=dropout, name=name, seed=seed)
+        with self.runtime.lock:
+            told = lora.enable_lora(self.module, rank, alpha, targets, rule=rule, dropout=dropout, name=name, seed=seed)
         if not quiet:
             print(told, file=sys.stderr)
         return told
@@ -261,8 +200,9 @@ class Gemma:
         from gemkit.adapters import lora
 
         path = hub.adapter(folder)
-        told = lora.attach(self.module, path, name, trainable=trainable)
-        self.prompts = with_adapters(self.prompts, [path])
+        with self.runtime.lock:
+            told = lora.attach(self.module, path, name, trainable=trainable)
+            self.prompts = with_adapters(self.prompts, [path])
         return told
 
     def save_adapter(
@@ -277,7 +217,7 @@ class Gemma:
         from gemkit.adapters import lora
 
         return lora.save(
-            self.module, folder, name, base=self._base, named=self._known_as, prompts=self.prompts, data=data
+            self.module, folder, name, base=self._source, named=self._display_name, prompts=self.prompts, data=data
         )
 
     def adapters(self) -> list[str]:
@@ -290,25 +230,29 @@ class Gemma:
         """Let an adapter count more or less than it was trained to: 1 is as it was, 0 is off."""
         from gemkit.adapters import lora
 
-        lora.set_strength(self.module, strength, name)
+        with self.runtime.lock:
+            lora.set_strength(self.module, strength, name)
 
     def merge_adapters(self, name: str | None = None) -> list[str]:
         """Add the adapters, or the one of this name, to the weights; their names."""
         from gemkit.adapters import lora
 
-        return lora.merge(self.module, name)
+        with self.runtime.lock:
+            return lora.merge(self.module, name)
 
     def unmerge_adapters(self) -> list[str]:
         """Take merged adapters out of the weights again, exactly; their names."""
         from gemkit.adapters import lora
 
-        return lora.unmerge(self.module)
+        with self.runtime.lock:
+            return lora.unmerge(self.module)
 
     def remove_adapter(self, name: str | None = None) -> None:
         """Take an adapter away."""
         from gemkit.adapters import lora
 
-        lora.remove(self.module, name)
+        with self.runtime.lock:
+            lora.remove(self.module, name)
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -409,11 +353,11 @@ class Gemma:
             if prompt:
                 raise ConfigError("a prompt belongs to an image; without one, put it in front of the text")
             ids = formats.complete(self.tokenizer, text, control=control).ids
-            return loop.score(self.executor, ids, top=top, beyond_context=beyond_context)
+            return loop.score(self.sync(), ids, top=top, beyond_context=beyond_context)
         pictures, task = self._shown(image, prompt)
         ids = [*task.ids, *self.tokenizer.encode(text, control=control)]
         return loop.score(
-            self.executor,
+            self.sync(),
             ids,
             top=top,
             beyond_context=beyond_context,
@@ -435,9 +379,7 @@ class Gemma:
     @property
     def is_reward_model(self) -> bool:
         """Whether it has a head of one number, `score`, that `gemkit tune reward` trains."""
-        if isinstance(self.executor, NativeExecutor) and self._following is None:  # its modules were never opened
-            return self._scored
-        return self.module.score is not None
+        return self._scored if not self.runtime.is_open else self.module.score is not None
 
     # ── asking about images ─────────────────────────────────────────────────────────────────────────────────────────
     #
@@ -503,9 +445,9 @@ class Gemma:
         Args:
             things: names, as a list or as the model reads them: "cat ; sleeping dog".
         """
-        return self._sights(image, tasks.detect(things), options, None)
+        return self._detections(image, tasks.detect(things), options, None)
 
-    def look(
+    def detect_prompt(
         self, image: Source, task: str, *, masks: MaskDecoder | None = None, **options: Unpack[Options]
     ) -> Detections:
         """The answer to a whole task on an image, such as "detect cat", read as things.
@@ -513,7 +455,7 @@ class Gemma:
         Args:
             masks: decodes the masks in the answer (`detections.find_masks`); None: things have boxes alone.
         """
-        return self._sights(image, task, options, masks)
+        return self._detections(image, task, options, masks)
 
     @overload
     def segment(
@@ -552,7 +494,7 @@ class Gemma:
         decoder = detections.find_masks(masks)
         if decoder is None:
             warnings.warn(detections.NO_MASKS, stacklevel=2)
-        return self._sights(image, tasks.segment(things), options, decoder)
+        return self._detections(image, tasks.segment(things), options, decoder)
 
     def _question(self, question: str, lang: str | None) -> str:
         return question if lang is None else tasks.answer(question, lang)
@@ -569,7 +511,7 @@ class Gemma:
             raise ConfigError(f"{len(image)} images and {len(texts)} questions: one for all, or one for each")
         return [result for _, result in self._answers(image, list(map(word, texts)), options)]
 
-    def _sights(self, image: Any, text: str, options: Options, decoder: MaskDecoder | None) -> Any:
+    def _detections(self, image: Any, text: str, options: Options, decoder: MaskDecoder | None) -> Any:
         batch = image if isinstance(image, list) else [image]
         if any(isinstance(one, tuple) for one in batch):
             raise ConfigError("places are those of one image: give a list of images, not a tuple, to look in several")
@@ -583,7 +525,7 @@ class Gemma:
         """All answers as one batch, each with the pictures that it is about."""
         pairs = [self._shown(image, text) for image, text in zip(shown, texts, strict=True)]
         requests = [self.request(prompt, options, Sampling(), images=self._pixels(of)) for of, prompt in pairs]
-        results = loop.complete(self.executor, requests, **self.loop_options(options))
+        results = loop.complete(self.sync(), requests, **self.loop_options(options))
         return [(pictures, result) for (pictures, _), result in zip(pairs, results, strict=True)]
 
     def _shown(self, image: Shown, text: str) -> tuple[list[Picture], Prompt]:
@@ -605,23 +547,24 @@ class Gemma:
         """What was loaded, how large it is, what computes it and why."""
         from gemkit.inspect import cost
 
+        executor = self.sync()
         counts = cost.count(self.config, self.vision)
         dtype = self.report.dtype
         lines = [
             f"{self.label}: {counts.total:,} parameters, {len(self.config.layers)} layers of width {self.config.width}",
-            f"weights    {self.report.nbytes / 1e6:,.0f} MB, computed in {dtype} on {self.executor.device}, "
+            f"weights    {self.report.nbytes / 1e6:,.0f} MB, computed in {dtype} on {executor.device}, "
             f"loaded in {self.report.seconds:.1f} s",
             f"context    {self.config.max_context:,} tokens",
             f"trained to {', '.join(self.prompts)}",
             *self._images_line(),
-            f"executor   {self.executor.name}: {self.executor.about()}",
+            f"executor   {executor.name}: {executor.about()}",
         ]
         lines += [f"adapter    {told}" for told in self._accounts()]
         lines += [f"note       {note}" for note in self.report.notes]
         return "\n".join(lines)
 
     def _accounts(self) -> list[Account]:
-        if isinstance(self.executor, NativeExecutor) and self._following is None:  # its modules were never opened
+        if not self.runtime.is_open:
             return []
         from gemkit.adapters import lora
 
@@ -658,7 +601,7 @@ class Gemma:
                 "save_adapter() to keep them apart"
             )
         if card is None and inside:
-            card = lora.merged_card(module, Path(folder).expanduser().resolve().name, self._known_as)
+            card = lora.merged_card(module, Path(folder).expanduser().resolve().name, self._display_name)
         return save_hf(
             module,
             folder,
@@ -716,11 +659,11 @@ class Gemma:
 
     def _all(self, prompts: Sequence[Prompt], options: Options, sampling: Sampling) -> list[Result]:
         requests = [self.request(prompt, options, sampling) for prompt in prompts]
-        return loop.complete(self.executor, requests, **self.loop_options(options))
+        return loop.complete(self.sync(), requests, **self.loop_options(options))
 
     def _stream(self, prompt: Prompt, options: Options, sampling: Sampling, images: Sequence[Any] = ()) -> Stream:
         request = self.request(prompt, options, sampling, images=images)
-        return Stream(prompt, loop.generate(self.executor, [request], **self.loop_options(options)))
+        return Stream(prompt, loop.generate(self.sync(), [request], **self.loop_options(options)))
 
     def loop_options(self, options: Options) -> dict[str, Any]:
         return {
@@ -810,7 +753,7 @@ class Conversation:
 
     def _fresh(self) -> tuple[Any, Any]:
         """What computes the model now, and an empty state of its."""
-        executor = self.model.executor
+        executor = self.model.sync()
         return executor, executor.new_state(1, loop.room_for(self._options.get("speculate", False)))
 
     def say(self, words: str) -> Result:
@@ -819,7 +762,7 @@ class Conversation:
 
     def stream(self, words: str) -> Stream:
         """`say`, piece by piece. A turn counts once it is read to its end or interrupted."""
-        if self.model.executor is not self._executor:  # the model was changed: its past is computed anew
+        if self.model.sync() is not self._executor:  # the model was changed: its past is computed anew
             self._executor, self._state = self._fresh()
         elif not self._known:  # the turn before was dropped on the way: its beginning is computed anew
             self._state.free(0)

@@ -76,7 +76,7 @@ def find(args: argparse.Namespace, task: str, decoder: MaskDecoder | None = None
         _check_overlay(Path(args.overlay), args.image)
     chosen: Options = options(args)
     model = load_image_model(args)
-    sight = model.look(picture, task, masks=decoder, **chosen)
+    sight = model.detect_prompt(picture, task, masks=decoder, **chosen)
     if args.json:
         found = {"width": picture.width, "height": picture.height, "things": sight.coco(), "rest": sight.rest}
         print_json(

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from gemkit.errors import WeightsError
 from gemkit.executors.native import packfile as packs
 from gemkit.executors.native.executor import NativeExecutor
 from gemkit.executors.native.packfile import Pack
+from gemkit.runtime.options import LoadOptions
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.report import Report
 
@@ -39,19 +40,16 @@ _TOWER = ("vision_tower.", "multi_modal_projector.")
 
 
 def load_native(
-    checkpoint: Checkpoint, how: Mapping[str, Any], *, progress: Progress | None = None
+    checkpoint: Checkpoint, options: LoadOptions, *, progress: Progress | None = None
 ) -> tuple[NativeExecutor, Report]:
-    """The native executor of a checkpoint.
-
-    Args:
-        how: what `weights.load.load_module` is to do with its weights: quantized, weights, calibrate.
+    """The native executor of a checkpoint, from the cache of packed models where it holds this one.
 
     Raises:
         ModelError: if there is no native executor here, or it cannot run this model.
         WeightsError, ConfigError: as `weights.load.load_module`.
     """
     start = time.perf_counter()
-    source = fingerprint(checkpoint, how)
+    source = fingerprint(checkpoint, options)
     path = cache_folder() / (hashlib.sha256(source.encode()).hexdigest()[:32] + ".gkpack")
     pack, tower = _kept(path, source), None
     if pack is None:
@@ -59,7 +57,7 @@ def load_native(
         from gemkit.nn import PaliGemma
         from gemkit.weights.load import load_module
 
-        module, report = load_module(checkpoint, **how, progress=progress)
+        module, report = load_module(checkpoint, **options.storage, progress=progress)
         target = path if _has_room(report.nbytes) else None
         notes = list(report.notes)
         decoder: Any = module
@@ -78,14 +76,14 @@ def load_native(
     return native, report
 
 
-def fingerprint(checkpoint: Checkpoint, how: Mapping[str, Any]) -> str:
-    """What decides the packed form: the files as they are, what they were read as and how, the format."""
+def fingerprint(checkpoint: Checkpoint, options: LoadOptions) -> str:
+    """The key of a packed model: version of the format, files (size, time of change), architecture, options."""
     files = []
     for path in sorted({entry.path for entry in checkpoint.reader.entries.values()}):
         status = path.stat()
         files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
     decoder = hashlib.sha256(repr(checkpoint.decoder).encode()).hexdigest()
-    return json.dumps([packs.VERSION, files, decoder, dict(how)])
+    return json.dumps([packs.VERSION, files, decoder, options.storage])
 
 
 def cache_folder() -> Path:

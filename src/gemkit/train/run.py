@@ -395,7 +395,7 @@ class Run:
         module.eval()
         if self.experiment.lora.rank:
             assert self.checkpoint is not None
-            lora.save(module, work, base=self.checkpoint.name, named=self.checkpoint.known_as, prompts=self.prompts)
+            lora.save(module, work, base=self.checkpoint.name, named=self.checkpoint.display_name, prompts=self.prompts)
         else:
             dtype = _DTYPES[self.experiment.save.dtype]
             save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype)
@@ -420,7 +420,7 @@ class Run:
             data.append(f"`{os.path.basename(e.data.held_out)}`, held out: {len(self.held_out):,} records")
         if self.checkpoint is None:
             return new_card(title, lines, data)
-        return card(title, self.checkpoint.known_as, lines, adapter=bool(e.lora.rank), data=data)
+        return card(title, self.checkpoint.display_name, lines, adapter=bool(e.lora.rank), data=data)
 
 
 def _prepare(module: Any, experiment: Experiment) -> lora.Account | None:

@@ -49,7 +49,7 @@ class Checkpoint:
         self.reader.close()
 
     @property
-    def known_as(self) -> str:
+    def display_name(self) -> str:
         """What others know it by: its hub id, or its place."""
         if self.name is not None:
             return self.name

@@ -130,8 +130,10 @@ def test_what_only_torch_runs_is_left_to_it(tmp_path):
     model = gemkit.load(tmp_path / "model")
     assert model.executor.name == "native"
     model.enable_lora(2, rule="keras", quiet=True)
+    assert model.executor.name == "native"  # packing waits for the next answer
     with pytest.warns(UserWarning, match="torch computes .* from now on"):
-        assert model.executor.name == "torch"
+        assert model.sync().name == "torch"
+    assert model.executor.name == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert model.generate("Hello", max_tokens=2).ids
