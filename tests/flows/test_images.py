@@ -27,6 +27,9 @@ from gemkit.text.tasks import CaptionStyle
 from gemkit.weights.mask_decoder import load_mask_decoder
 from support import mask_weights
 
+# pycocotools hands NumPy 2 an object whose conversion takes no `copy`
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
 WIDTH, HEIGHT = 300, 200
 CAT = "<loc0256><loc0128><loc0767><loc0639> cat"  # y_min, x_min, y_max, x_max of 1023
 DOG = "<loc0000><loc0000><loc1023><loc0512> sleeping dog"
