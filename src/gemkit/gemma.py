@@ -10,14 +10,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, overload
 
 from gemkit import detections, images
 from gemkit import generate as loop
@@ -25,7 +23,7 @@ from gemkit import text as formats
 from gemkit.adapters.resolve import find
 from gemkit.detections import Detections
 from gemkit.errors import ConfigError, ModelError
-from gemkit.generate import INSTRUCTION_TUNED, Event, Request, Result, Sampling, Score
+from gemkit.generate import INSTRUCTION_TUNED, MAX_TOKENS, Event, Options, Request, Result, Sampling, Score, unused_ids
 from gemkit.images.read import Picture, Source
 from gemkit.runtime.open import Runtime, open_runtime
 from gemkit.runtime.options import ExecutorName, LoadOptions
@@ -42,31 +40,7 @@ if TYPE_CHECKING:
     from gemkit.nn.mask_decoder import MaskDecoder
     from gemkit.weights.quantize import Weights
 
-MAX_TOKENS = 256
 Shown: TypeAlias = "Source | tuple[Source, ...]"  # one prompt's images: one, or several in a tuple
-
-
-class Options(TypedDict, total=False):
-    """How an answer is made; every field may be left out.
-
-    Sampling fields that are left out are greedy for `generate` and `infill`, and for `chat` those that the
-    instruction-tuned models are published with (temperature 1, top-k 64, top-p 0.95).
-    """
-
-    max_tokens: int | None  # to generate at most (256); None: until a stop or the end of the context
-    temperature: float  # 0 is greedy
-    top_k: int | None
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    logit_bias: Mapping[int, float]
-    seed: int | None
-    stop: Sequence[str]  # texts that end the answer, and are not part of it
-    logprobs: int | None  # log-probabilities of the tokens, and of so many alternatives to each
-    beyond_context: bool  # go on past the context the model was trained with; quality is undefined there
-    speculate: (
-        int | bool
-    )  # draft up to so many tokens from what was there before: the same answer, sooner if it repeats
 
 
 def load(
@@ -361,7 +335,7 @@ class Gemma:
             ids,
             top=top,
             beyond_context=beyond_context,
-            prefix=task.prefix,
+            spans=[(0, task.prefix)],
             images=self._pixels(pictures),
         )
 
@@ -629,33 +603,8 @@ class Gemma:
         images: Sequence[Any] = (),
     ) -> Request:
         """A prompt, after the ids of a `history`, and options as a request to the loop; `images` are preprocessed."""
-        assert not (history and prompt.prefix), "a prefix begins its sequence"
-        known: dict[str, Any] = {field: value for field, value in options.items() if field in _SAMPLING_FIELDS}
-        if unknown := sorted(set(options) - set(Options.__annotations__)):
-            raise ConfigError(f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}")
-        if known.get("temperature") == 0:  # greedy, whatever was published
-            sampling = Sampling()
-        chosen = replace(sampling, **known)
-        if chosen.temperature == 0 and (idle := [f"{f}={known[f]}" for f in _FILTERS if f in known]):
-            raise ConfigError(
-                f"{', '.join(idle)} cannot take effect at temperature 0, which always takes the best token"
-            )
-        unused = [*range(len(self.tokenizer), self.config.vocab_size)]  # rows that only pad the table
-        if self.vision is not None:
-            unused.append(self.vision.image_token)  # holds a place and is never said
-        if unused:
-            chosen = replace(chosen, logit_bias={**dict.fromkeys(unused, -math.inf), **chosen.logit_bias})
-        return Request(
-            ids=[*history, *prompt.ids],
-            sampling=chosen,
-            max_tokens=options.get("max_tokens", MAX_TOKENS),
-            stop_ids=prompt.stop_ids,
-            stop_strings=options.get("stop", ()),
-            logprobs=options.get("logprobs"),
-            slot=slot,
-            prefix=prompt.prefix,
-            images=images,
-        )
+        banned = unused_ids(self.config, len(self.tokenizer), None if self.vision is None else self.vision.image_token)
+        return Request.from_prompt(prompt, options, sampling, banned=banned, history=history, slot=slot, images=images)
 
     def _all(self, prompts: Sequence[Prompt], options: Options, sampling: Sampling) -> list[Result]:
         requests = [self.request(prompt, options, sampling) for prompt in prompts]
@@ -666,15 +615,7 @@ class Gemma:
         return Stream(prompt, loop.generate(self.sync(), [request], **self.loop_options(options)))
 
     def loop_options(self, options: Options) -> dict[str, Any]:
-        return {
-            "text_stream": self.tokenizer.stream,
-            "beyond_context": options.get("beyond_context", False),
-            "speculate": options.get("speculate", False),
-        }
-
-
-_FILTERS = ("top_k", "top_p", "min_p")
-_SAMPLING_FIELDS = ("temperature", *_FILTERS, "repetition_penalty", "logit_bias", "seed")
+        return loop.loop_options(options, self.tokenizer.stream)
 
 
 def not_tuned_for_chat(label: str) -> str:

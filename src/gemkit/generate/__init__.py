@@ -1,23 +1,34 @@
-"""Ids in, ids and text out: the sampler, stop strings, speculation and the loop. Needs NumPy and no torch."""
+"""Ids in, ids and text out: requests, sequences, policies, sampling, stop strings, speculation, the loop. No torch."""
 
 from gemkit.executors.interface import Chunk, Executor, State
-from gemkit.generate.loop import Request, TextStream, complete, generate, score
+from gemkit.generate.loop import complete, generate, score, step
+from gemkit.generate.policy import Mixed, Plan, Policy, PromptsFirst
+from gemkit.generate.request import MAX_TOKENS, Options, Request, TextStream, loop_options, unused_ids
 from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, TokenLogprob
 from gemkit.generate.sampler import GREEDY, INSTRUCTION_TUNED, Sampling, sample
-from gemkit.generate.speculate import room_for
+from gemkit.generate.sequence import Sequence
+from gemkit.generate.speculate import SpeculationController, room_for
 from gemkit.generate.stops import StopStrings
 
 __all__ = [
     "GREEDY",
     "INSTRUCTION_TUNED",
+    "MAX_TOKENS",
     "Chunk",
     "Event",
     "Executor",
     "FinishReason",
+    "Mixed",
+    "Options",
+    "Plan",
+    "Policy",
+    "PromptsFirst",
     "Request",
     "Result",
     "Sampling",
     "Score",
+    "Sequence",
+    "SpeculationController",
     "State",
     "StopStrings",
     "TextStream",
@@ -25,7 +36,10 @@ __all__ = [
     "TokenLogprob",
     "complete",
     "generate",
+    "loop_options",
     "room_for",
     "sample",
     "score",
+    "step",
+    "unused_ids",
 ]

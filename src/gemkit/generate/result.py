@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-FinishReason = Literal["stop", "length", "context", "interrupted"]
+FinishReason = Literal["stop", "length", "context", "interrupted", "cancelled", "error"]
 
 
 class TokenLogprob(NamedTuple):
@@ -24,7 +24,7 @@ class Timings:
     prompt_tokens: int
     cached_tokens: int  # of the prompt's tokens, those that the state held before
     generated_tokens: int
-    first_token_seconds: float | None  # from the start of the batch; None if no token was generated
+    first_token_seconds: float | None  # from when the request was taken up; None if no token was generated
     decode_seconds: float  # from the first token to the last
     drafted_tokens: int = 0  # by speculation
     accepted_tokens: int = 0  # of them, those that saved a step each
@@ -46,9 +46,9 @@ class Timings:
 class Result:
     """All that came of one request.
 
-    `request.ids + result.ids` is the whole sequence, and the state's slot holds its first `in_state` ids: all but the
-    last, which was drawn but not run (after an interruption also fewer, or all; after a draft of a recurrent member
-    fewer). To go on, ask for the whole sequence and more from the same slot.
+    `request.ids + result.ids` is the whole sequence, and the state's slot holds its first `computed_tokens` ids: all
+    but the last, which was drawn but not run (after an interruption also fewer, or all; after a draft of a recurrent
+    member fewer). To go on, ask for the whole sequence and more from the same slot.
     """
 
     text: str  # without stop strings and what follows them
@@ -56,7 +56,7 @@ class Result:
     finish_reason: FinishReason
     stopped_by: int | str | None  # the stop id or stop string, if the reason is "stop"
     logprobs: tuple[TokenLogprob, ...] | None  # one for each of `ids`, if asked for
-    in_state: int
+    computed_tokens: int
     seed: int | None  # that the draws were made with, whether given or fresh; None if greedy
     timings: Timings
 

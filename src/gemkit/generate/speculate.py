@@ -78,26 +78,25 @@ class Drafts:
 
     Args:
         ids: the sequence, which grows behind our back.
-        state, slot: where it is remembered (`generate.loop.State`).
         most: tokens to draft at most.
     """
 
-    def __init__(self, ids: Sequence[int], state: Any, slot: int, most: int):
-        self._ids, self._state, self._slot = ids, state, slot
+    def __init__(self, ids: Sequence[int], most: int):
+        self._ids = ids
         self._lookup = Lookup(ids)
         self._most, self._size = most, min(most, _FIRST_DRAFT)
         self._draft: list[int] = []
-        self._before: tuple[int, Any] | None = None  # tokens in the state before an unsettled draft, and its mark
+        self._before: tuple[Any, int, int, Any] | None = None  # state, slot, tokens in it before a draft, and its mark
         self.taken = 0  # how many of the draft were drawn
         self.drafted, self.accepted = 0, 0  # of all drafts
 
-    def begin(self, most: int) -> list[int]:
-        """A draft for the step to come, of at most so many tokens."""
+    def begin(self, state: Any, slot: int, most: int) -> list[int]:
+        """A draft for the step to come, of at most this many tokens."""
         self.taken = 0
-        self._draft = self._lookup.draft(min(most, self._size)) if most > 0 else []
+        self._draft = self._lookup.draft(min(most, self._size)) if most > 0 and self._most else []
         if self._draft:
             self.drafted += len(self._draft)
-            self._before = self._state.lengths[self._slot], self._state.mark(self._slot)
+            self._before = state, slot, state.lengths[slot], state.mark(slot)
         return self._draft
 
     def confirm(self) -> bool:
@@ -108,13 +107,13 @@ class Drafts:
         self.accepted += 1
         return True
 
-    def settle(self) -> None:
-        """Let the state forget what was drafted and not drawn. What was drawn last counts as not run yet."""
+    def rollback_rejected(self) -> None:
+        """Let the state forget what was drafted and not drawn. The token that was drawn last counts as not run yet."""
         if self._before is None:
             return
-        length, mark = self._before
-        if self._state.lengths[self._slot] >= len(self._ids):
-            self._state.rollback(mark, len(self._ids) - 1 - length)
+        state, slot, length, mark = self._before
+        if state.lengths[slot] >= len(self._ids):
+            state.rollback(mark, len(self._ids) - 1 - length)
         self._size = min(2 * self._size, self._most) if self.taken == len(self._draft) else max(1, self.taken)
         self._before = None
 

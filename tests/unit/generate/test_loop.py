@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemkit.errors import ConfigError, ContextError, ModelError, StateError
-from gemkit.generate import Event, Request, Result, Sampling, complete, generate, sample, score
+from gemkit.generate import Event, Mixed, Request, Result, Sampling, complete, generate, sample, score
 from support.fake_executors import BOS, END, PIECES, ByteStream, HashModel, Script, text_of
 
 tokens = st.integers(2, len(PIECES) - 1)
@@ -34,7 +34,7 @@ requests = st.builds(
     stop_ids=st.sampled_from([(), (END,), (END, 4)]),
     stop_strings=st.sampled_from([[], ["ca"], ["bc", "ab"], ["é", "c c"]]),
     logprobs=st.sampled_from([None, 0, 2]),
-).flatmap(lambda r: st.integers(0, len(r.ids)).map(lambda prefix: replace(r, prefix=prefix)))
+).flatmap(lambda r: st.integers(0, len(r.ids)).map(lambda end: replace(r, spans=[(0, end)] if end else [])))
 
 
 def outcome(result: Result) -> Result:
@@ -76,14 +76,14 @@ def test_batch_and_chunks_change_nothing(batch, chunk):
     alone = [complete(HashModel(max_context=16), [r], text_stream=ByteStream)[0] for r in batch]
     assert [outcome(r) for r in together] == [outcome(r) for r in alone]
     prompt_steps = [call for call in model.calls if any(len(c.ids) > 1 for c in call)]
-    for call in prompt_steps:  # a longer prefix is a call of its own
+    for call in prompt_steps:  # a longer span is a call of its own
         assert sum(len(c.ids) for c in call) <= chunk or [len(c.ids) for c in call] == [call[0].prefix]
 
 
 @given(requests, st.data())
 def test_a_state_that_holds_the_beginning_changes_nothing_but_the_work(request_, data):
     held = data.draw(st.integers(0, len(request_.ids) - 1))
-    held = held if held >= request_.prefix else 0
+    held = 0 if any(start < held < end for start, end in request_.spans) else held
     model = HashModel(max_context=16)
     state = model.new_state(3)
     state.histories[1] = list(request_.ids[:held])
@@ -91,9 +91,39 @@ def test_a_state_that_holds_the_beginning_changes_nothing_but_the_work(request_,
     (cold,) = complete(HashModel(max_context=16), [request_], text_stream=ByteStream)
     assert warm.timings.cached_tokens == held
     assert outcome(replace(warm, timings=cold.timings)) == outcome(cold)
-    assert sum(len(chunk.ids) for call in model.calls for chunk in call) == warm.in_state - held
+    assert sum(len(chunk.ids) for call in model.calls for chunk in call) == warm.computed_tokens - held
     # the invariant that a chat goes on by
-    assert state.histories[1] == [*request_.ids, *warm.ids][: warm.in_state]
+    assert state.histories[1] == [*request_.ids, *warm.ids][: warm.computed_tokens]
+
+
+@given(st.lists(requests, min_size=1, max_size=4), st.integers(1, 12))
+def test_prompts_and_decoding_that_share_steps_change_nothing(batch, chunk):
+    model = HashModel(max_context=16)
+    together = complete(model, batch, text_stream=ByteStream, policy=Mixed(chunk))
+    alone = [complete(HashModel(max_context=16), [r], text_stream=ByteStream)[0] for r in batch]
+    assert [outcome(r) for r in together] == [outcome(r) for r in alone]
+
+
+def test_a_long_prompt_does_not_stop_the_others():
+    model = HashModel()
+    batch = [Request([BOS, 3], max_tokens=9), Request([BOS] * 11, max_tokens=1)]
+    complete(model, batch, policy=Mixed(4))
+    assert [[(c.slot, len(c.ids), c.rows) for c in call] for call in model.calls[:5]] == [
+        [(0, 2, 1), (1, 2, 0)],
+        [(0, 1, 1), (1, 3, 0)],
+        [(0, 1, 1), (1, 3, 0)],
+        [(0, 1, 1), (1, 3, 1)],
+        [(0, 1, 1)],
+    ]
+
+
+def test_prompts_go_on_however_many_decode():
+    model = HashModel()
+    complete(
+        model, [*[Request([i], max_tokens=9) for i in range(2, 6)], Request([BOS] * 3, max_tokens=1)], policy=Mixed(2)
+    )
+    waiting = [sum(len(c.ids) for c in call) for call in model.calls[:5]]
+    assert waiting == [2, 3, 4, 5, 5]  # in the end one token of the last prompt beside four of others
 
 
 @given(st.lists(requests, min_size=1, max_size=3))
@@ -115,7 +145,7 @@ def test_a_conversation_goes_on_from_its_state():
     state = model.new_state(1)
     for _ in range(3):
         (result,) = complete(model, [Request(whole, max_tokens=4, slot=0)], state=state)
-        assert result.in_state == len(whole) + 3  # the last token drawn has not been run
+        assert result.computed_tokens == len(whole) + 3  # the last token drawn has not been run
         assert result.timings.cached_tokens == max(0, len(whole) - 3)
         whole = [*whole, *result.ids, 8, 2]
     assert sum(len(chunk.ids) for call in model.calls for chunk in call) == state.lengths[0]  # nothing ran twice
@@ -148,7 +178,7 @@ def test_a_finished_sequence_is_no_longer_run():
 def test_stop_ids_end_the_answer_and_stay_out_of_its_text():
     (result,) = complete(Script([2, 3, END, 4]), [Request([BOS], stop_ids=[END])], text_stream=ByteStream)
     assert (result.text, result.ids, result.finish_reason, result.stopped_by) == ("ab", (2, 3, END), "stop", END)
-    assert result.in_state == 3
+    assert result.computed_tokens == 3
 
 
 def test_a_stop_string_over_several_tokens_is_cut_and_named():
@@ -280,7 +310,7 @@ def test_ctrl_c_in_a_step_keeps_all_that_there_is():
     results = complete(model, batch, text_stream=ByteStream)
     undisturbed = complete(HashModel(), batch, text_stream=ByteStream)
     assert [r.finish_reason for r in results] == ["interrupted", "length", "interrupted"]
-    assert [r.in_state for r in results] == [4, 3, 4]
+    assert [r.computed_tokens for r in results] == [4, 3, 4]
     for result, whole in zip(results, undisturbed, strict=True):
         assert result.ids == whole.ids[: len(result.ids)]
         assert result.text == text_of(result.ids)
@@ -293,7 +323,7 @@ def test_ctrl_c_between_two_events_can_be_handed_on():
     assert list(events) == []
     result = seen[-1].result
     assert result is not None
-    assert (result.finish_reason, result.in_state) == ("interrupted", 4)
+    assert (result.finish_reason, result.computed_tokens) == ("interrupted", 4)
     assert result.ids == tuple(event.id for event in seen[:3])
 
 
@@ -310,7 +340,7 @@ def test_nan_ends_the_generation_with_an_error_of_ours():
 
 def test_timings_count_what_was_run(monkeypatch):
     clock = itertools.count()
-    monkeypatch.setattr("gemkit.generate.loop.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("gemkit.generate.sequence.time.perf_counter", lambda: float(next(clock)))
     model = HashModel()
     state = model.new_state(1)
     state.histories[0] = [BOS, 3]
@@ -367,12 +397,12 @@ def test_generating_needs_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_prefix_is_never_cut_and_waits_for_room():
+def test_a_span_is_never_cut_and_waits_for_room():
     model, image = HashModel(), np.zeros((3, 2, 2), np.float32)
     batch = [
         Request([BOS, 2, 3], max_tokens=1),
-        Request([BOS, *[2] * 9], max_tokens=1, prefix=8, images=[image]),  # longer than a chunk
-        Request([BOS, 4, 5], max_tokens=1, prefix=3),  # would not fit beside the first
+        Request([BOS, *[2] * 9], max_tokens=1, spans=[(0, 8)], images=[image]),  # longer than a chunk
+        Request([BOS, 4, 5], max_tokens=1, spans=[(0, 3)]),  # would not fit beside the first
         Request([BOS], max_tokens=1),
     ]
     results = complete(model, batch, chunk=5)
@@ -380,31 +410,34 @@ def test_a_prefix_is_never_cut_and_waits_for_room():
     assert steps == [
         [(0, 3, 1, 0, 0), (3, 1, 1, 0, 0)],
         [(1, 8, 0, 8, 1)],
-        [(1, 2, 1, 8, 0), (2, 3, 1, 3, 0)],
+        [(1, 2, 1, 0, 0), (2, 3, 1, 3, 0)],
     ]
     assert [r.finish_reason for r in results] == ["length"] * 4
 
 
-def test_what_a_prefix_must_be():
+def test_what_spans_must_be():
     model, image = HashModel(), np.zeros((3, 2, 2), np.float32)
     for request, message in (
-        (Request([BOS, 2], prefix=3), "prefix=3 must be between 0 and the 2 ids"),
-        (Request([BOS, 2], prefix=-1), "prefix=-1"),
-        (Request([BOS, 2], images=[image]), "1 images without a prefix"),
+        (Request([BOS, 2], spans=[(0, 3)]), r"spans=\[\(0, 3\)\] must be .* within the 2 ids"),
+        (Request([BOS, 2], spans=[(-1, 1)]), r"spans=\[\(-1, 1\)\]"),
+        (Request([BOS, 2], spans=[(1, 1)]), r"spans=\[\(1, 1\)\]"),
+        (Request([BOS, 2, 3], spans=[(0, 2), (1, 3)]), r"ascending, disjoint"),
+        (Request([BOS, 2], images=[image]), "1 images and 0 spans"),
+        (Request([BOS, 2, 3], spans=[(0, 1), (1, 2)], images=[image] * 3), "3 images and 2 spans"),
     ):
         with pytest.raises(ConfigError, match=message):
             complete(model, [request])
     state = model.new_state(1)
     state.histories[0] = [BOS, 2]
-    with pytest.raises(StateError, match="slot 0 holds 2 tokens of a prefix of 3, which is computed whole"):
-        complete(model, [Request([BOS, 2, 3, 4], prefix=3, slot=0)], state=state)
+    with pytest.raises(StateError, match="slot 0 holds 2 tokens, which cuts the span of tokens 0 to 3"):
+        complete(model, [Request([BOS, 2, 3, 4], spans=[(0, 3)], slot=0)], state=state)
 
 
 @given(requests, st.integers(1, 12))
-def test_a_score_predicts_what_follows_a_prefix(request_, chunk):
+def test_a_score_predicts_no_token_that_others_have_seen(request_, chunk):
     model, ids = HashModel(), list(request_.ids)
-    scored = score(model, ids, top=1, chunk=chunk, prefix=request_.prefix)
-    known = max(1, request_.prefix)
+    scored = score(model, ids, top=1, chunk=chunk, spans=request_.spans)
+    known = request_.spans[0][1] if request_.spans else 1
     assert scored.logprobs[:known] == (None,) * known
     whole = score(HashModel(), ids, top=1)
     assert scored.logprobs[known:] == whole.logprobs[known:]

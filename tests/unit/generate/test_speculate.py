@@ -50,7 +50,7 @@ class Clock:
 def same(result: Result, plain: Result) -> None:
     timings = replace(result.timings, drafted_tokens=0, accepted_tokens=0)
     result = replace(result, timings=timings)
-    assert outcome(replace(result, in_state=plain.in_state)) == outcome(plain)
+    assert outcome(replace(result, computed_tokens=plain.computed_tokens)) == outcome(plain)
 
 
 def last_earlier(ids: list[int], size: int) -> int | None:
@@ -85,10 +85,10 @@ def test_the_longer_match_counts_and_a_repetition_goes_on():
 
 def test_drafts_grow_while_they_are_right():
     ids, state = [1] * 9, FakeState(1, room=99)
-    drafts, lengths = Drafts(ids, state, 0, most=10), []
+    drafts, lengths = Drafts(ids, most=10), []
     for right in (4, 8, 10, 3, 0, 1, 2):
         state.histories[0] = ids[:-1]
-        draft = drafts.begin(99)
+        draft = drafts.begin(state, 0, 99)
         state.histories[0] = ids + draft
         lengths.append(len(draft))
         while drafts.taken < right:
@@ -96,7 +96,7 @@ def test_drafts_grow_while_they_are_right():
             assert drafts.confirm()
         ids.append(1 if right == len(draft) else 2)
         assert not drafts.confirm()
-        drafts.settle()
+        drafts.rollback_rejected()
         assert state.histories[0] == ids[:-1]
         ids[-1:] = [1, 1, 1]
     assert lengths == [4, 8, 10, 10, 3, 1, 2]
@@ -120,9 +120,9 @@ def test_answers_are_those_of_the_plain_loop(batch, chunk, most, recurrent, cost
         results = complete(model, batch, text_stream=ByteStream, chunk=chunk, state=state, speculate=most)
     for request, result, other in zip(batch, results, plain, strict=True):
         same(result, other)
-        assert recurrent or result.in_state == other.in_state
-        assert state.histories[request.slot] == [*request.ids, *result.ids][: result.in_state]
-        assert result.in_state < len(request.ids) + len(result.ids) or not result.ids
+        assert recurrent or result.computed_tokens == other.computed_tokens
+        assert state.histories[request.slot] == [*request.ids, *result.ids][: result.computed_tokens]
+        assert result.computed_tokens < len(request.ids) + len(result.ids) or not result.ids
     assert model.longest < 40  # nothing that could not be drawn was computed
 
 
@@ -161,7 +161,7 @@ def test_ctrl_c_in_a_step_with_drafts_keeps_what_was_drawn(monkeypatch, step):
     (whole,) = complete(Habit(), [request], text_stream=ByteStream)
     assert result.finish_reason == "interrupted"
     assert result.ids == whole.ids[: len(result.ids)]
-    assert (result.in_state, result.text) == (len(result.ids) + 1, text_of(result.ids))
+    assert (result.computed_tokens, result.text) == (len(result.ids) + 1, text_of(result.ids))
 
 
 class Parrot(HashModel):

@@ -124,9 +124,13 @@ def test_the_image_matters_and_so_does_the_prefix():
 
 def test_a_request_with_an_image_alone_in_a_batch_and_in_chunks():
     asked = [
-        Request([63] * PATCHES + [1, 2, 3], max_tokens=6, prefix=PATCHES + 3, images=[image(1)], logprobs=0),
+        Request([63] * PATCHES + [1, 2, 3], max_tokens=6, spans=[(0, PATCHES + 3)], images=[image(1)], logprobs=0),
         Request(
-            [63] * 2 * PATCHES + [4], max_tokens=6, prefix=2 * PATCHES + 1, images=[image(2), image(3)], logprobs=0
+            [63] * 2 * PATCHES + [4],
+            max_tokens=6,
+            spans=[(0, 2 * PATCHES + 1)],
+            images=[image(2), image(3)],
+            logprobs=0,
         ),
         Request([7, 8, 9, 10], max_tokens=6, logprobs=0),
     ]
@@ -136,14 +140,14 @@ def test_a_request_with_an_image_alone_in_a_batch_and_in_chunks():
             (alone,) = complete(EXECUTOR, [request])
             assert alone.ids == result.ids
             ids = [*request.ids, *result.ids]
-            scored = score(EXECUTOR, ids, prefix=request.prefix, images=request.images, chunk=chunk)
+            scored = score(EXECUTOR, ids, spans=request.spans, images=request.images, chunk=chunk)
             got = [entry.logprob for entry in scored.logprobs[len(request.ids) :]]
             assert got == pytest.approx([entry.logprob for entry in result.logprobs], abs=2e-4)
 
 
 def test_an_interrupted_prefix_is_computed_anew():
     """Ctrl-C inside of the tower and of the decoder: the slot is as it was, and gives the right answer then."""
-    request = Request([63] * PATCHES + [1, 2, 3], max_tokens=3, prefix=PATCHES + 3, images=[image()], slot=0)
+    request = Request([63] * PATCHES + [1, 2, 3], max_tokens=3, spans=[(0, PATCHES + 3)], images=[image()], slot=0)
     (expected,) = complete(EXECUTOR, [replace(request, slot=None)])
     for module in (MODULE.vision_tower.encoder, MODULE.language_model.layers[1]):
         state = MODULE.new_state()

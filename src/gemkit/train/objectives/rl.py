@@ -106,7 +106,7 @@ class Grpo:
 
     def _answers(self, model: Any, asked: Sequence[Example], rng: np.random.Generator) -> list[loop.Result]:
         stops = {True: prompts.stop_ids(self.tokenizer, "chat"), False: prompts.stop_ids(self.tokenizer, "complete")}
-        unused = range(len(self.tokenizer), model.config.vocab_size)  # rows that only pad the table
+        unused = loop.unused_ids(model.config, len(self.tokenizer))
         requests = [
             Request(
                 prompt.ids.tolist(),
