@@ -1,4 +1,4 @@
-// How the weights of linears lie in memory for the kernels, and how the planes of ops/quantized.py get there and back.
+// How the weights of linears lie in memory for the kernels, and how the planes of block_types.py get there and back.
 //
 // A weight is cut into tiles of 16 rows, and a tile is one sequential stream; rows side by side fill the lanes of a vector.
 //

@@ -27,8 +27,9 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "gemkit"))
 
 
 @pytest.fixture(params=["definition", "library"])
-def made_dense(request, monkeypatch):
+def made_dense(request):
     """Both ways in which quantized weights are made dense: by the definition in torch, and by the native library."""
     from gemkit.executors.native import dequantize
 
-    monkeypatch.setattr("gemkit.ops.quantized._otherwise", dequantize.dense if request.param == "library" else None)
+    with dequantize.enabled(request.param == "library"):
+        yield

@@ -1,4 +1,4 @@
-// Planes of quantized rows to float32, to the bits of the definition in ops/quantized.py:
+// Planes of quantized rows to float32, to the bits of the definition in block_types.py:
 //
 //     value = scale * (code - zero) - min        scale = super_scale * scale, min = super_min * min
 //

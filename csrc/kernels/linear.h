@@ -393,7 +393,7 @@ void linear(const Weight &w, int64_t tile0, int64_t tile1, const Activations &a,
 
 // ---- one row --------------------------------------------------------------------------------------------------------
 
-// scale * (code - zero) - min, each operation rounded for itself: the definition of ops/quantized.py.
+// scale * (code - zero) - min, each operation rounded for itself: the definition of block_types.py.
 template <Kind K> void row(const Weight &w, int64_t index, float *out) {
     constexpr Format f = format(K);
     const uint8_t *p = w.data + index / TILE * tile_bytes(K, w.cols);

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from gemkit.ops.quantized import KINDS, Quantized
+from gemkit.block_types import KINDS
+from gemkit.ops.quantized import Quantized
 from gemkit.weights.formats.gguf import REFUSED_TYPES, TYPES, GGUFReader
 from gemkit.weights.formats.gguf_blocks import block_bytes, load_blocks, to_blocks
 from gemkit.weights.quantize import nearest

@@ -9,8 +9,11 @@ import torch
 
 from gemkit import family
 from gemkit.executors.interface import Chunk, check_ids, image_rows
+from gemkit.executors.native import dequantize
 from gemkit.nn import Batch, Decoder, PaliGemma, State
 from gemkit.ops import attention_kernel
+
+dequantize.enable()
 
 
 class TorchExecutor:

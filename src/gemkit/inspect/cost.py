@@ -11,14 +11,19 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+from gemkit.block_types import KINDS
 from gemkit.errors import ConfigError
 from gemkit.family import DecoderConfig, Global, Recurrent, Sliding, Vision, parameters
 
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 
 BLOCK = 32  # weights that share one scale
-# bytes of 32 weights; int8 and int4 carry a float16 scale beside them, as GGUF's Q8_0 and Q4_0 do
-BLOCK_BYTES: dict[Dtype, int] = {"float32": 128, "bfloat16": 64, "int8": 34, "int4": 18}
+BLOCK_BYTES: dict[Dtype, int] = {  # bytes of 32 weights
+    "float32": 4 * BLOCK,
+    "bfloat16": 2 * BLOCK,
+    "int8": int(KINDS["Q8_0"].bits_per_weight * BLOCK / 8),
+    "int4": int(KINDS["Q4_0"].bits_per_weight * BLOCK / 8),
+}
 
 
 @dataclass(frozen=True)

@@ -155,7 +155,9 @@ class Decoder(Module):
             x_TD = ops.put_rows(x_TD, batch.image_rows, features_ED)
         ropes = [None if isinstance(layer, family.Recurrent) else layer.rope for layer in self.config.layers]
         angles = {
-            rope: rope and ops.rope_table(batch.positions, rope, self.config.head_dim) for rope in dict.fromkeys(ropes)
+            rope: rope
+            and ops.rope_table(batch.positions, int(rope.fraction * self.config.head_dim), rope.base, rope.factor)
+            for rope in dict.fromkeys(ropes)
         }
         memories = [None] * len(self.layers) if state is None else state.layers
         for block, rope, memory in zip(self.layers, ropes, memories, strict=True):

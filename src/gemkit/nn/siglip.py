@@ -35,14 +35,14 @@ class PatchEmbedding(ParamModule):
 
 
 class PositionEmbedding(ParamModule):
-    """A learned vector for each place of a patch."""
+    """Adds a learned vector for each place of a patch."""
 
     def __init__(self, patches: int, width: int):
         super().__init__()
         self.weight = Parameter(ops.new_weight(patches, width))
 
-    def forward(self, images: int):
-        return ops.repeat_rows(self.weight, images)
+    def forward(self, x_TW):
+        return ops.add_positions(x_TW, self.weight)
 
     def extra_repr(self):
         return "{}, {}".format(*self.weight.shape)
@@ -57,7 +57,7 @@ class Embeddings(Module):
         self.position_embedding = PositionEmbedding(vision.num_patches, vision.width)
 
     def forward(self, pixels_ICSS):
-        return ops.add(self.patch_embedding(pixels_ICSS), self.position_embedding(len(pixels_ICSS)))
+        return self.position_embedding(self.patch_embedding(pixels_ICSS))
 
 
 class EncoderAttention(Module):
@@ -135,7 +135,7 @@ class Siglip(Module):
         """
         self.expect(pixels_ICSS)
         x_TW = self.embeddings(pixels_ICSS)
-        x_TW = self.encoder(x_TW, Patches(len(pixels_ICSS), self.vision.num_patches))
+        x_TW = self.encoder(x_TW, Patches(pixels_ICSS.shape[0], self.vision.num_patches))
         return self.post_layernorm(x_TW)
 
     def expect(self, pixels_ICSS) -> None:

@@ -12,6 +12,7 @@ float32.
 from gemkit.ops.attention import Memory, attention, attention_kernel
 from gemkit.ops.basic import (
     add,
+    add_positions,
     dropout,
     embed,
     geglu,
@@ -24,7 +25,6 @@ from gemkit.ops.basic import (
     new_weight,
     patch_embed,
     put_rows,
-    repeat_rows,
     rms_norm,
     scale,
     softcap,
@@ -41,6 +41,7 @@ __all__ = [
     "Quantized",
     "Recurrence",
     "add",
+    "add_positions",
     "attention",
     "attention_kernel",
     "block_linear",
@@ -63,7 +64,6 @@ __all__ = [
     "patch_embed",
     "put_rows",
     "relu",
-    "repeat_rows",
     "rg_lru",
     "rms_norm",
     "rope",

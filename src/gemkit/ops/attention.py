@@ -83,7 +83,18 @@ def opaque(op: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-@op(lambda q_TNH, **_: q_TNH.shape)
+def _cost(q_TNH: Any, k_TKH: Any, batch: Any, window: int | None, **_: Any) -> dict[str, int | None]:
+    """Keys and values are remembered in 2 bytes a number; a score and a weighted value are 2 operations each."""
+    _, heads, width = q_TNH.shape
+    return {
+        "key_bytes": 2 * 2 * k_TKH.shape[1] * width,
+        "pair_flops": 4 * heads * width,
+        "window": window,
+        "length": getattr(batch, "per_image", None),
+    }
+
+
+@op(lambda q_TNH, **_: q_TNH.shape, cost=_cost)
 @opaque
 def attention(
     q_TNH: Tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemkit.ops.quantized import Quantized
-from gemkit.ops.symbolic import op, same
+from gemkit.ops.symbolic import dtype_name, op, same
 
 # Rows of a quantized weight are made dense this many elements at a time: 4 MiB of float32, which stays in a cache
 # between being written and being multiplied. With a quarter and with four times of it a product of one token took 1.1
@@ -29,7 +30,17 @@ def new_weight(*shape: int) -> Tensor:
     return torch.zeros(shape)
 
 
-@op(lambda tokens_T, table_VD, **_: (*tokens_T.shape, table_VD.shape[1]))
+def _looked_up(table_VD: Any, run_dtype: torch.dtype | None, **_: Any) -> str:
+    if isinstance(table_VD, Quantized):
+        return str(run_dtype or torch.float32).removeprefix("torch.")
+    return dtype_name(table_VD)
+
+
+@op(
+    lambda tokens_T, table_VD, **_: (*tokens_T.shape, table_VD.shape[1]),
+    dtype=_looked_up,
+    cost=lambda **_: {"lookup": True},
+)
 def embed(
     tokens_T: Tensor,
     table_VD: Tensor | Quantized,
@@ -51,7 +62,10 @@ def embed(
     return rows_TD * torch.tensor(scale, dtype=dtype).item()
 
 
-@op(lambda x_TI, weight_OI, **_: (*x_TI.shape[:-1], weight_OI.shape[0]))
+@op(
+    lambda x_TI, weight_OI, **_: (*x_TI.shape[:-1], weight_OI.shape[0]),
+    cost=lambda weight_OI, **_: {"row_flops": 2 * weight_OI.shape[0] * weight_OI.shape[1]},
+)
 def linear(x_TI: Tensor, weight_OI: Tensor | Quantized, bias_O: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`: (T, in) to (T, out), in the dtype of x.
 
@@ -187,7 +201,7 @@ class _GEGLU(torch.autograd.Function):
         return torch.ops.aten.gelu_backward(grad_TF * up_TF, gate_TF, approximate="tanh"), grad_up_TF
 
 
-@op(same)
+@op(same, dtype=lambda **_: "float32")
 def softcap(x: Tensor, cap: float) -> Tensor:
     """`cap * tanh(x / cap)` in float32: bounds logits smoothly (Gemma 2 report, arXiv:2408.00118, section 2)."""
     return cap * torch.tanh(wide(x) / cap)
@@ -211,7 +225,7 @@ def scale(x: Tensor, factor: float) -> Tensor:
     return x * factor
 
 
-@op(same)
+@op(same, dtype=lambda x, other: dtype_name(other))
 def in_dtype_of(x: Tensor, other: Tensor) -> Tensor:
     """x in the dtype of another array: what an adapter adds to it, which stays float32."""
     return x.to(other.dtype)
@@ -247,11 +261,23 @@ def put_rows(x_TD: Tensor, rows: Tensor, new_ED: Tensor) -> Tensor:
     return x_TD.index_copy(0, rows, new_ED.to(x_TD.dtype))
 
 
-def repeat_rows(table_PW: Tensor, times: int) -> Tensor:
-    """The whole table, over and over: (times * P, W)."""
-    return table_PW.repeat(times, 1)
+@op(lambda x_TW, **_: x_TW.shape)
+def add_positions(x_TW: Tensor, table_PW: Tensor) -> Tensor:
+    """The sum of each image's P patches, one image after another, and a vector for each place of a patch: (T, W)."""
+    return (x_TW.unflatten(0, (-1, table_PW.shape[0])) + table_PW).flatten(0, 1)
 
 
+def _patches(pixels_ICSS: Any, weight_WCpp: Any, **_: Any) -> tuple[int | str, ...]:
+    images, _channels, height, width = pixels_ICSS.shape
+    per_image = (height // weight_WCpp.shape[2]) * (width // weight_WCpp.shape[3])
+    return ("T" if isinstance(images, str) else images * per_image), weight_WCpp.shape[0]
+
+
+def _patch_cost(weight_WCpp: Any, **_: Any) -> dict[str, int]:
+    return {"row_flops": 2 * math.prod(weight_WCpp.shape)}
+
+
+@op(_patches, dtype=lambda weight_WCpp, **_: dtype_name(weight_WCpp), cost=_patch_cost)
 def patch_embed(pixels_ICSS: Tensor, weight_WCpp: Tensor, bias_W: Tensor) -> Tensor:
     """A projection of each square patch of each image, patches by rows from the top left: (I * P, W).
 

@@ -1,28 +1,14 @@
-"""A weight that stays quantized: how its numbers are laid out, and how they become floats.
-
-Every published block type is the same idea: small integer codes, and for each group of 16 or 32 codes along a row a
-scale and perhaps a minimum. The types differ in how files interleave these, not in what they say, so here each kind
-is one row of data (`KINDS`) over one planar layout:
-
-    codes, high     the code bits, low ones first; a plane of b bits spends n = 4 * b bytes on a run of 32 elements,
-                    element e sits in byte e % n at bit b * (e // n); a plane of 8 bits is plain int8
-    scales, mins    one a group: float16, or small integers where there is a second level
-    super_scales,   one float16 a superblock of 256: what the small integers are multiples of
-    super_mins
-
-    value = scale * (code - zero) - min        scale = super_scale * scale, min = super_min * min, in float32
-
-Planes are 2-D, row by row, so a slice of a weight's rows is a slice of each plane.
-"""
+"""A weight that stays quantized: its planes (laid out as `gemkit.block_types` says), and how they become floats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from gemkit.block_types import KINDS, PLANES, Kind
 from gemkit.errors import WeightsError
 
 # Elements made dense at a time: codes and floats stay in the last cache between the passes. A quarter and twice as many
@@ -31,58 +17,6 @@ _CHUNK = 1 << 20
 
 # Bits are moved in words of 4 or 8 bytes; this times a byte's mask discards what shifts carry over between bytes.
 _ONE_IN_EACH_BYTE = 0x0101010101010101
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One block type, named as in GGUF files."""
-
-    name: str
-    bits: tuple[int, ...]  # bits of each plane of codes, low ones first: `codes`, then `high`
-    group: int  # elements that share a scale
-    zero: int  # the code that stands for 0
-    minima: bool  # is a minimum subtracted?
-    superblock: int | None = None  # elements that share a float16 scale of the scales
-    scale_dtype: torch.dtype = torch.float16
-
-    @property
-    def row_multiple(self) -> int:
-        """Columns come in multiples of this."""
-        return self.superblock or 32
-
-    def layout(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Shape and dtype of each plane of a (rows, columns) weight, in the order of the module's docstring.
-
-        Raises:
-            WeightsError: where rows do not divide into blocks.
-        """
-        if columns % self.row_multiple:
-            raise WeightsError(f"{self.name}: rows of {columns} are not a multiple of {self.row_multiple}")
-        planes = {}
-        for name, bits in zip(("codes", "high"), self.bits, strict=False):
-            planes[name] = (rows, columns * bits // 8), torch.int8 if bits == 8 else torch.uint8
-        for name in ("scales", "mins")[: 1 + self.minima]:
-            planes[name] = (rows, columns // self.group), self.scale_dtype
-            if self.superblock:
-                planes["super_" + name] = (rows, columns // self.superblock), torch.float16
-        return planes
-
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("Q4_0", bits=(4,), group=32, zero=8, minima=False),
-        Kind("Q4_1", bits=(4,), group=32, zero=0, minima=True),
-        Kind("Q5_0", bits=(4, 1), group=32, zero=16, minima=False),
-        Kind("Q5_1", bits=(4, 1), group=32, zero=0, minima=True),
-        Kind("Q8_0", bits=(8,), group=32, zero=0, minima=False),
-        Kind("Q2_K", bits=(2,), group=16, zero=0, minima=True, superblock=256, scale_dtype=torch.uint8),
-        Kind("Q3_K", bits=(2, 1), group=16, zero=4, minima=False, superblock=256, scale_dtype=torch.int8),
-        Kind("Q4_K", bits=(4,), group=32, zero=0, minima=True, superblock=256, scale_dtype=torch.uint8),
-        Kind("Q5_K", bits=(4, 1), group=32, zero=0, minima=True, superblock=256, scale_dtype=torch.uint8),
-        Kind("Q6_K", bits=(4, 2), group=16, zero=32, minima=False, superblock=256, scale_dtype=torch.int8),
-    )
-}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -96,14 +30,15 @@ class Quantized:
     def __post_init__(self):
         for name, (shape, dtype) in self.kind.layout(*self.shape).items():
             plane = self.planes.get(name)
-            if plane is None or tuple(plane.shape) != shape or plane.dtype != dtype:
+            if plane is None or tuple(plane.shape) != shape or plane.dtype != getattr(torch, dtype):
                 found = "missing" if plane is None else f"{tuple(plane.shape)} {plane.dtype}"
-                raise WeightsError(f"{self!r}: plane {name} is {found}, must be {shape} {dtype}")
+                raise WeightsError(f"{self!r}: plane {name} is {found}, must be {shape} torch.{dtype}")
 
     @classmethod
     def empty(cls, kind: Kind, shape: tuple[int, int]) -> Quantized:
         """Planes that wait to be filled."""
-        planes = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in kind.layout(*shape).items()}
+        layout = kind.layout(*shape).items()
+        planes = {name: torch.empty(size, dtype=getattr(torch, dtype)) for name, (size, dtype) in layout}
         return cls(kind, planes, shape)
 
     @property
@@ -134,21 +69,22 @@ class Quantized:
         return picked.dequantize(dtype).view(*index.shape, self.shape[1])
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
-        """The whole weight made dense: computed in float32, exactly as the block type is published, then rounded.
+        """The whole weight made dense by `gemkit::dequantize`: computed in float32, then rounded.
 
         Args:
             out: where to write it, of this shape and dtype; None takes new memory.
         """
         rows, columns = self.shape
         dense = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
-        if dense.dtype == torch.float32 and self._filled(dense):
+        if dense.dtype == torch.float32:
+            self._fill(dense)
             return dense
         step = max(1, _CHUNK // max(1, columns))
+        room = torch.empty(min(step, rows), columns, dtype=torch.float32, device=self.device)
         for start in range(0, rows, step):
             length = min(step, rows - start)
-            piece = self.narrow_rows(start, length)
-            room = torch.empty(piece.shape, dtype=torch.float32, device=self.device)
-            dense[start : start + length] = room if piece._filled(room) else piece._defined()
+            self.narrow_rows(start, length)._fill(room[:length])
+            dense[start : start + length] = room[:length]
         return dense
 
     def pieces(self, step: int) -> Iterator[tuple[slice, Tensor]]:
@@ -159,48 +95,64 @@ class Quantized:
             length = min(step, rows - start)
             yield slice(start, start + length), self.narrow_rows(start, length).dequantize(out=room[:length])
 
-    def _filled(self, out: Tensor) -> bool:
-        """Whether somebody has filled an array with the values who does it sooner."""
-        return (
-            _otherwise is not None
-            and self.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and _otherwise(self, out)
-        )
-
-    def _defined(self) -> Tensor:
-        """The definition, in float32."""
-        kind = self.kind
-        codes = unpack_codes(self.planes["codes"], kind.bits[0])
-        if "high" in self.planes:
-            high = unpack_codes(self.planes["high"], kind.bits[1])
-            codes = codes.view(torch.int64).bitwise_or_(high.view(torch.int64) << kind.bits[0]).view(torch.int8)
-        if kind.zero:
-            codes = codes.sub_(kind.zero)
-        # float32 operations one by one: a fused multiply-add would round differently from the published definition
-        values = codes.to(torch.float32).unflatten(-1, (-1, kind.group)).mul_(self._per_group("scales"))
-        if kind.minima:
-            values.sub_(self._per_group("mins"))
-        return values.flatten(-2)
-
-    def _per_group(self, name: str) -> Tensor:
-        """Scales or minima in float32, (rows, groups, 1)."""
-        small = self.planes[name].to(torch.float32)
-        if self.kind.superblock:
-            small = small.unflatten(-1, (-1, self.kind.superblock // self.kind.group))
-            small = (self.planes["super_" + name].to(torch.float32)[..., None] * small).flatten(-2)
-        return small[..., None]
+    def _fill(self, out: Tensor) -> None:
+        planes = (self.planes.get(name) for name in PLANES)
+        torch.ops.gemkit.dequantize(*planes, self.kind.name, out)
 
 
-# What fills an array on a CPU to the same bits sooner, or says that it cannot.
-_otherwise: Callable[[Quantized, Tensor], bool] | None = None
+# An operator of torch's, so that a faster way takes its place on the device that has one, and whoever traces a model,
+# torch.compile among them, sees one call. (`torch.library.custom_op` says it in fewer words, but costs 2.9 s of imports
+# at the first call and 63 us at each.)
+_library = torch.library.Library("gemkit", "DEF")
+_library.define(
+    "dequantize(Tensor codes, Tensor? high, Tensor scales, Tensor? mins, Tensor? super_scales, Tensor? super_mins, "
+    "str kind, Tensor(a!) out) -> ()"
+)
 
 
-def make_dense_by(way: Callable[[Quantized, Tensor], bool] | None) -> None:
-    """Make weights dense by other means from now on: the native library's, which stands above this room
-    (`executors.native.dequantize`). None: by the definition alone."""
-    global _otherwise
-    _otherwise = way
+def define(
+    codes: Tensor,
+    high: Tensor | None,
+    scales: Tensor,
+    mins: Tensor | None,
+    super_scales: Tensor | None,
+    super_mins: Tensor | None,
+    kind: str,
+    out: Tensor,
+) -> None:
+    """The definition of `gemkit::dequantize` on any device: `out`, (rows, columns) float32, is filled with the values.
+
+    Float32 operations one by one: a fused multiply-add would round differently from the published definition.
+    """
+    block = KINDS[kind]
+    step = max(1, _CHUNK // max(1, out.shape[1]))
+    for start in range(0, out.shape[0], step):
+        rows = slice(start, start + step)
+        values = unpack_codes(codes[rows], block.bits[0])
+        if high is not None:
+            bits = unpack_codes(high[rows], block.bits[1])
+            values = values.view(torch.int64).bitwise_or_(bits.view(torch.int64) << block.bits[0]).view(torch.int8)
+        if block.zero:
+            values = values.sub_(block.zero)
+        codes_RGE = values.to(torch.float32).unflatten(-1, (-1, block.group))
+        dense_RGE = out[rows].unflatten(-1, (-1, block.group))
+        torch.mul(codes_RGE, _per_group(block, scales, super_scales, rows), out=dense_RGE)
+        if mins is not None:
+            dense_RGE.sub_(_per_group(block, mins, super_mins, rows))
+
+
+def _per_group(block: Kind, small: Tensor, super_: Tensor | None, rows: slice) -> Tensor:
+    """Scales or minima of some rows in float32, (rows, groups, 1)."""
+    found = small[rows].to(torch.float32)
+    if super_ is not None:
+        assert block.superblock is not None
+        found = found.unflatten(-1, (-1, block.superblock // block.group))
+        found = (super_[rows].to(torch.float32)[..., None] * found).flatten(-2)
+    return found[..., None]
+
+
+_library.impl("dequantize", define, "CompositeExplicitAutograd")
+torch.library.register_fake("gemkit::dequantize", lambda *args: None, lib=_library)
 
 
 def unpack_codes(plane: Tensor, bits: int) -> Tensor:

@@ -6,6 +6,7 @@ its first rows, and nothing crosses from one sequence to the next.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -46,7 +47,10 @@ class Recurrence(Protocol):
     def keep_hidden(self, slot: int, hidden_R: Tensor) -> None: ...
 
 
-@op(lambda x_TR, weight_NIO, **_: (x_TR.shape[0], weight_NIO.shape[0] * weight_NIO.shape[2]))
+@op(
+    lambda x_TR, weight_NIO, **_: (x_TR.shape[0], weight_NIO.shape[0] * weight_NIO.shape[2]),
+    cost=lambda weight_NIO, **_: {"row_flops": 2 * math.prod(weight_NIO.shape)},
+)
 def block_linear(x_TR: Tensor, weight_NIO: Tensor, bias_NO: Tensor) -> Tensor:
     """N projections side by side, each of its own R / N channels: (T, R) to (T, N * O). Blocks are (in, out)."""
     x_NTI = x_TR.unflatten(1, weight_NIO.shape[:2]).transpose(0, 1)

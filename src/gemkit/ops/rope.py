@@ -5,26 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemkit.family import Rope
 from gemkit.ops.basic import wide
 from gemkit.ops.symbolic import op
 
 
-@op(lambda positions_T, rope, head_dim: [(*positions_T.shape, int(rope.fraction * head_dim) // 2)] * 2)
-def rope_table(positions_T: Tensor, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every angle, float32 (T, R/2) each, where R = fraction * head_dim.
+@op(lambda positions_T, rotated, **_: [(*positions_T.shape, rotated // 2)] * 2, dtype=lambda **_: "float32")
+def rope_table(positions_T: Tensor, rotated: int, base: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every angle, float32 (T, R/2) each, of R = `rotated` dimensions.
 
     Positions are integers and angles are float32: in bf16 the positions 8190 and 8191 are the same number.
     """
-    angles_TR = positions_T[:, None].float() * rope_frequencies(rope, head_dim, positions_T.device)
+    angles_TR = positions_T[:, None].float() * rope_frequencies(rotated, base, factor, positions_T.device)
     return angles_TR.cos(), angles_TR.sin()
 
 
-def rope_frequencies(rope: Rope, head_dim: int, device: torch.device | None = None) -> Tensor:
-    """Radians that each pair turns by a position, float32 (R/2,)."""
-    rotated = int(rope.fraction * head_dim)
+def rope_frequencies(rotated: int, base: float, factor: float = 1.0, device: torch.device | None = None) -> Tensor:
+    """Radians that each pair turns by a position, `base ** (-2i / R) / factor`: float32 (R/2,)."""
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated
-    return rope.base**-exponents / rope.factor
+    return base**-exponents / factor
 
 
 @op(lambda x_TNH, table: x_TNH.shape)

@@ -1,13 +1,15 @@
-"""What makes a function an op: called with arrays it computes, called with symbols it is written down.
+"""What makes a function an op: called with arrays it computes, called with symbols it is recorded.
 
 A `Symbol` stands for an array that is not there. Calling an op with one asks the symbol's trace to record the call, and
-gives the symbols of its results, whose shapes come from the rule that stands beside the op's definition. So a module
-that computes only through ops is traced by running it once (`gemkit.program.trace`), and nothing else knows of it.
+gives the symbols of its results, whose shapes and dtypes come from the rules that stand beside the op's definition. So
+a module that computes only through ops is traced by running it once (`gemkit.program.trace`), and nothing else knows
+of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -19,30 +21,64 @@ Result = TypeVar("Result")
 
 
 class Recorder(Protocol):
-    def record(self, op: str, arguments: Mapping[str, Any], shapes: tuple[Shape, ...]) -> tuple[Symbol, ...]:
-        """Write down a call; the symbols of its results."""
+    def record(self, spec: OpSpec, arguments: Mapping[str, Any]) -> tuple[Symbol, ...]:
+        """Record a call; the symbols of its results."""
         ...
 
 
 class Symbol:
-    """An array of a shape, while a module is traced. It can be handed to ops, and to nothing else."""
+    """An array of a shape and dtype, while a module is traced. It can be handed to ops, and to nothing else."""
 
-    def __init__(self, trace: Recorder, number: int, shape: Shape):
-        self.trace, self.number, self.shape = trace, number, shape
+    def __init__(self, trace: Recorder, number: int, shape: Shape, dtype: str):
+        self.trace, self.number, self.shape, self.dtype = trace, number, shape, dtype
 
     def __repr__(self) -> str:
-        return f"Symbol({self.number}, shape={self.shape})"
+        return f"Symbol({self.number}, shape={self.shape}, dtype={self.dtype})"
 
 
-def op(shape: Callable[..., Any]) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
-    """Make a function an op.
+@dataclass(frozen=True)
+class OpSpec:
+    """An op as data: everything that a trace knows of it. Rules are functions of a call's arguments, by name.
 
     Args:
-        shape: from the arguments of a call, the shape of its result, or a list of shapes if the op returns a tuple.
+        operands: names of its parameters, in order.
+        shape: the shape of its result, or a list of shapes if it returns a tuple.
+        dtype: the dtype of all results, as a string.
+        cost: what a call reads and computes beyond its weights, as fields of `program.ir.Work`.
     """
+
+    name: str
+    operands: tuple[str, ...]
+    shape: Callable[..., Any]
+    dtype: Callable[..., str]
+    cost: Callable[..., Mapping[str, Any]]
+
+
+OPS: dict[str, OpSpec] = {}  # every op by its name
+
+
+def dtype_name(array: Any) -> str:
+    """Of a tensor or a symbol: "float32"."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def of_first(**arguments: Any) -> str:
+    """The dtype rule of an op that keeps the dtype of its first operand."""
+    return dtype_name(next(iter(arguments.values())))
+
+
+def op(
+    shape: Callable[..., Any],
+    *,
+    dtype: Callable[..., str] = of_first,
+    cost: Callable[..., Mapping[str, Any]] = lambda **_: {},
+) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
+    """Make a function an op, with the rules of its `OpSpec`."""
 
     def decorate(define: Callable[P, Result]) -> Callable[P, Result]:
         parameters = signature(define)
+        spec = OpSpec(define.__name__, tuple(parameters.parameters), shape, dtype, cost)
+        OPS[spec.name] = spec
 
         @wraps(define)
         def call(*args: P.args, **kwargs: P.kwargs) -> Result:
@@ -54,10 +90,8 @@ def op(shape: Callable[..., Any]) -> Callable[[Callable[P, Result]], Callable[P,
         def record(trace: Recorder, *args: Any, **kwargs: Any) -> Any:
             bound = parameters.bind(*args, **kwargs)
             bound.apply_defaults()
-            result = shape(**bound.arguments)
-            if isinstance(result, list):
-                return trace.record(define.__name__, bound.arguments, tuple(result))
-            return trace.record(define.__name__, bound.arguments, (result,))[0]
+            results = trace.record(spec, bound.arguments)
+            return results if isinstance(shape(**bound.arguments), list) else results[0]
 
         return call
 

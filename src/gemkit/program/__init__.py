@@ -1,5 +1,5 @@
-"""How a model is executed. `eager.py` runs the modules of `gemkit.nn` themselves, in torch.
+"""The intermediate representation of a model: a `Program`, traced from its modules, printable, costed, saved as JSON.
 
-Executors share one interface (`gemkit.generate.Executor`): token ids in, float32 logits out, memory in a state. What
-may not be here: sampling, text, files.
+`ir.py` defines it and needs no torch; `trace.py` makes one from a module. What may not be here: executing one, which
+is `gemkit.executors`' part, sampling, text.
 """

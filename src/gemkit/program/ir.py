@@ -1,21 +1,29 @@
 """A Program: one forward pass of a model as a flat list of op calls, with what each reads and computes. No torch.
 
-It serves any batch: the only sizes left open are the number of tokens, T, and the number of rows that need logits, R.
-What a layer remembers and where sequences begin are opaque operands.
+It serves any batch: the only sizes left open are the number of tokens, T (the patches of all images, of an image
+tower), the number of rows that need logits, R, and of image features, E. A layer's state and the boundaries of
+sequences are opaque operands.
 
     program = trace(module)
     print(program)
+    program.save("program.json")
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from gemkit.errors import ModelError
 
 Size = int | str
 Shape = tuple[Size, ...]
+VERSION = 1  # of the JSON form
 
 
 @dataclass(frozen=True)
@@ -24,6 +32,7 @@ class Value:
 
     number: int
     shape: Shape
+    dtype: str  # "float32", "bfloat16", "int64"
 
     def __str__(self) -> str:
         return f"%{self.number}"
@@ -53,12 +62,72 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Boundaries:
+    """Stands for the boundaries of sequences, which are data of a call and not of a program, or are all alike.
+
+    Args:
+        length: rows of every sequence, where all have as many: the patches of an image. None: a call says it.
+    """
+
+    length: int | None = None
+
+    def __str__(self) -> str:
+        return "batch" if self.length is None else f"sequences of {self.length}"
+
+
+BATCH = Boundaries()
+
+
+@dataclass(frozen=True)
+class Work:
+    """Memory and arithmetic of a call beyond reading its weights once, by what they grow with.
+
+    Args:
+        lookup: of its weight only one row for each row of its input is read.
+        row_flops: operations for each row of its input.
+        key_bytes: bytes of the state for each key that is seen.
+        pair_flops: operations for each pair of a query and a key that it sees.
+        window: keys visible to a query; None: all before it.
+        length: keys visible to every query, whatever the context; None: those of the context.
+    """
+
+    lookup: bool = False
+    row_flops: int = 0
+    key_bytes: int = 0
+    pair_flops: int = 0
+    window: int | None = None
+    length: int | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes of weights and of what is remembered, and floating-point operations (2 for a multiply and an add)."""
+
+    weight_bytes: int = 0
+    state_bytes: int = 0
+    flops: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.weight_bytes + other.weight_bytes, self.state_bytes + other.state_bytes, self.flops + other.flops
+        )
+
+
+@dataclass(frozen=True)
 class Node:
-    """A call of an op. Operands by the names of the op's parameters: values, weights, memories, numbers."""
+    """A call of an op.
+
+    Args:
+        operands: by the names of the op's parameters: values, weights, memories, boundaries, numbers, strings, None,
+            and tuples of these.
+        scope: path of the module that called it: "layers.0.mlp.gate_proj".
+    """
 
     op: str
     operands: Mapping[str, Any]
     results: tuple[Value, ...]
+    scope: str = ""
+    work: Work = Work()
 
     @property
     def result(self) -> Value:
@@ -81,21 +150,18 @@ class Node:
 
     def cost(self, tokens: int = 1, rows: int = 1, context: int = 0) -> Cost:
         """What the call moves and computes, for `tokens` new tokens of one sequence that has `context` in all."""
-        return _cost(self, {"T": tokens, "R": rows}, context)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Bytes of weights and of what is remembered, and floating-point operations (2 for a multiply and an add)."""
-
-    weight_bytes: int = 0
-    state_bytes: int = 0
-    flops: int = 0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.weight_bytes + other.weight_bytes, self.state_bytes + other.state_bytes, self.flops + other.flops
-        )
+        work = self.work
+        x = next(self.values(), None)
+        open_axis = x.shape[0] if x is not None and x.shape and isinstance(x.shape[0], str) else None
+        given = {"T": tokens, "R": rows}.get(open_axis or "", 1)
+        weight_bytes = sum(weight.nbytes // (weight.shape[0] if work.lookup else 1) for weight in self.weights())
+        if work.length is not None:
+            seen, pairs = 0, tokens * work.length
+        else:
+            seen = context if work.window is None else min(context, work.window + tokens - 1)
+            pairs = sum(min(context - tokens + t + 1, work.window or context) for t in range(tokens))
+        flops = work.row_flops * given + work.pair_flops * pairs
+        return Cost(weight_bytes * (given if work.lookup else 1), work.key_bytes * seen, flops)
 
 
 @dataclass(frozen=True)
@@ -103,8 +169,8 @@ class Program:
     """One forward pass."""
 
     nodes: tuple[Node, ...]
-    inputs: Mapping[str, Value] = field(default_factory=dict)  # "tokens", "positions", "rows"
-    output: Value = Value(-1, ())
+    inputs: Mapping[str, Value] = field(default_factory=dict)  # "tokens", "positions", "rows"; "pixels" of a tower
+    output: Value = Value(-1, (), "float32")
 
     def weights(self) -> dict[str, Weight]:
         """Every weight by its name, in the order in which they are first read."""
@@ -112,6 +178,107 @@ class Program:
 
     def __str__(self) -> str:
         return "\n".join(line(node) for node in self.nodes)
+
+    def to_json(self) -> str:
+        """The program as text that `from_json` reads; a weight is named, its numbers are not in it."""
+        values = {value.number: value for value in self.inputs.values()}
+        values |= {value.number: value for node in self.nodes for value in node.results}
+        described = {
+            "version": VERSION,
+            "values": [[number, list(value.shape), value.dtype] for number, value in sorted(values.items())],
+            "weights": [[w.name, list(w.shape), w.kind, w.nbytes] for w in self.weights().values()],
+            "inputs": {name: value.number for name, value in self.inputs.items()},
+            "output": self.output.number,
+            "nodes": [
+                {
+                    "op": node.op,
+                    "scope": node.scope,
+                    "operands": {name: _encoded(operand) for name, operand in node.operands.items()},
+                    "results": [value.number for value in node.results],
+                    "work": {name: number for name, number in asdict(node.work).items() if number},
+                }
+                for node in self.nodes
+            ],
+        }
+        return json.dumps(described)
+
+    @classmethod
+    def from_json(cls, text: str) -> Program:
+        """The inverse of `to_json`.
+
+        Raises:
+            ModelError: if the text is no program of this version.
+        """
+        try:
+            given = json.loads(text)
+            if given["version"] != VERSION:
+                raise ModelError(f"a program of version {given['version']}; this gemkit reads version {VERSION}")
+            values = {number: Value(number, tuple(shape), dtype) for number, shape, dtype in given["values"]}
+            weights = {name: Weight(name, tuple(shape), kind, n) for name, shape, kind, n in given["weights"]}
+            nodes = tuple(
+                Node(
+                    node["op"],
+                    {name: _decoded(operand, values, weights) for name, operand in node["operands"].items()},
+                    tuple(values[number] for number in node["results"]),
+                    node["scope"],
+                    Work(**node["work"]),
+                )
+                for node in given["nodes"]
+            )
+            inputs = {name: values[number] for name, number in given["inputs"].items()}
+            return cls(nodes, inputs, values[given["output"]])
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(f"the text is no program: {error!r}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON form to a file."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Program:
+        """Read what `save` wrote.
+
+        Raises:
+            ModelError: if the file is no program of this version.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (ModelError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path}: {error}") from None
+
+
+def _encoded(operand: Any) -> Any:
+    match operand:
+        case Value(number=number):
+            return {"value": number}
+        case Weight(name=name):
+            return {"weight": name}
+        case Memory(layer=layer):
+            return {"memory": layer}
+        case Boundaries(length=length):
+            return {"batch": length}
+        case tuple():
+            return [_encoded(part) for part in operand]
+        case None | bool() | int() | float() | str():
+            return operand
+    raise ModelError(f"{operand!r} is no operand of a program")
+
+
+def _decoded(operand: Any, values: Mapping[int, Value], weights: Mapping[str, Weight]) -> Any:
+    match operand:
+        case {"value": number}:
+            return values[number]
+        case {"weight": name}:
+            return weights[name]
+        case {"memory": int(layer)}:
+            return Memory(layer)
+        case {"batch": None | int() as length}:
+            return Boundaries(length)
+        case list():
+            return tuple(_decoded(part, values, weights) for part in operand)
+        case None | bool() | int() | float() | str():
+            return operand
+    raise ModelError(f"{operand!r} is no operand of a program")
 
 
 def line(node: Node) -> str:
@@ -126,7 +293,7 @@ def line(node: Node) -> str:
 
     given = []
     for name, operand in node.operands.items():
-        if operand is None or operand is BATCH:
+        if operand is None or operand == BATCH:
             continue
         plain = isinstance(operand, Value | Weight | Memory | tuple)
         given.append(shown(operand) if plain else f"{name}={operand}")
@@ -135,41 +302,6 @@ def line(node: Node) -> str:
     return f"{results} = {node.op}({', '.join(given)}) -> ({shape})"
 
 
-class _Batch:
-    """Stands for the boundaries of the batch, which are data of a call and not of a program."""
-
-    def __repr__(self) -> str:
-        return "batch"
-
-
-BATCH = _Batch()
-
-
 def count(shape: Shape, sizes: Mapping[str, int]) -> int:
     """Elements of a shape, with sizes for its open axes."""
     return math.prod(sizes[axis] if isinstance(axis, str) else axis for axis in shape)
-
-
-def _cost(node: Node, sizes: Mapping[str, int], context: int) -> Cost:
-    weight_bytes = sum(weight.nbytes for weight in node.weights())
-    x = next(node.values(), None)
-    tokens = sizes[str(x.shape[0])] if x is not None and isinstance(x.shape[0], str) else 1
-    operands = node.operands
-    match node.op:
-        case "embed":  # only the rows that are looked up
-            table = operands["table_VD"]
-            return Cost(weight_bytes=table.nbytes // table.shape[0] * tokens)
-        case "linear":
-            out, width = operands["weight_OI"].shape
-            return Cost(weight_bytes, flops=2 * out * width * tokens)
-        case "block_linear":
-            return Cost(weight_bytes, flops=2 * math.prod(operands["weight_NIO"].shape) * tokens)
-        case "attention":
-            heads, width = operands["q_TNH"].shape[1:]
-            kv_heads = operands["k_TKH"].shape[1]
-            window = operands["window"]
-            seen = context if window is None else min(context, window + tokens - 1)
-            pairs = sum(min(context - tokens + t + 1, window or context) for t in range(tokens))
-            return Cost(state_bytes=2 * 2 * kv_heads * width * seen, flops=4 * heads * width * pairs)
-        case _:
-            return Cost(weight_bytes)

@@ -37,7 +37,7 @@ from gemkit.errors import ConfigError, TrainingError
 from gemkit.executors.torch import TorchExecutor
 from gemkit.family import Prompt
 from gemkit.generate import Request
-from gemkit.nn import Decoder, PaliGemma
+from gemkit.nn import Decoder, PaliGemma, build
 from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import IMAGE
 from gemkit.train import OBJECTIVES, objectives
@@ -55,6 +55,7 @@ from gemkit.train.trainer import Outcome, Progress, Trainer
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.load import available_memory, load_module
 from gemkit.weights.model_card import card, new_card
+from gemkit.weights.quantize import kind_of
 from gemkit.weights.save import save_hf
 
 MAX_LENGTH = 1024
@@ -190,9 +191,13 @@ class Run:
             return None
         shapes = family.parameters(self.decoder, self.vision)
         if experiment.model.weights:
-            bits = {"int8": 8.5, "int4": 4.75}[experiment.model.weights]
-            sizes = (math.prod(s) * (bits / 8 if len(s) == 2 else self.dtype.itemsize) for _, s in shapes)
-            return int(sum(sizes))
+            with torch.device("meta"):
+                module = build(self.decoder, self.vision)
+            bits = 0.0
+            for name, shape in shapes:
+                kind = kind_of(module, name, experiment.model.weights)  # type: ignore[arg-type]  # checked when loaded
+                bits += math.prod(shape) * (8 * self.dtype.itemsize if kind is None else kind.bits_per_weight)
+            return int(bits / 8)
         entries = self.checkpoint.reader.entries.values()
         if all(entry.dtype in ("F32", "F16", "BF16") for entry in entries):
             return None

@@ -2,7 +2,7 @@
 
     entries.py      what all formats come down to: named tensors at known places of files; which format a path holds
     safetensors.py  one file, or a folder of shards with an index
-    gguf.py         metadata, dense tensors and blocks; blocks.py repacks those to the planes of ops/quantized.py
+    gguf.py         metadata, dense tensors and blocks; blocks.py repacks those to the planes of block_types.py
     ckpt.py         torch checkpoints of google/gemma_pytorch, read without running what a pickle asks for
     npz.py          NumPy archives, with no pickles
     shards.py       the index of a checkpoint in several files

@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gemkit import family
+from gemkit.block_types import KINDS, Kind
 from gemkit.errors import ConfigError, WeightsError
-from gemkit.executors.native import dequantize
 from gemkit.nn import Decoder, PaliGemma, build
 from gemkit.nn.layers import Score
 from gemkit.ops import Quantized
-from gemkit.ops.quantized import KINDS, Kind
 from gemkit.weights import quantize
 from gemkit.weights.checkpoint import FLOATS, SCORE, TIED_HEADS, Checkpoint
 from gemkit.weights.maps import Part
@@ -64,7 +63,6 @@ def load_module(
     parts = {part.ours: part for part in checkpoint.parts if part.ours.startswith(only)}
     run_dtype = _run_dtype(dtype, {entries[part.theirs].dtype for part in parts.values()})
     report = Report(dtype=str(run_dtype).removeprefix("torch."), notes=list(checkpoint.notes))
-    dequantize.use()
     with torch.device("meta"):
         module = build(checkpoint.decoder, checkpoint.vision)
     kinds = {} if weights is None else _kinds(checkpoint, module, weights, quantized)

@@ -33,10 +33,11 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from gemkit.block_types import KINDS, Kind
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Batch, Decoder, PaliGemma
 from gemkit.nn.layers import Embedding, Linear
-from gemkit.ops.quantized import KINDS, Kind, Quantized
+from gemkit.ops.quantized import Quantized
 
 Weights = Literal["int8", "int4"]
 INT8, INT5, INT4 = KINDS["Q8_0"], KINDS["Q5_0"], KINDS["Q4_0"]

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from gemkit import ops
+from gemkit.block_types import KINDS, PLANES
 from gemkit.errors import WeightsError
-from gemkit.ops.quantized import _CHUNK, KINDS, Quantized
+from gemkit.ops.quantized import _CHUNK, Quantized
 
 pytestmark = pytest.mark.usefixtures("made_dense")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -16,10 +17,10 @@ def random_weight(kind, rows, columns, seed=0):
     rng = np.random.default_rng(seed)
     planes = {}
     for name, (shape, dtype) in kind.layout(rows, columns).items():
-        if dtype == torch.float16:
+        if dtype == "float16":
             planes[name] = torch.from_numpy(rng.standard_normal(shape).astype(np.float16))
         else:
-            planes[name] = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).view(dtype)
+            planes[name] = torch.from_numpy(rng.integers(0, 256, shape, dtype=np.uint8)).view(getattr(torch, dtype))
     return Quantized(kind, planes, (rows, columns))
 
 
@@ -189,3 +190,11 @@ def test_a_weight_of_another_dtype_is_multiplied_in_its_own():
     got = ops.linear(x, weight)
     assert got.dtype == torch.bfloat16
     assert torch.equal(got, (x.float() @ weight.T).bfloat16())
+
+
+@pytest.mark.parametrize("name", ["Q5_1", "Q8_0", "Q3_K"])
+def test_dequantize_is_an_operator_of_torch(name):
+    """Its schema, fake tensor and functionalisation, as torch checks them, with and without the optional planes."""
+    weight = random_weight(KINDS[name], 3, 512)
+    planes = [weight.planes.get(plane) for plane in PLANES]
+    torch.library.opcheck(torch.ops.gemkit.dequantize.default, (*planes, name, torch.empty(3, 512)))

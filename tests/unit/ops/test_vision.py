@@ -47,5 +47,6 @@ def test_rows_are_put_in_their_places_and_gradients_follow():
     assert x.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
-def test_a_table_is_repeated_whole():
-    assert ops.repeat_rows(torch.tensor([[1], [2]]), 3).flatten().tolist() == [1, 2, 1, 2, 1, 2]
+def test_every_image_gets_the_whole_table_of_positions():
+    x = torch.tensor([[10], [20], [30], [40], [50], [60]])
+    assert ops.add_positions(x, torch.tensor([[1], [2]])).flatten().tolist() == [11, 22, 31, 42, 51, 62]

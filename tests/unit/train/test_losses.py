@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from gemkit import nn
 from gemkit.adapters.layers import LoRA
+from gemkit.block_types import KINDS
 from gemkit.errors import ConfigError
-from gemkit.ops.quantized import KINDS, Quantized
+from gemkit.ops.quantized import Quantized
 from gemkit.train import losses, vocabulary
 from support.tiny import tiny
 

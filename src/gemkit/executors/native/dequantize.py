@@ -1,25 +1,28 @@
-"""The planes of a weight as the native library takes them, and how it makes a quantized weight dense."""
+"""`gemkit::dequantize` by the native library on a CPU, to the bits of its definition (`ops.quantized.define`)."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from gemkit.block_types import PLANES
 from gemkit.executors.native.library import available, library
 from gemkit.executors.native.packfile import KINDS
-from gemkit.ops.quantized import Quantized, make_dense_by
+from gemkit.ops.quantized import define
 
-NAMES = ("codes", "high", "scales", "mins", "super_scales", "super_mins")
 _DENSE = (torch.float32, torch.bfloat16)  # as `csrc/weights.h` numbers them
+_library: torch.library.Library | None = None
+_enabled = False
 
 
 class Planes(ctypes.Structure):
     """`gk::Planes`. What it points into must be held for as long as it is used."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in (*NAMES, "dense")), ("dense_type", ctypes.c_int32)]
+    _fields_ = [*((name, ctypes.c_void_p) for name in (*PLANES, "dense")), ("dense_type", ctypes.c_int32)]
 
     @classmethod
     def of(cls, planes: Mapping[str, Tensor]) -> Planes:
@@ -30,16 +33,38 @@ class Planes(ctypes.Structure):
         return given
 
 
-def dense(weight: Quantized, out: Tensor) -> bool:
-    """Fill a float32 array of a weight's shape with its values, to the bits of their definition; False: the library
-    cannot."""
-    if not (out.is_contiguous() and all(plane.is_contiguous() for plane in weight.planes.values())):
-        return False
-    given = torch.get_num_threads(), KINDS.index(weight.kind.name), ctypes.byref(Planes.of(weight.planes))
-    return bool(library(free=True).gk_dense(*given, *weight.shape, out.data_ptr()))
+def enable() -> None:
+    """Register the library's implementation for tensors on a CPU; it is used where there is a library."""
+    global _library, _enabled
+    _enabled = True
+    if _library is None:
+        _library = torch.library.Library("gemkit", "IMPL")
+        _library.impl("dequantize", _dequantize, "CPU")
 
 
-def use() -> None:
-    """Have weights on a CPU made dense by the library from now on, where there is one."""
-    if available()[0]:
-        make_dense_by(dense)
+@contextlib.contextmanager
+def enabled(on: bool) -> Iterator[None]:
+    """Within the block, weights on a CPU are made dense by the library, or by the definition alone."""
+    global _enabled
+    before = _enabled
+    if on:
+        enable()
+    else:
+        _enabled = False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def _dequantize(*args) -> None:
+    *given, kind, out = args
+    planes = {name: plane for name, plane in zip(PLANES, given, strict=True) if plane is not None}
+    contiguous = out.is_contiguous() and all(plane.is_contiguous() for plane in planes.values())
+    if not (_enabled and contiguous and available()[0] and _dense(planes, kind, out)):
+        define(*args)
+
+
+def _dense(planes: Mapping[str, Tensor], kind: str, out: Tensor) -> bool:
+    given = torch.get_num_threads(), KINDS.index(kind), ctypes.byref(Planes.of(planes))
+    return bool(library(free=True).gk_dense(*given, *out.shape, out.data_ptr()))

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from gemkit.errors import ModelError
-from gemkit.family import Rope
 from gemkit.program.ir import Memory, Node, Program, Value, Weight
 
 # As `csrc/executor.h` numbers them.
@@ -69,10 +68,11 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Frequencies:
-    """Radians a position, of each pair of channels: what a rope table is made from."""
+    """Radians a position, of each pair of channels: what a rope table is made from (`ops.rope_frequencies`)."""
 
-    rope: Rope
-    head_dim: int
+    rotated: int
+    base: float
+    factor: float
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ class _Lowering:
         half = int(cos.shape[1])
         buffer = self._new(2 * half, "T")
         self.places[cos.number], self.places[sin.number] = Slice(buffer, 0, half), Slice(buffer, half, half)
-        rates = Frequencies(node.operands["rope"], node.operands["head_dim"])
+        rates = Frequencies(*(node.operands[name] for name in ("rotated", "base", "factor")))
         self._step("rope_table", to=Slice(buffer, 0, 2 * half), nodes=[node], plain=(rates,))
 
     def _rms_norm(self, i: int, node: Node) -> None:
@@ -386,8 +386,8 @@ def plain_name(plain: Plain) -> str:
     match plain:
         case Weight(name=name):
             return name
-        case Frequencies(rope=rope):
-            return f"rope {rope.base:g}"
+        case Frequencies(rotated, base, factor):
+            return f"rope {base:g} / {factor:g} of {rotated}"
         case Sketch(table=table):
             return f"sketch of {table.name}"
         case Signs():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemkit import ops
 from gemkit.errors import ModelError, WeightsError
-from gemkit.executors.native import screening
+from gemkit.executors.native import dequantize, screening
 from gemkit.executors.native.dequantize import Planes
 from gemkit.executors.native.library import library, threads
 from gemkit.executors.native.lower import (
@@ -33,6 +33,8 @@ from gemkit.executors.native.packfile import KINDS, PLAIN, Entry, Pack, Writer
 from gemkit.nn import Decoder
 from gemkit.program.ir import Weight
 from gemkit.program.trace import trace
+
+dequantize.enable()
 
 
 def pack(
@@ -147,8 +149,8 @@ def _floats(plain: Plain) -> int:
     match plain:
         case Weight(shape=shape):
             return math.prod(shape)
-        case Frequencies(rope=rope, head_dim=head_dim):
-            return int(rope.fraction * head_dim) // 2
+        case Frequencies(rotated=rotated):
+            return rotated // 2
         case Sketch(table=table):
             return screening.nbytes(*table.shape) // 4
         case Signs(columns=columns):
@@ -157,8 +159,8 @@ def _floats(plain: Plain) -> int:
 
 def _values(module: Decoder, plain: Plain) -> np.ndarray:
     match plain:
-        case Frequencies(rope=rope, head_dim=head_dim):
-            return ops.rope_frequencies(rope, head_dim).numpy()
+        case Frequencies(rotated, base, factor):
+            return ops.rope_frequencies(rotated, base, factor).numpy()
         case Signs(columns=columns):
             return screening.signs(columns)
         case Weight(name=name):

@@ -26,8 +26,18 @@ from typing import Any
 
 import numpy as np
 
+from gemkit.block_types import KINDS as BLOCK_TYPES
 from gemkit.errors import WeightsError
-from gemkit.executors.native.lower import OPS, STEP_WEIGHTS, Lowered, Slice, packed_weights, plain_name, plain_weights
+from gemkit.executors.native.lower import (
+    DENSE,
+    OPS,
+    STEP_WEIGHTS,
+    Lowered,
+    Slice,
+    packed_weights,
+    plain_name,
+    plain_weights,
+)
 
 MAGIC = b"GKPACK01"
 VERSION = 1  # of the layout of everything in the file, the weights' included
@@ -37,8 +47,7 @@ STEP_NUMBERS, STEP_SCALARS = 6, 3
 STEP_WORDS = 1 + 4 * 3 + STEP_WEIGHTS + STEP_NUMBERS + STEP_SCALARS
 BUFFER_KINDS = ("floats", "quantized", "logits")
 
-# As `csrc/kernels/table.h` numbers them.
-KINDS = ("float32", "bfloat16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+KINDS = (*DENSE, *BLOCK_TYPES)  # as `csrc/kernels/table.h` numbers them
 PLAIN = -1  # an array of float32, which is not multiplied tile by tile
 
 

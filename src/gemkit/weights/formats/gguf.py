@@ -153,7 +153,8 @@ class GGUFReader(Reader):
             return self._read_dense(entry)
         if len(entry.shape) != 2:
             raise WeightsError(f"{entry.path}: tensor {name!r} is {entry.dtype} of shape {entry.shape}, not a matrix")
-        from gemkit.ops.quantized import KINDS, Quantized
+        from gemkit.block_types import KINDS
+        from gemkit.ops.quantized import Quantized
         from gemkit.weights.formats.gguf_blocks import load_blocks
 
         rows, columns = entry.shape

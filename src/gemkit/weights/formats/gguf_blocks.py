@@ -1,4 +1,4 @@
-"""Blocks of GGUF files <-> the planes of `ops/quantized.py`, without loss in either direction.
+"""Blocks of GGUF files <-> the planes of `block_types.py`, without loss in either direction.
 
 A block holds 32 or 256 elements of a row: its scales beside its codes. Taking it apart is cutting out fields and, where
 a field's codes are packed over another span than ours, packing them again. Every type is a row of `BLOCKS`.
@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gemkit.ops.quantized import KINDS, Kind, Quantized
+from gemkit.block_types import KINDS, Kind
+from gemkit.ops.quantized import Quantized
 
 
 class Field(NamedTuple):

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemkit.block_types import KINDS
 from gemkit.errors import WeightsError
 from gemkit.weights.formats.base import DENSE, MAX_HEADER, Entry, File, Reader, count_elements, parse_json
 from gemkit.weights.formats.shards import check_shard, read_index
@@ -21,21 +22,7 @@ if TYPE_CHECKING:
 
     from gemkit.ops.quantized import Quantized
 
-_LOW, _SCALES, _MINS = ("codes", "U8", 2), ("scales", "F16", 32), ("mins", "F16", 32)
-_SUPER = (("super_scales", "F16", 256), ("super_mins", "F16", 256))
-# What `ops.quantized.KINDS` lays out, without torch: plane, dtype, columns of the weight an element.
-PLANES: dict[str, tuple[tuple[str, str, int], ...]] = {
-    "Q4_0": (_LOW, _SCALES),
-    "Q4_1": (_LOW, _SCALES, _MINS),
-    "Q5_0": (_LOW, ("high", "U8", 8), _SCALES),
-    "Q5_1": (_LOW, ("high", "U8", 8), _SCALES, _MINS),
-    "Q8_0": (("codes", "I8", 1), _SCALES),
-    "Q2_K": (("codes", "U8", 4), ("scales", "U8", 16), ("mins", "U8", 16), *_SUPER),
-    "Q3_K": (("codes", "U8", 4), ("high", "U8", 8), ("scales", "I8", 16), _SUPER[0]),
-    "Q4_K": (_LOW, ("scales", "U8", 32), ("mins", "U8", 32), *_SUPER),
-    "Q5_K": (_LOW, ("high", "U8", 8), ("scales", "U8", 32), ("mins", "U8", 32), *_SUPER),
-    "Q6_K": (_LOW, ("high", "U8", 4), ("scales", "I8", 16), _SUPER[0]),
-}
+_DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16"}  # of planes, as the format calls them
 
 
 class SafetensorsReader(Reader):
@@ -85,9 +72,9 @@ class SafetensorsReader(Reader):
             where = f"{self.path}: {name!r}"
             if name in self.entries:
                 raise WeightsError(f"{where} is said to be {kind!r}, but is also stored as it is")
-            if not isinstance(kind, str) or kind not in PLANES:
-                raise WeightsError(f"{where} is said to be {kind!r}, which is not one of {', '.join(PLANES)}")
-            planes = {plane: self._take(f"{name}.{plane}") for plane, _, _ in PLANES[kind]}
+            if not isinstance(kind, str) or kind not in KINDS:
+                raise WeightsError(f"{where} is said to be {kind!r}, which is not one of {', '.join(KINDS)}")
+            planes = {plane.name: self._take(f"{name}.{plane.name}") for plane in KINDS[kind].planes()}
             shape = _joined_shape(where, kind, planes)
             self._planes[name] = planes
             codes = planes["codes"]
@@ -102,7 +89,7 @@ class SafetensorsReader(Reader):
     def read(self, name: str) -> Tensor | Quantized:
         if name not in self._planes:
             return super().read(name)
-        from gemkit.ops.quantized import KINDS, Quantized
+        from gemkit.ops.quantized import Quantized
 
         entry = self._entry(name)
         planes = {plane: self._read_dense(part) for plane, part in self._planes[name].items()}
@@ -114,15 +101,15 @@ def _joined_shape(where: str, kind: str, planes: Mapping[str, Entry]) -> tuple[i
     codes = planes["codes"].shape
     if len(codes) != 2:
         raise WeightsError(f"{where}: its codes have the shape {codes}, not that of a matrix")
-    most = max(each for _, _, each in PLANES[kind])
-    rows, columns = codes[0], codes[1] * PLANES[kind][0][2]
-    if columns % most:
-        raise WeightsError(f"{where} is {kind}, but its rows of {columns:,} are not a multiple of {most}")
-    for plane, dtype, each in PLANES[kind]:
-        found, wanted = planes[plane], (rows, columns // each)
-        if (found.dtype, found.shape) != (dtype, wanted):
+    block = KINDS[kind]
+    rows, columns = codes[0], codes[1] * 8 // block.bits[0]
+    if columns % block.row_multiple:
+        raise WeightsError(f"{where} is {kind}, but its rows of {columns:,} are not a multiple of {block.row_multiple}")
+    for plane, (shape, dtype) in block.layout(rows, columns).items():
+        found, wanted = planes[plane], (shape, _DTYPES[dtype])
+        if (found.shape, found.dtype) != wanted:
             raise WeightsError(
-                f"{where}: plane {plane} is {found.shape} {found.dtype}, must be {wanted} {dtype} for {kind}"
+                f"{where}: plane {plane} is {found.shape} {found.dtype}, must be {wanted[0]} {wanted[1]} for {kind}"
             )
     return rows, columns
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 
 from gemkit import nn
+from gemkit.block_types import KINDS
 from gemkit.errors import ConfigError, ModelError, StateError, TextError, WeightsError
 from gemkit.executors.native import library as native
 from gemkit.executors.native.executor import NativeExecutor
@@ -25,7 +26,6 @@ from gemkit.generate import Chunk, Sampling
 from gemkit.generate.sampler import logits_filter
 from gemkit.nn.state import KVCache
 from gemkit.ops import Quantized
-from gemkit.ops.quantized import KINDS
 from support.tiny import WINDOW, tiny, tokens
 
 MEMBERS = ["gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-27b", "gemma-3-1b", "gemma-3-4b", "recurrentgemma-2b"]

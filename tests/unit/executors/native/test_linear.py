@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from gemkit.ops.quantized import KINDS, Quantized
+from gemkit.block_types import KINDS
+from gemkit.ops.quantized import Quantized
 from support import native_library as native
 
 QUANTIZED = [kind for kind in native.KINDS if kind in KINDS]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from gemkit.block_types import KINDS
 from gemkit.errors import WeightsError
-from gemkit.ops.quantized import KINDS, Quantized
+from gemkit.ops.quantized import Quantized
 from gemkit.weights.formats.gguf import REFUSED_TYPES, GGUFReader, Strings
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
