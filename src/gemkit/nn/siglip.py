@@ -133,15 +133,15 @@ class Siglip(Module):
         Raises:
             ConfigError: if they are of another resolution than the tower.
         """
-        self.expect(pixels_ICSS)
-        x_TW = self.embeddings(pixels_ICSS)
-        x_TW = self.encoder(x_TW, Patches(pixels_ICSS.shape[0], self.vision.num_patches))
-        return self.post_layernorm(x_TW)
+        patches = self.patches(pixels_ICSS)
+        return self.post_layernorm(self.encoder(self.embeddings(pixels_ICSS), patches))
 
-    def expect(self, pixels_ICSS) -> None:
+    def patches(self, pixels_ICSS) -> Patches:
+        """The patches of these images, once their resolution is found to be the tower's."""
         size = self.vision.image_size
         if tuple(pixels_ICSS.shape[1:]) != (3, size, size):
             raise ConfigError(
                 f"pixels of shape {tuple(pixels_ICSS.shape)}: this tower sees (images, 3, {size}, {size}); resize to "
                 f"{size} x {size}, or load the member of the other resolution"
             )
+        return Patches(pixels_ICSS.shape[0], self.vision.num_patches)
