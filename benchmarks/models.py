@@ -24,10 +24,10 @@ from worker import CACHE
 
 from gemkit import family
 from gemkit.family import DecoderConfig, Sliding
+from gemkit.files import DTYPES
 from gemkit.text import Tokenizer
 from gemkit.weights import configs, hub
 from gemkit.weights.checkpoint import find
-from gemkit.weights.formats.base import DENSE
 from gemkit.weights.maps import name_map
 
 SEED = 0
@@ -153,7 +153,7 @@ def requantize_starter(path: Path) -> None:
 
         def values(name: str) -> np.ndarray:
             stored: Any = reader.read(name)
-            dense = stored if reader.entries[name].dtype in DENSE else stored.dequantize()
+            dense = stored if reader.entries[name].dtype in DTYPES else stored.dequantize()
             return gguf.quants.quantize(dense.float().numpy(), types[name])
 
         _write(writer, map(values, reader.entries))

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemkit.errors import WeightsError
+from gemkit.files import write_safetensors
 from gemkit.weights.formats.base import MAX_HEADER, parse_json
 from gemkit.weights.formats.safetensors import SafetensorsReader
 from gemkit.weights.maps import NameMap
@@ -172,8 +173,6 @@ def write(
     Raises:
         WeightsError: if a number is not finite: nothing is written then.
     """
-    from safetensors.torch import save_file
-
     tensors, heads, ranks, alphas = {}, {}, {}, {}
     for change in changes:
         theirs = table.module(change.module)
@@ -218,8 +217,8 @@ def write(
         notes[_NOTE_BASE] = STARTER
     if heads:
         notes[_NOTE_HEADS] = json.dumps(heads)
-    save_file(tensors, folder / MODEL, metadata=notes)
-    (folder / MODEL).chmod(0o644)
+    with open(folder / MODEL, "wb") as file:
+        write_safetensors(file, tensors, notes)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from gemkit import family
 from gemkit.errors import StateError
+from gemkit.files import atomic_file, write_safetensors
 
 Span = tuple[int, int, int, int]  # of a batch: first row, end row, state slot, position of the first row
 Tensors = dict[str, Tensor]
@@ -335,11 +335,9 @@ class State:
         Raises:
             StateError: if it cannot be written.
         """
-        from safetensors.torch import save
-
         target = Path(path).expanduser()
         tensors = {
-            f"{slot}.{i}.{name}": tensor.cpu().clone()  # forks share memory, which the format cannot
+            f"{slot}.{i}.{name}": tensor
             for slot, length in enumerate(self.lengths)
             if length
             for i, entry in enumerate(self.layers)
@@ -351,16 +349,9 @@ class State:
             "lengths": self.lengths,
             "room": self.room,
         }
-        data = save(tensors, {_MANIFEST: json.dumps(manifest)})
         try:
-            with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-                try:
-                    file.write(data)
-                    file.close()
-                    os.replace(file.name, target)
-                except BaseException:
-                    os.unlink(file.name)
-                    raise
+            with atomic_file(target) as file:
+                write_safetensors(file, tensors, {_MANIFEST: json.dumps(manifest)})
         except OSError as error:
             raise StateError(f"cannot write {target}: {error.strerror}") from error
         return target

@@ -6,9 +6,9 @@
         state.json               the step, the position in the data, what the run was made of
         manifest.json            size and SHA-256 of the others
 
-They are written to a hidden folder, each file flushed to the disk, the manifest last, and then renamed: a folder of
-that name is whole, whenever the process dies. Those before it are deleted after that. Nothing in one is ever executed:
-tensors and JSON only.
+They are written to a hidden folder, the manifest last, flushed to the disk and then renamed (`files.atomic_folder`): a
+folder of that name is whole, whenever the process dies. Those before it are deleted after that. Nothing in one is ever
+executed: tensors and JSON only.
 
 Random numbers need no file. Those of a step come from the seed and the number of the step alone (`trainer.seeded`).
 """
@@ -23,18 +23,16 @@ import math
 import os
 import re
 import shutil
-import struct
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from gemkit.errors import NoSpaceError, TrainingError
+from gemkit.files import atomic_file, atomic_folder, is_unfinished, write_safetensors
 from gemkit.inspect.units import memory
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -95,11 +93,8 @@ class Checkpoints:
         sizes = [sum(value.nbytes for value in tensors.values()) for tensors in (saved.weights, saved.optimizer)]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with _room(self.folder, sum(sizes) + (1 << 16)):
-                work = Path(tempfile.mkdtemp(dir=self.folder, prefix=".writing-"))
-                work.chmod(0o755)
+            with _room(self.folder, sum(sizes) + (1 << 16)), atomic_folder(target) as work:
                 self._write(work, saved)
-                _replace(work, target)
         finally:
             self._sweep()
         for step in self.steps()[: -self.keep]:
@@ -119,8 +114,7 @@ class Checkpoints:
         """Remove what a process that was killed left unfinished, here or while it was deleted."""
         if self.folder.is_dir():
             for path in self.folder.iterdir():
-                unfinished = path.name.startswith(".writing-")
-                if unfinished or (_NAME.fullmatch(path.name) and not (path / MANIFEST).exists()):
+                if is_unfinished(path) or (_NAME.fullmatch(path.name) and not (path / MANIFEST).exists()):
                     shutil.rmtree(path, ignore_errors=True)
 
     def newest(self) -> Saved:
@@ -180,38 +174,13 @@ def wide_parts(value: Tensor) -> Iterator[Tensor]:
 
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.bool: "BOOL",
-}
-
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """A safetensors file, one tensor in memory twice at a time; its size and SHA-256."""
-    header, end = {}, 0
-    for name, value in tensors.items():
-        header[name] = {
-            "dtype": _DTYPES[value.dtype],
-            "shape": list(value.shape),
-            "data_offsets": [end, end + value.nbytes],
-        }
-        end += value.nbytes
-    written = json.dumps(header).encode()
-    written += b" " * (-len(written) % 8)  # the format asks for it: tensors begin at a multiple of 8
-    with _durable(path) as (file, digest):
-        for part in (struct.pack("<Q", len(written)), written):
-            _put(file, digest, part)
-        for value in tensors.values():
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            _put(file, digest, flat.view(torch.uint8).numpy().data)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    with open(path, "wb") as file:
+        hashed = _Hashed(file)
+        write_safetensors(hashed, tensors)
+    return hashed.entry()
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -221,47 +190,37 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def write_bytes(path: Path, data: bytes) -> dict[str, Any]:
-    """A file, flushed to the disk; its size and SHA-256."""
-    with _durable(path) as (file, digest):
-        _put(file, digest, data)
-    return {"bytes": len(data), "sha256": digest.hexdigest()}
+    """A file; its size and SHA-256."""
+    with open(path, "wb") as file:
+        hashed = _Hashed(file)
+        hashed.write(data)
+    return hashed.entry()
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """A file in place of the one of that name, which is there until the new one is whole."""
-    work = path.with_name(f".{path.name}.writing")
-    with _room(path.parent, len(data)):
-        write_bytes(work, data)
-        _replace(work, path)
+    """A file in place of the one of that name, which is there until the new one is whole.
+
+    Raises:
+        NoSpaceError: if the disk has no room for it.
+    """
+    with _room(path.parent, len(data)), atomic_file(path) as file:
+        file.write(data)
 
 
-@contextlib.contextmanager
-def _durable(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
-    with open(path, "wb") as file:
-        yield file, hashlib.sha256()
-        file.flush()
-        os.fsync(file.fileno())
+class _Hashed:
+    """A file with the size and the SHA-256 of what was written to it."""
 
+    def __init__(self, file: BinaryIO):
+        self._file, self._digest, self._size = file, hashlib.sha256(), 0
 
-def _put(file: BinaryIO, digest: Any, data: bytes | memoryview) -> None:
-    file.write(data)
-    digest.update(data)
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._size += len(data)
 
-
-def _replace(work: Path, target: Path) -> None:
-    """Rename, so that neither the content nor the name is lost with the power."""
-    if work.is_dir():
-        _sync(work)
-    os.replace(work, target)
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def entry(self) -> dict[str, Any]:
+        """Their line in a manifest."""
+        return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
 
 @contextlib.contextmanager

@@ -15,11 +15,12 @@ from typing import Any
 from gemkit import family
 from gemkit.errors import WeightsError
 from gemkit.family import DecoderConfig, Member, Prompt, Vision
+from gemkit.files import DTYPES
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import FIM_PREFIX
 from gemkit.text.vocabulary import IMAGE
 from gemkit.weights import configs
-from gemkit.weights.formats.base import DENSE, MAX_HEADER, Format, Reader, parse_json, sniff
+from gemkit.weights.formats.base import MAX_HEADER, Format, Reader, parse_json, sniff
 from gemkit.weights.formats.gguf import GGUFReader
 from gemkit.weights.formats.safetensors import SafetensorsReader
 from gemkit.weights.formats.torch_checkpoint import CkptReader
@@ -295,7 +296,7 @@ def _fit(format: Format, decoder: DecoderConfig, vision: Vision | None, reader: 
         entry = reader.entries.get(part.theirs)
         if entry is None:
             problems.append(f"{part.theirs} is missing")
-        elif entry.dtype in DENSE and entry.dtype not in FLOATS:
+        elif entry.dtype in DTYPES and entry.dtype not in FLOATS:
             problems.append(f"{part.theirs} is stored as {entry.dtype}, which is no weight")
         elif tuple(entry.shape) != part.layout.shape:
             problems.append(f"{part.theirs} is {tuple(entry.shape)} in the file, {part.layout.shape} in the model")

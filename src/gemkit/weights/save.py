@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from gemkit import family
 from gemkit.errors import WeightsError
 from gemkit.family import Prompt
+from gemkit.files import atomic_folder, refuse_existing, write_safetensors
 from gemkit.nn import Decoder, PaliGemma
 from gemkit.ops import Quantized
 from gemkit.text import Tokenizer
@@ -85,20 +83,10 @@ def appearing(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = new_folder(folder)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-        work.chmod(0o755)
+        with atomic_folder(target) as work:
+            yield work
     except OSError as error:
-        raise WeightsError(f"cannot write to {target.parent}: {error}") from error
-    try:
-        yield work
-        if target.exists():
-            target.rmdir()
-        os.replace(work, target)
-    except (OSError, SafetensorError) as error:  # the latter is what a full disk is to the library
         raise WeightsError(f"could not save to {target}: {error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def new_folder(folder: str | os.PathLike[str]) -> Path:
@@ -108,8 +96,10 @@ def new_folder(folder: str | os.PathLike[str]) -> Path:
         WeightsError: if it is a file, or a folder that is not empty.
     """
     target = Path(folder).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise WeightsError(f"{target} exists and is not empty: save to a new folder")
+    try:
+        refuse_existing(target)
+    except FileExistsError:
+        raise WeightsError(f"{target} exists and is not empty: save to a new folder") from None
     return target
 
 
@@ -141,8 +131,6 @@ def _kinds(module: Decoder | PaliGemma) -> dict[str, str]:
 def _write_weights(
     module: Decoder | PaliGemma, folder: Path, dtype: torch.dtype | None, kinds: Mapping[str, str], shard_bytes: int
 ) -> str:
-    from safetensors.torch import save_file
-
     dtypes: set[torch.dtype] = set()
     files: list[tuple[Path, list[str]]] = []
     total = 0
@@ -150,8 +138,8 @@ def _write_weights(
         path = folder / f"part-{len(files)}"
         dtypes |= {value.dtype for name, value in shard.items() if name.rpartition(".")[0] not in kinds}
         total += sum(value.nbytes for value in shard.values())
-        save_file(shard, path, metadata={"format": "pt"})
-        path.chmod(0o644)
+        with open(path, "wb") as file:
+            write_safetensors(file, shard, {"format": "pt"})
         files.append((path, list(shard)))
     if len(files) == 1:
         files[0][0].rename(folder / "model.safetensors")

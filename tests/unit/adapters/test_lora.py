@@ -414,7 +414,7 @@ def test_a_folder_is_whole_or_not_there(folder, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fails)
+    monkeypatch.setattr("gemkit.adapters.peft.write_safetensors", fails)
     with pytest.raises(WeightsError, match="No space left on device"):
         save(module, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

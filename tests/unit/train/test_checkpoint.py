@@ -116,7 +116,7 @@ class Died(Exception):
     """The process is gone: nothing is tidied up."""
 
 
-@pytest.mark.parametrize("at", range(12))
+@pytest.mark.parametrize("at", range(16))
 def test_death_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, at):
     """The process ends before its n-th change of the disk; whatever is there then is what a new process finds."""
     folder = tmp_path / "checkpoints"
@@ -137,7 +137,7 @@ def test_death_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, at
     monkeypatch.setattr(os, "replace", fatal(os.replace))
     monkeypatch.setattr(os, "fsync", fatal(os.fsync))
     monkeypatch.setattr(shutil, "rmtree", fatal(shutil.rmtree))
-    monkeypatch.setattr(checkpoint, "_put", fatal(checkpoint._put))
+    monkeypatch.setattr(checkpoint._Hashed, "write", fatal(checkpoint._Hashed.write))
     died = False
     try:
         made.save(saved(20))
@@ -162,14 +162,14 @@ def test_a_full_disk_is_said_before_it_is_written(kept, monkeypatch):
 
 
 def test_a_disk_that_fills_on_the_way(kept, monkeypatch):
-    put = checkpoint._put
+    write = checkpoint._Hashed.write
 
-    def full(file, digest, data):
-        if file.tell() > 100:
+    def full(hashed, data):
+        if hashed.entry()["bytes"] > 100:
             raise OSError(errno.ENOSPC, "No space left on device")
-        put(file, digest, data)
+        write(hashed, data)
 
-    monkeypatch.setattr(checkpoint, "_put", full)
+    monkeypatch.setattr(checkpoint._Hashed, "write", full)
     with pytest.raises(NoSpaceError, match=r"no space in .*checkpoints: needs"):
         kept.save(saved(30))
     assert kept.steps() == [10, 20]
@@ -183,7 +183,7 @@ def test_a_disk_that_cannot_be_written(kept, monkeypatch):
     def broken(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "_put", broken)
+    monkeypatch.setattr(checkpoint._Hashed, "write", broken)
     with pytest.raises(TrainingError, match=r"cannot write to .*Input/output error"):
         kept.save(saved(30))
     assert kept.newest().step == 20
@@ -217,7 +217,7 @@ def test_a_file_is_replaced_whole(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_put", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(NoSpaceError):
         replace_bytes(path, b"new")
     assert path.read_bytes() == b"old"

@@ -18,7 +18,6 @@ import contextlib
 import json
 import mmap
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from gemkit.executors.native.lower import (
     plain_name,
     plain_weights,
 )
+from gemkit.files import atomic_file
 
 MAGIC = b"GKPACK01"
 VERSION = 1  # of the layout of everything in the file, the weights' included
@@ -184,17 +184,9 @@ class Writer:
             OSError: where it cannot be written.
         """
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            try:
-                os.posix_fallocate(
-                    file.fileno(), 0, self.base + self.total
-                )  # a full disk says so here, not by a signal
-                yield self._begun(mmap.mmap(file.fileno(), self.base + self.total))  # unmapped with its last array
-                os.replace(file.name, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(file.name)
-                raise
+        with atomic_file(target, durable=False) as file:  # a cache: what the power takes is packed anew
+            os.posix_fallocate(file.fileno(), 0, self.base + self.total)  # a full disk says so here, not by a signal
+            yield self._begun(mmap.mmap(file.fileno(), self.base + self.total))  # unmapped with its last array
 
     def _begun(self, mapped: mmap.mmap) -> np.ndarray:
         mapped[: len(self.head)] = self.head

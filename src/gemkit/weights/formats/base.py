@@ -17,28 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gemkit.errors import WeightsError, nearest
+from gemkit.files import DTYPES
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
     from gemkit.ops.quantized import Quantized
-
-# Dense dtypes, named as in safetensors headers: bytes an element, name in torch.
-DENSE = {
-    "F64": (8, "float64"),
-    "F32": (4, "float32"),
-    "F16": (2, "float16"),
-    "BF16": (2, "bfloat16"),
-    "F8_E4M3": (1, "float8_e4m3fn"),
-    "F8_E5M2": (1, "float8_e5m2"),
-    "C64": (8, "complex64"),
-    "I64": (8, "int64"),
-    "I32": (4, "int32"),
-    "I16": (2, "int16"),
-    "I8": (1, "int8"),
-    "U8": (1, "uint8"),
-}
 
 MAX_AXES = 8  # more is a corrupt file: no tensor of the family has more than 4
 MAX_HEADER = 100_000_000  # bytes of JSON: what the safetensors library accepts too
@@ -118,7 +103,7 @@ class Reader(ABC):
 
         data = torch.empty(entry.nbytes, dtype=torch.uint8)
         self._files[entry.path].read_into(data.numpy(), entry.offset)
-        return data.view(getattr(torch, DENSE[entry.dtype][1])).view(entry.shape)
+        return data.view(getattr(torch, DTYPES[entry.dtype][1])).view(entry.shape)
 
     def close(self) -> None:
         for file in self._files.values():

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from gemkit.errors import WeightsError
-from gemkit.weights.formats.base import DENSE, Entry, File, Reader, count_elements, only_file
+from gemkit.files import DTYPES
+from gemkit.weights.formats.base import Entry, File, Reader, count_elements, only_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -149,7 +150,7 @@ class GGUFReader(Reader):
 
     def read(self, name: str) -> Tensor | Quantized:
         entry = self._entry(name)
-        if entry.dtype in DENSE:
+        if entry.dtype in DTYPES:
             return self._read_dense(entry)
         if len(entry.shape) != 2:
             raise WeightsError(f"{entry.path}: tensor {name!r} is {entry.dtype} of shape {entry.shape}, not a matrix")

@@ -14,7 +14,8 @@ import zlib
 from typing import IO, TYPE_CHECKING
 
 from gemkit.errors import WeightsError
-from gemkit.weights.formats.base import DENSE, Entry, File, Reader, count_elements
+from gemkit.files import DTYPES
+from gemkit.weights.formats.base import Entry, File, Reader, count_elements
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ class NpzReader(Reader):
         if descr not in _DTYPES:
             raise WeightsError(f"{where} has the dtype {descr!r}; these are read: {', '.join(_DTYPES)}")
         dtype = _DTYPES[descr]
-        nbytes = count_elements(shape, where) * DENSE[dtype][0]
+        nbytes = count_elements(shape, where) * DTYPES[dtype][0]
         if header + nbytes != info.file_size:
             raise WeightsError(f"{where} of shape {shape} needs {header + nbytes:,} bytes, not {info.file_size:,}")
         self.entries[name] = Entry(name, dtype, shape, self.path, info.header_offset, nbytes)
@@ -108,7 +109,7 @@ class NpzReader(Reader):
             raise WeightsError(f"{self.path}: array {name!r} is damaged: {error}") from None
         if done < entry.nbytes:
             raise WeightsError(f"{self.path}: array {name!r} ends after {done:,} of {entry.nbytes:,} bytes")
-        tensor = data.view(getattr(torch, DENSE[entry.dtype][1]))
+        tensor = data.view(getattr(torch, DTYPES[entry.dtype][1]))
         if name not in self._fortran:
             return tensor.view(entry.shape)
         return tensor.view(entry.shape[::-1]).permute(*reversed(range(len(entry.shape)))).contiguous()

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from gemkit.block_types import KINDS
 from gemkit.errors import WeightsError
-from gemkit.weights.formats.base import DENSE, MAX_HEADER, Entry, File, Reader, count_elements, parse_json
+from gemkit.files import DTYPES
+from gemkit.weights.formats.base import MAX_HEADER, Entry, File, Reader, count_elements, parse_json
 from gemkit.weights.formats.shards import check_shard, read_index
 
 INDEX = "model.safetensors.index.json"
@@ -149,11 +150,11 @@ def _entry(path: Path, start: int, name: str, info: object) -> Entry:
     if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
         raise WeightsError(f"{where} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DENSE:
-        raise WeightsError(f"{where} has the unknown dtype {dtype!r}; known: {', '.join(DENSE)}")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise WeightsError(f"{where} has the unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
     if not isinstance(shape, list):
         raise WeightsError(f"{where} has the shape {shape!r}, which is not a list")
-    nbytes = count_elements(shape, where) * DENSE[dtype][0]
+    nbytes = count_elements(shape, where) * DTYPES[dtype][0]
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(at) is not int or at < 0 for at in offsets):
         raise WeightsError(f"{where} has the data_offsets {offsets!r}: two whole numbers from 0 are needed")
     begin, end = offsets

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemkit.errors import WeightsError
-from gemkit.weights.formats.base import DENSE, MAX_AXES, Entry, File, Reader, only_file
+from gemkit.files import DTYPES
+from gemkit.weights.formats.base import MAX_AXES, Entry, File, Reader, only_file
 from gemkit.weights.formats.shards import check_shard, read_index
 
 if TYPE_CHECKING:
@@ -132,13 +133,13 @@ def _entry(file: File, name: str, tensor: Tensor, records: dict[int, int]) -> En
     where = f"{file.path}: tensor {name!r}"
     if not isinstance(tensor, torch.Tensor):
         raise WeightsError(f"{where} is a {type(tensor).__name__}")
-    dtypes = {torch_name: ours for ours, (_, torch_name) in DENSE.items()}
+    dtypes = {torch_name: ours for ours, (_, torch_name) in DTYPES.items()}
     dtype = dtypes.get(str(tensor.dtype).removeprefix("torch."))
     if len(tensor.shape) > MAX_AXES:
         raise WeightsError(f"{where} has {len(tensor.shape)} axes, more than {MAX_AXES}")
     if tensor.layout is not torch.strided or dtype is None:
         raise WeightsError(
-            f"{where} is {tensor.layout} {tensor.dtype}; dense tensors of these are read: {', '.join(DENSE)}"
+            f"{where} is {tensor.layout} {tensor.dtype}; dense tensors of these are read: {', '.join(DTYPES)}"
         )
     if not tensor.is_contiguous():
         raise WeightsError(f"{where} is not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}")

@@ -171,7 +171,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
                 before = resident()
                 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
                 kept = [reader.read(name) for name in reader.entries]
-                print((peak() - before) / sum(entry.nbytes for entry in reader.base.values()))
+                print((peak() - before) / sum(entry.nbytes for entry in reader.entries.values()))
     """)
     dense, quantized = map(float, out.split())
     assert 0.9 < dense < 1.2

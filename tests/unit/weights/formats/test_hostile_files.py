@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemkit.errors import WeightsError
-from gemkit.weights.formats.base import DENSE
+from gemkit.files import DTYPES
 from gemkit.weights.formats.gguf import TYPES, GGUFReader, Strings
 from gemkit.weights.formats.safetensors import SafetensorsReader
 
@@ -25,9 +25,9 @@ NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8
 def safetensors_files(draw):
     header, data = {}, b""
     for name in draw(st.lists(NAMES, unique=True, max_size=4)):
-        dtype = draw(st.sampled_from(sorted(DENSE)))
+        dtype = draw(st.sampled_from(sorted(DTYPES)))
         shape = draw(st.lists(st.integers(0, 3), max_size=3))
-        size = int(np.prod(shape)) * DENSE[dtype][0]
+        size = int(np.prod(shape)) * DTYPES[dtype][0]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + size]}
         data += draw(st.binary(min_size=size, max_size=size))
     if draw(st.booleans()):
@@ -136,7 +136,7 @@ def test_whole_files_are_read(tmp_path, reader_class, files):
         path.write_bytes(data)
         with reader_class(path) as reader:
             for name, entry in reader.entries.items():
-                if entry.dtype in DENSE:  # its bytes are those of the file: the strategies know nothing of the reader
+                if entry.dtype in DTYPES:  # its bytes are those of the file: the strategies know nothing of the reader
                     found = reader.read(name).reshape(-1).view(torch.uint8).numpy().tobytes()
                     assert found == data[entry.offset : entry.offset + entry.nbytes]
 

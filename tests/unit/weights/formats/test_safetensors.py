@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 
 from gemkit.errors import WeightsError
-from gemkit.weights.formats.base import DENSE, Entry
+from gemkit.files import DTYPES
+from gemkit.weights.formats.base import Entry
 from gemkit.weights.formats.safetensors import SafetensorsReader
 
 TENSORS = {
@@ -45,7 +46,7 @@ def test_reads_what_the_library_wrote(tmp_path):
 
 def test_reads_every_dtype_that_it_lists(tmp_path):
     tensors = {
-        ours: torch.arange(4).to(getattr(torch, theirs)) for ours, (_, theirs) in DENSE.items()
+        ours: torch.arange(4).to(getattr(torch, theirs)) for ours, (_, theirs) in DTYPES.items()
     }  # the library names dtypes in the header by its own table
     safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
     with SafetensorsReader(tmp_path / "x.safetensors") as reader:
