@@ -5,6 +5,7 @@ made without any of these and given only what its loss reads; a stand-in for the
 all tokens, so that what is compared is what TRL makes of them: its own differences, masks, means and clips.
 """
 
+import importlib
 import warnings
 from collections import defaultdict
 from dataclasses import replace
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from gemkit import nn
 from gemkit.adapters import lora
-from gemkit.train import losses, objectives, vocabulary
+from gemkit.train import losses, objectives
 from gemkit.train.batching import Example
 from gemkit.train.objectives.dpo import Dpo
 from gemkit.train.objectives.pretrain import rows_of
@@ -28,6 +29,8 @@ from gemkit.train.objectives.rl import Grpo
 from gemkit.weights.save import save_hf
 from support.tiny import load, reference, save_reference, tiny
 from support.tiny_models import tokenizer
+
+chunked = importlib.import_module("gemkit.ops.linear_cross_entropy")  # the function hides its module
 
 WORDS = tokenizer()
 PAIRS = [
@@ -38,7 +41,7 @@ PAIRS = [
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(vocabulary, "_CHUNK", 4 * len(WORDS))
+    monkeypatch.setattr(chunked, "CHUNK", 4 * len(WORDS))
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +106,12 @@ def test_divergence_equals_gkd(trl, beta, temperature):
     x_MD, y_MD = torch.randn(2, 9, model.config.width, dtype=torch.float64).unbind(0)
     x_MD.requires_grad_()
     mask_M = torch.arange(9) % 3 != 0
-    ours, _ = losses.distillation(
-        model, x_MD[mask_M], teacher, y_MD[mask_M], torch.ones(int(mask_M.sum())), beta=beta, temperature=temperature
-    )
+    weights_M = torch.ones(int(mask_M.sum()))
+    loss = losses.distillation(teacher, y_MD[mask_M], weights_M, beta=beta, temperature=temperature)
+    ours, _ = model.lm_head.loss(x_MD[mask_M], loss)
     theirs = trl.gkd.generalized_jsd_loss(
-        model.logits(x_MD)[None],
-        teacher.logits(y_MD).detach()[None],
+        model.lm_head(x_MD)[None],
+        teacher.lm_head(y_MD).detach()[None],
         torch.where(mask_M, 1, -100)[None],
         beta=beta,
         temperature=temperature,
@@ -190,12 +193,12 @@ def test_grpo_equals_trl(trl, variant, kl):
         ids = rng.integers(3, len(WORDS), prompt + answer)
         units.append((Example(ids, weights, extra={"advantage": gain, "reward": 0.0, "cut": False}),))
     rows = rows_of(model, units)
-    known_M = losses.token_logprobs(before, rows.hidden(before), rows.targets, temperature=0.9).detach()
+    known_M = rows.loss(before, losses.token_logprobs(rows.targets, temperature=0.9)).detach()
     for i, unit in enumerate(units):
         unit[0].extra["reference"] = known_M[rows.sequences == i]
     ours = objective.loss(model, units).total / objective.size(units)
 
-    log_p_MV = torch.log_softmax(model.logits(rows.hidden(model)) / 0.9, -1)
+    log_p_MV = torch.log_softmax(model.lm_head(rows.hidden(model)) / 0.9, -1)
     log_p_M = log_p_MV.gather(1, rows.targets[:, None])[:, 0]
     by_answer = [rows.sequences == i for i in range(3)]
     trainer = grpo_trainer(trl, padded([log_p_M[mine] for mine in by_answer]), variant, kl)

@@ -18,15 +18,18 @@ One block, twice the same figure (a norm, a branch, a sum):
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch.nn import Module, ModuleList
 
 from gemkit import family, ops
+from gemkit.errors import ConfigError
 from gemkit.nn.batch import Batch
 from gemkit.nn.griffin import Recurrent
 from gemkit.nn.layers import Embedding, Head, Linear, ParamModule, RMSNorm
 from gemkit.nn.state import State
+
+Output = Literal["logits", "hidden", "loss", "reward"]
 
 
 class Attention(Module):
@@ -119,31 +122,51 @@ class Decoder(Module):
         self.embed_tokens = Embedding(config.vocab_size, config.width, config.embed_scale, config.embed_scale_dtype)
         self.layers = ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.lm_head = Head(self.embed_tokens)
+        self.lm_head = Head(self.embed_tokens, config.final_softcap)
         self.score: Any = None  # of a reward model: a `layers.Score`, which reads what the head reads
 
-    def forward(self, batch: Batch | Any, state: State | None = None, rows=None, features_ED=None):
-        """Logits of every token, or of `rows` of them only.
+    def forward(
+        self,
+        batch: Batch | Any,
+        state: State | None = None,
+        rows=None,
+        features_ED=None,
+        *,
+        output: Output = "logits",
+        loss: ops.ChunkedLoss | None = None,
+    ):
+        """What the last of these makes of every token, or of `rows` of them only: norm, then head.
 
         Args:
             batch: a `Batch` of T tokens, or a (B, T) tensor of ids.
             state: what was remembered of the sequences before; it remembers these tokens after.
-            rows: (R,) int64: which of the T tokens need logits. None: all.
+            rows: (R,) int64: the rows of output among the T tokens. None: all.
             features_ED: what stands in the rows `batch.image_rows` instead of an embedding, unscaled.
+            output: "logits": (R, V) or (T, V), for a (B, T) tensor (B, T, V); in float32 where a final soft cap
+                applies, else in the run dtype. "hidden": the hidden state after the last norm, (R, D). "loss": what
+                `loss` makes of the logits, a chunk of rows at a time. "reward": (R,), the number of a reward head.
+            loss: of the output "loss".
 
-        Returns:
-            (R, V) or (T, V); for a (B, T) tensor (B, T, V). In float32 where a final soft cap applies, else in the
-            run dtype.
+        Raises:
+            ConfigError: for a reward of a model that has no such head.
         """
         if not isinstance(batch, Batch):
-            return self(Batch.rows(batch), state, rows).unflatten(0, batch.shape)
-        return self.logits(self.hidden(batch, state, rows, features_ED))
+            return self(Batch.rows(batch), state, rows, output=output, loss=loss).unflatten(0, batch.shape)
+        x_RD = self._hidden(batch, state, rows, features_ED)
+        match output:
+            case "hidden":
+                return x_RD
+            case "loss":
+                assert loss is not None
+                return self.lm_head.loss(x_RD, loss)
+            case "reward":
+                if self.score is None:
+                    raise ConfigError("the model has no reward head: `gemkit tune reward` trains one")
+                return self.score(x_RD).flatten()
+        return self.lm_head(x_RD)
 
-    def hidden(self, batch: Batch, state: State | None = None, rows=None, features_ED=None):
-        """What the head reads: (R, D) or (T, D), after the last norm. Arguments are those of `forward`.
-
-        A loss takes the head from here by parts: all logits of a vocabulary of 256,000 at once are gigabytes.
-        """
+    def _hidden(self, batch: Batch, state: State | None, rows, features_ED):
+        """(R, D) or (T, D): the hidden state after the last norm."""
         spans = list(batch.spans())
         if state is not None:
             state.expect(self.config, spans)
@@ -167,13 +190,6 @@ class Decoder(Module):
         if rows is not None:
             x_TD = ops.take_rows(x_TD, rows)
         return self.norm(x_TD)
-
-    def logits(self, x_RD):
-        """(R, V) from what `hidden` gave."""
-        logits_RV = self.lm_head(x_RD)
-        if self.config.final_softcap is not None:
-            logits_RV = ops.softcap(logits_RV, self.config.final_softcap)
-        return logits_RV
 
     def hold(self, name: str, value) -> None:
         """Put a weight where it belongs by its name; the head follows the embedding."""

@@ -62,6 +62,10 @@ class Projection(LoRAHost):
     bias: Any
 
     def forward(self, x_TI):
+        return self.project(x_TI)
+
+    def project(self, x_TI):
+        """The product, a bias, and what adapters add: (T, in) to (T, out)."""
         y_TO = ops.linear(x_TI, self.weight, self.bias)
         if self.adapters is not None:
             for adapter in self.adapters.values():
@@ -84,18 +88,38 @@ class Linear(Projection):
 
 
 class Head(Projection):
-    """The projection to the vocabulary, by the embedding's own weight (tied in every member).
+    """The projection to the vocabulary, by the embedding's own weight (tied in every member), and the final soft cap.
 
     An adapter on it changes the logits alone, and never what a token is embedded as.
     """
 
-    def __init__(self, embedding: Embedding):
+    def __init__(self, embedding: Embedding, softcap: float | None = None):
         super().__init__()
-        self.weight, self.bias = embedding.weight, None
+        self.weight, self.bias, self.softcap = embedding.weight, None, softcap
+
+    def forward(self, x_TI, loss: ops.ChunkedLoss | None = None):
+        """Logits (T, V), in float32 where a soft cap applies; with `loss`, what it makes of them (`ops.ChunkedLoss`)
+        a chunk of rows at a time, so that (T, V) is never there."""
+        if loss is not None:
+            plain = type(self) is Head and self.bias is None and not self.adapters
+            return ops.linear_cross_entropy(x_TI, loss, self._operands(self.forward, self.weight if plain else None))
+        logits_TV = self.project(x_TI)
+        return logits_TV if self.softcap is None else ops.softcap(logits_TV, self.softcap)
+
+    def loss(self, x_TD, loss: ops.ChunkedLoss):
+        """`loss` of the logits of some rows. Hooks on this module, if there are any, see the logits of each chunk."""
+        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+            return ops.linear_cross_entropy(x_TD, loss, self._operands(self, None))
+        return self(x_TD, loss)
+
+    def _operands(self, project, table) -> ops.LogitsHead:
+        trained = [weight for weight in self.parameters() if weight.requires_grad]
+        return ops.LogitsHead(project, self.weight.shape[0], trained, table, self.softcap)
 
     def extra_repr(self):
         out_features, in_features = self.weight.shape
-        return f"in_features={in_features}, out_features={out_features}, tied to embed_tokens"
+        cap = "" if self.softcap is None else f", softcap={self.softcap:g}"
+        return f"in_features={in_features}, out_features={out_features}, tied to embed_tokens{cap}"
 
 
 class Score(ParamModule):

@@ -13,10 +13,10 @@ from typing import Any
 
 from torch.nn import Module
 
-from gemkit import family
+from gemkit import family, ops
 from gemkit.errors import ConfigError
 from gemkit.nn.batch import Batch
-from gemkit.nn.decoder import Decoder
+from gemkit.nn.decoder import Decoder, Output
 from gemkit.nn.layers import Linear, ParamModule
 from gemkit.nn.siglip import Siglip
 from gemkit.nn.state import State
@@ -51,24 +51,23 @@ class PaliGemma(Module):
         self.multi_modal_projector = Projector(vision, config)
         self.language_model = Decoder(config)
 
-    def forward(self, batch: Batch | Any, state: State | None = None, rows=None, pixels_ICSS=None):
-        """Logits as of `Decoder`, of a batch whose `image_rows` are the patches of these images, one after another.
+    def forward(
+        self,
+        batch: Batch | Any,
+        state: State | None = None,
+        rows=None,
+        pixels_ICSS=None,
+        *,
+        output: Output = "logits",
+        loss: ops.ChunkedLoss | None = None,
+    ):
+        """As of `Decoder`, of a batch whose `image_rows` are the patches of these images, one after another.
 
         Args:
             pixels_ICSS: (I, 3, S, S) in -1 to 1; None: no image is in this batch.
         """
-        if pixels_ICSS is None:
-            return self.language_model(batch, state, rows)
-        return self.logits(self.hidden(batch, state, rows, pixels_ICSS))
-
-    def hidden(self, batch: Batch, state: State | None = None, rows=None, pixels_ICSS=None):
-        """What the head reads, as of `Decoder.hidden`."""
         features_ED = None if pixels_ICSS is None else self.image_features(pixels_ICSS)
-        return self.language_model.hidden(batch, state, rows, features_ED)
-
-    def logits(self, x_RD):
-        """(R, V) from what `hidden` gave."""
-        return self.language_model.logits(x_RD)
+        return self.language_model(batch, state, rows, features_ED, output=output, loss=loss)
 
     def image_features(self, pixels_ICSS):
         """(I * P, D): what the decoder sees of each patch of each image."""
@@ -77,6 +76,10 @@ class PaliGemma(Module):
     @property
     def embed_tokens(self):
         return self.language_model.embed_tokens
+
+    @property
+    def lm_head(self):
+        return self.language_model.lm_head
 
     @property
     def norm(self):

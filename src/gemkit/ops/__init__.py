@@ -32,14 +32,18 @@ from gemkit.ops.basic import (
     take_rows,
 )
 from gemkit.ops.convolution import conv2d, conv_transpose2d, from_grid, nearest_rows, relu, to_grid
+from gemkit.ops.linear_cross_entropy import ChunkedLoss, LogitsHead, RowLoss, linear_cross_entropy
 from gemkit.ops.quantized import Quantized
 from gemkit.ops.recurrence import Recurrence, block_linear, causal_conv1d, linear_scan, rg_lru
 from gemkit.ops.rope import rope, rope_frequencies, rope_table
 
 __all__ = [
+    "ChunkedLoss",
+    "LogitsHead",
     "Memory",
     "Quantized",
     "Recurrence",
+    "RowLoss",
     "add",
     "add_positions",
     "attention",
@@ -56,6 +60,7 @@ __all__ = [
     "in_dtype_of",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "linear_scan",
     "merge_heads",
     "mul",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemkit.errors import ConfigError
 from gemkit.nn import Batch
+from gemkit.ops import ChunkedLoss
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,5 +95,9 @@ class Rows:
         )
 
     def hidden(self, model: Any) -> Tensor:
-        """(M, D): what the head reads where something is predicted. `model` is a `Decoder` or a `PaliGemma`."""
-        return model.hidden(self.batch, None, self.rows, self.pixels_ICSS)
+        """(M, D): the hidden state after the last norm of each row. `model` is a `Decoder` or a `PaliGemma`."""
+        return model(self.batch, None, self.rows, self.pixels_ICSS, output="hidden")
+
+    def loss(self, model: Any, loss: ChunkedLoss) -> Any:
+        """The result of a loss of the logits of each row, by the model's own forward."""
+        return model(self.batch, None, self.rows, self.pixels_ICSS, output="loss", loss=loss)

@@ -3,7 +3,7 @@
 Nothing is estimated by formula that can be computed: the model is built of tensors that have a shape and no content
 (torch's `FakeTensorMode`), one part of a step goes forward and back through the real modules, and what would be in
 memory at each moment is counted. So an adapter, a soft cap, a window, a recurrence, blocks that are computed again all
-cost what the code makes them cost. What is added by rule: the loss (`vocabulary.extra_bytes`), the weights, their
+cost what the code makes them cost. Added by rule: the loss (`linear_cross_entropy.extra_bytes`), the weights, their
 gradients and the optimizer, the process itself.
 """
 
@@ -27,9 +27,9 @@ from gemkit import family
 from gemkit.errors import ConfigError
 from gemkit.inspect.units import exact, memory
 from gemkit.nn import Batch, Decoder, PaliGemma, build
+from gemkit.ops.linear_cross_entropy import CHUNK, extra_bytes
 from gemkit.train.experiment import Experiment
 from gemkit.train.trainer import blocks_again
-from gemkit.train.vocabulary import _CHUNK, extra_bytes
 
 # Memory that is taken over what is in use at the highest moment: malloc keeps freed pieces for later ones of their
 # size. Measured with the starter model, see docs/training.md.
@@ -125,7 +125,7 @@ def predict(
     table_trained = any(name.endswith("embed_tokens.weight") for name in trained)
     head = extra_bytes(tokens, decoder.vocab_size, decoder.width, itemsize=dtype.itemsize, table=table_trained)
     if stored is not None and dtype != torch.float32:  # logits and gradients of a chunk are not made in place then
-        head += 3 * min(tokens * decoder.vocab_size, _CHUNK) * 4
+        head += 3 * min(tokens * decoder.vocab_size, CHUNK) * 4
     own = bytes_all if stored is None else stored + bytes_trained
     head_flops = (6 if table_trained else 4) * tokens * decoder.width * decoder.vocab_size
     return Plan(
@@ -248,7 +248,7 @@ def _computed(module: Any, sequences: int, length: int, dtype: torch.dtype) -> t
         return first, others[0], others[1]
     batch, pixels = _batch(sequences, length, module.vision, dtype)
     with _Meter() as meter:
-        x_TD = module.hidden(batch, None, torch.arange(sequences * length), pixels)
+        x_TD = module(batch, None, torch.arange(sequences * length), pixels, output="hidden")
         kept = meter.now
         if x_TD.requires_grad:
             x_TD.backward(torch.zeros_like(x_TD))

@@ -1,6 +1,7 @@
-"""What is learned, as mathematics: functions of a model's hidden rows, or of log-probabilities, and of nothing else.
+"""Loss functions: of the logits of rows, which a model's head computes in chunks, or of log-probabilities.
 
-Those of hidden rows never hold all their logits (`vocabulary.py`). Each returns a sum, which the trainer divides.
+Those of logits are `ops.ChunkedLoss`: `model(batch, rows=rows, output="loss", loss=...)` computes one, and the logits
+of all rows are never there. Each gives a sum, which the trainer divides.
 
     M  rows that predict something     z  their logits, after the final soft cap     p = softmax(z)
     V  vocabulary rows                 y  the token that came                        w  the weight of a row
@@ -8,6 +9,7 @@ Those of hidden rows never hold all their logits (`vocabulary.py`). Each returns
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,56 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemkit.errors import ConfigError
-from gemkit.train import vocabulary
+from gemkit.ops import ChunkedLoss
 
-# ── of hidden rows ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── of logits ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def cross_entropy(
-    model: Any, x_MD: Tensor, targets_M: Tensor, weights_M: Tensor, *, smoothing: float = 0.0, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
+def cross_entropy(targets_M: Tensor, weights_M: Tensor, *, smoothing: float = 0.0, z_loss: float = 0.0) -> ChunkedLoss:
     """Next-token cross-entropy, sum of w (-(1 - e) log p_y - e mean log p + c log(Z)^2) over the rows.
 
     The loss of pretraining and of fine-tuning. Label smoothing e (arXiv:1512.00567, section 7) spreads that share of
     the target evenly over the vocabulary; the z-loss c (PaLM, arXiv:2204.02311, section 5), Z the sum of exp(z), keeps
     logits from drifting. d/dz = w ((1 + 2 c log Z) p - (1 - e) onehot(y) - e / V).
 
-    Returns:
-        the sum, differentiable, and -w log p_y of each row, (M,), for metrics.
+    Its result is the sum, differentiable, and (M, 2): the loss of each row, and -w log p_y of it for metrics.
     """
     if not 0 <= smoothing < 1 or z_loss < 0:
         raise ConfigError(f"smoothing={smoothing} must be in [0, 1) and z_loss={z_loss} not negative")
     ones = torch.ones_like(weights_M)[:, None]
-    row = _Targets(targets_M[:, None], ones, weights_M, smoothing, z_loss)
-    total, values = vocabulary.summed(model, row, x_MD)
-    return total, values[:, 1]
+    return ChunkedLoss(_Targets(targets_M[:, None], ones, weights_M, smoothing, z_loss))
 
 
-def sampled_cross_entropy(
-    model: Any, x_MD: Tensor, ids_MK: Tensor, probs_MK: Tensor, weights_M: Tensor
-) -> tuple[Tensor, Tensor]:
+def sampled_cross_entropy(ids_MK: Tensor, probs_MK: Tensor, weights_M: Tensor) -> ChunkedLoss:
     """Cross-entropy against a distribution over K tokens of each row, sum of -w sum_k q_k log p_k over the rows.
 
     Gemma 3 was distilled so (arXiv:2503.19786, section 2.2): 256 tokens of each position drawn by the teacher's
     probabilities, the others' taken as zero, q renormalised (`sample_teacher`). d/dz = w (p sum(q) - q).
 
-    Returns:
-        the sum, differentiable, and that of each row.
+    Its result is that of `cross_entropy`.
     """
-    total, values = vocabulary.summed(model, _Targets(ids_MK, probs_MK, weights_M, 0.0, 0.0), x_MD)
-    return total, values[:, 0]
+    return ChunkedLoss(_Targets(ids_MK, probs_MK, weights_M, 0.0, 0.0))
 
 
 def distillation(
-    model: Any,
-    x_MD: Tensor,
-    teacher: Any,
-    y_ME: Tensor,
-    weights_M: Tensor,
-    *,
-    beta: float = 0.0,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+    teacher: Any, y_ME: Tensor, weights_M: Tensor, *, beta: float = 0.0, temperature: float = 1.0
+) -> ChunkedLoss:
     """Divergence of a student P from a teacher Q over the whole vocabulary, both of logits divided by a temperature.
 
     beta = 0: sum of w KL(Q || P), whose gradient is that of -sum Q log P, the loss of Gemma 2 (arXiv:2408.00118,
@@ -79,45 +65,46 @@ def distillation(
     Args:
         teacher: a model with the same vocabulary, whose head reads `y_ME`, its own hidden rows.
 
-    Returns:
-        the sum, differentiable in the student alone, and that of each row.
+    Its result is the sum, differentiable in the student alone, and that of each row, (M,).
     """
     if not 0 <= beta <= 1 or temperature <= 0:
         raise ConfigError(f"beta={beta} must be from 0 to 1 and temperature={temperature} above 0")
-    return vocabulary.summed(model, _Divergence(weights_M, beta, temperature), x_MD, (teacher, y_ME.detach()))
+    return ChunkedLoss(_Divergence(weights_M, beta, temperature), teacher=(teacher.lm_head, y_ME.detach()))
 
 
-def token_logprobs(
-    model: Any, x_MD: Tensor, targets_M: Tensor, *, temperature: float = 1.0, entropy: bool = False
-) -> Tensor:
-    """log p_y of each row, differentiable, (M,), of logits divided by a temperature; what DPO and GRPO are made of.
+def token_logprobs(targets_M: Tensor, *, temperature: float = 1.0, entropy: bool = False) -> ChunkedLoss:
+    """log p_y of each row, (M,), of logits divided by a temperature: the log-probabilities of DPO and GRPO.
 
-    With `entropy` (M, 2): beside it the entropy H = -sum p log p of each row, differentiable as well.
+    Its result is differentiable. With `entropy` (M, 2): beside it the entropy H = -sum p log p of each row,
+    differentiable as well.
     d log p_y / dz = (onehot(y) - p) / t, dH/dz_j = -p_j (log p_j + H) / t.
     """
     row = _Logprobs(targets_M, temperature, entropy)
-    return vocabulary.mapped(model, row, row.derivative, x_MD)
+    return ChunkedLoss(row, backward=row.derivative)
 
 
 @torch.no_grad()
 def sample_teacher(
-    teacher: Any, y_ME: Tensor, count: int, generator: torch.Generator | None = None
+    read: Callable[[ChunkedLoss], Tensor], count: int, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`count` tokens of each row, drawn by the teacher's probabilities without putting back; ids and probabilities
+    """`count` tokens of each row, drawn by the teacher's probabilities without replacement; ids and probabilities
     renormalised over them, (M, count) each.
+
+    Args:
+        read: computes a loss of the teacher's logits, such as `partial(rows.loss, teacher)`.
 
     The draw is of Gumbel's kind: the largest of p / e, where each e is exponentially distributed.
     """
     kept: list[Tensor] = []
 
-    def row(z_CV: Tensor, rows: slice, gradient: bool, *beside_CV: Tensor) -> Tensor:
+    def row(z_CV: Tensor, rows: slice, gradient: bool, *teacher_CV: Tensor) -> Tensor:
         p_CV = torch.softmax(z_CV, -1)
         noise_CV = torch.empty_like(p_CV).exponential_(generator=generator)
         ids_CK = (p_CV / noise_CV).topk(min(count, p_CV.shape[1]), sorted=False).indices
         kept.append(ids_CK)
         return F.normalize(p_CV.gather(1, ids_CK), p=1, dim=1)
 
-    probs_MK = vocabulary.mapped(teacher, row, lambda _: row, y_ME)
+    probs_MK = read(ChunkedLoss(row, backward=lambda _: row))
     return torch.cat(kept), probs_MK
 
 
@@ -220,7 +207,7 @@ class _Targets:
         self.ids_MK, self.probs_MK, self.weights_M = ids_MK, probs_MK, weights_M
         self.smoothing, self.z_loss = smoothing, z_loss
 
-    def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, *beside_CV: Tensor) -> Tensor:
+    def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, *teacher_CV: Tensor) -> Tensor:
         ids_CK, q_CK, w_C = self.ids_MK[rows], self.probs_MK[rows].to(z_CV.dtype), self.weights_M[rows].to(z_CV.dtype)
         mass_C, e, c = q_CK.sum(-1), self.smoothing, self.z_loss
         mean_C = z_CV.mean(-1) if e else 0.0
@@ -246,8 +233,8 @@ class _Divergence:
     def __init__(self, weights_M: Tensor, beta: float, temperature: float):
         self.weights_M, self.beta, self.temperature = weights_M, beta, temperature
 
-    def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, *beside_CV: Tensor) -> Tensor:
-        q_CV = beside_CV[0].to(z_CV.dtype)
+    def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, *teacher_CV: Tensor) -> Tensor:
+        q_CV = teacher_CV[0].to(z_CV.dtype)
         beta, w_C = self.beta, self.weights_M[rows].to(z_CV.dtype)
         log_q_CV = torch.log_softmax(q_CV.div_(self.temperature), -1)
         log_p_CV = torch.log_softmax(z_CV.div_(self.temperature), -1, out=z_CV)
@@ -282,7 +269,7 @@ class _Logprobs:
         grads = (grad_M[:, 0], grad_M[:, 1]) if self.entropy else (grad_M, None)
         return _Logprobs(self.targets_M, self.temperature, self.entropy, grads)
 
-    def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, *beside_CV: Tensor) -> Tensor:
+    def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, *teacher_CV: Tensor) -> Tensor:
         if self.temperature != 1:
             z_CV /= self.temperature
         targets_C1 = self.targets_M[rows, None]

@@ -59,7 +59,7 @@ def measured(name, prepare, *, checkpointing=False) -> tuple[int, int]:
         rows, prefixes = torch.arange(2 * patches), [patches] * 2
     batch = Batch.of([torch.zeros(LENGTH, dtype=torch.int64)] * 2, prefixes=prefixes, image_rows=rows)
     with blocks_again(module, checkpointing), _Meter() as meter:
-        x_TD = module.hidden(batch, None, torch.arange(2 * LENGTH), pixels)
+        x_TD = module(batch, None, torch.arange(2 * LENGTH), pixels, output="hidden")
         kept = meter.now
         x_TD.backward(torch.zeros_like(x_TD))
     return meter.peak, kept
@@ -80,7 +80,7 @@ def test_many_sequences_are_as_many_times_one():
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with _Meter() as meter:
-        x_TD = module.hidden(batch, None, torch.arange(4 * LENGTH))
+        x_TD = module(batch, None, torch.arange(4 * LENGTH), output="hidden")
         x_TD.backward(torch.zeros_like(x_TD))
     found = plan("gemma-3-270m", of=asked(step=Step(max_tokens=4 * LENGTH)))
     assert found.tokens == 4 * LENGTH

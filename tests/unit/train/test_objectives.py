@@ -1,6 +1,7 @@
 """Each objective against the same written plainly: all logits at once, differentiated by torch, in float64."""
 
 import contextlib
+import importlib
 import math
 import time
 from dataclasses import replace
@@ -16,7 +17,7 @@ from gemkit import nn
 from gemkit.adapters import lora
 from gemkit.errors import ConfigError, DataError, ModelError
 from gemkit.text.vocabulary import IMAGE
-from gemkit.train import objectives, vocabulary
+from gemkit.train import objectives
 from gemkit.train.batching import Rows
 from gemkit.train.experiment import Experiment
 from gemkit.train.objectives import judges, reference
@@ -30,6 +31,8 @@ from gemkit.train.objectives.sft import Sft
 from support.tiny import TOWER, tiny
 from support.tiny_models import tokenizer
 
+chunked = importlib.import_module("gemkit.ops.linear_cross_entropy")  # the function hides its module
+
 WORDS = tokenizer()
 TEXT = {"text": "over the hills"}
 CHAT = {"messages": [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two!"}] * 2}
@@ -40,8 +43,8 @@ MEMBERS = ("gemma-3-270m", "gemma-2-2b", "recurrentgemma-2b")  # without and wit
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(vocabulary, "_CHUNK", 4 * len(WORDS))
-    monkeypatch.setattr(vocabulary, "_SLAB", 3 * len(WORDS))
+    monkeypatch.setattr(chunked, "CHUNK", 4 * len(WORDS))
+    monkeypatch.setattr(chunked, "_SLAB", 3 * len(WORDS))
 
 
 def model_of(name: str, seed: int = 0, dtype: torch.dtype = torch.float64, words=WORDS, vision=None) -> Any:
@@ -67,7 +70,7 @@ def encoded(objective, *records):
 def log_softmax(model, units) -> tuple[Rows, Tensor]:
     """Of all rows that count, and all of the vocabulary."""
     rows = Rows.of([example for unit in units for example in unit])
-    return rows, torch.log_softmax(model.logits(rows.hidden(model)), -1)
+    return rows, torch.log_softmax(model.lm_head(rows.hidden(model)), -1)
 
 
 def picked(rows: Rows, log_p_MV: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ def test_pretrain(name):
     assert len(units) == 6  # 15 tokens in pieces of 7 after a <bos>
     loss = objective.loss(model, units)
     rows, log_p_MV = log_softmax(model, units)
-    penalty = 0.01 * torch.logsumexp(model.logits(rows.hidden(model)), -1).square().sum()
+    penalty = 0.01 * torch.logsumexp(model.lm_head(rows.hidden(model)), -1).square().sum()
     assert_same_gradient(model, loss.total, penalty - picked(rows, log_p_MV).sum())
     assert objective.size(units) == 30
     assert loss.metrics["nll"] == pytest.approx(-picked(rows, log_p_MV).sum().item())
@@ -141,8 +144,8 @@ def test_distill(name, settings):
     prepared = objective.prepare(model, units, rng())
     rows, _ = log_softmax(model, units)
     heat = settings.get("temperature", 1.0)
-    log_p_MV = torch.log_softmax(model.logits(rows.hidden(model)) / heat, -1)
-    log_q_MV = torch.log_softmax(teacher.logits(rows.hidden(teacher)) / heat, -1).detach()
+    log_p_MV = torch.log_softmax(model.lm_head(rows.hidden(model)) / heat, -1)
+    log_q_MV = torch.log_softmax(teacher.lm_head(rows.hidden(teacher)) / heat, -1).detach()
     p_MV, q_MV, beta = log_p_MV.exp(), log_q_MV.exp(), settings.get("beta", 0.0)
     if "sampled" in settings:
         ids_MK, probs_MK = (torch.cat([unit[0].extra["teacher"][i] for unit in prepared]) for i in (0, 1))
@@ -164,7 +167,7 @@ def test_gemma_2s_loss_has_the_gradient_of_the_divergence():
     objective = Distill(WORDS, teacher)
     units = encoded(objective, TEXT)
     rows, log_p_MV = log_softmax(model, units)
-    q_MV = torch.softmax(teacher.logits(rows.hidden(teacher)), -1).detach()
+    q_MV = torch.softmax(teacher.lm_head(rows.hidden(teacher)), -1).detach()
     ours = objective.loss(model, objective.prepare(model, units, rng())).total
     entropy = -(q_MV * q_MV.log()).sum()
     assert_same_gradient(model, ours + entropy, -(q_MV * log_p_MV).sum())
@@ -201,7 +204,11 @@ def test_reward(name):
     objective = Reward(WORDS, centre=0.01)
     units = encoded(objective, PAIR, TURNS)
     rewards_E = torch.stack(
-        [model.hidden(nn.Batch.of([torch.from_numpy(x.ids)]))[-1] @ model.score.weight[0] for u in units for x in u]
+        [
+            model(nn.Batch.of([torch.from_numpy(x.ids)]), output="hidden")[-1] @ model.score.weight[0]
+            for u in units
+            for x in u
+        ]
     )
     chosen, rejected = rewards_E[0::2], rewards_E[1::2]
     plain = -torch.sigmoid(chosen - rejected).log().sum() + 0.01 * ((chosen + rejected) ** 2).sum()
@@ -219,7 +226,7 @@ def test_rl(name, variant):
     rows, _ = log_softmax(model, units)
 
     def at_temperature(module) -> Tensor:
-        return picked(rows, torch.log_softmax(module.logits(rows.hidden(module)) / 0.8, -1))
+        return picked(rows, torch.log_softmax(module.lm_head(rows.hidden(module)) / 0.8, -1))
 
     now_M, then_M = at_temperature(model), at_temperature(before).detach()
     advantages = torch.tensor([unit[0].extra["advantage"] for unit in units], dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -72,8 +73,11 @@ class Distill:
 
     def _taught(self, unit: Unit, drawn: torch.Generator) -> Unit:
         rows = rows_of(self.teacher, [unit])
-        y_ME = rows.hidden(self.teacher)
-        told = losses.sample_teacher(self.teacher, y_ME, self.sampled, drawn) if self.sampled else (y_ME,)
+        told: Sequence[Tensor]
+        if self.sampled:
+            told = losses.sample_teacher(partial(rows.loss, self.teacher), self.sampled, drawn)
+        else:
+            told = (rows.hidden(self.teacher),)
         return tuple(
             replace(example, extra={**example.extra, "teacher": [part[rows.sequences == i] for part in told]})
             for i, example in enumerate(unit)
@@ -88,10 +92,10 @@ class Distill:
             torch.cat(parts).to(rows.weights.device)
             for parts in zip(*(example.extra["teacher"] for example in chain.from_iterable(units)), strict=True)
         ]
-        x_MD = rows.hidden(model)
         if self.sampled:
-            return Loss(losses.sampled_cross_entropy(model, x_MD, told[0], told[1], rows.weights)[0])
-        total, _ = losses.distillation(
-            model, x_MD, self.teacher, told[0], rows.weights, beta=self.beta, temperature=self.temperature
-        )
-        return Loss(total)
+            loss = losses.sampled_cross_entropy(told[0], told[1], rows.weights)
+        else:
+            loss = losses.distillation(
+                self.teacher, told[0], rows.weights, beta=self.beta, temperature=self.temperature
+            )
+        return Loss(rows.loss(model, loss)[0])

@@ -74,7 +74,7 @@ class Dpo:
 
     def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
         rows = rows_of(model, units)
-        logprobs_M = losses.token_logprobs(model, rows.hidden(model), rows.targets)
+        logprobs_M = rows.loss(model, losses.token_logprobs(rows.targets))
         sums_E = torch.stack([part.sum() for part in reference.per_sequence(logprobs_M, units)])
         known_E = sums_E.new_tensor([example.extra["reference"] for unit in units for example in unit])
         moved_E = sums_E - known_E

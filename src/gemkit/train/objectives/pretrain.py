@@ -35,11 +35,10 @@ class NextToken:
     def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
         alike = sorted(units, key=lambda unit: [(example.prefix, len(example)) for example in unit])
         rows = rows_of(model, alike)  # attention takes short neighbours of one length at once
-        total, nll_M = losses.cross_entropy(
-            model, rows.hidden(model), rows.targets, rows.weights, smoothing=self.smoothing, z_loss=self.z_loss
-        )
+        loss = losses.cross_entropy(rows.targets, rows.weights, smoothing=self.smoothing, z_loss=self.z_loss)
+        total, values_M2 = rows.loss(model, loss)
         plain = self.smoothing == self.z_loss == 0
-        return Loss(total, {} if plain else {"nll": float(nll_M.sum())})
+        return Loss(total, {} if plain else {"nll": float(values_M2[:, 1].sum())})
 
 
 class Pretrain(NextToken):

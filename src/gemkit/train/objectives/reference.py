@@ -49,7 +49,7 @@ def before_training(model: Any, other: Any) -> Iterator[Any]:
 def logprobs(model: Any, unit: Unit, temperature: float = 1.0) -> list[Tensor]:
     """Log-probability of each token that counts, of each sequence of a unit."""
     rows = rows_of(model, [unit])
-    found_M = losses.token_logprobs(model, rows.hidden(model), rows.targets, temperature=temperature)
+    found_M = rows.loss(model, losses.token_logprobs(rows.targets, temperature=temperature))
     return [found_M[rows.sequences == i] for i in range(len(unit))]
 
 

@@ -66,8 +66,5 @@ def rewards(model: Any, sequences: Sequence[Any]) -> Tensor:
     Raises:
         ConfigError: if the model has no such head.
     """
-    if model.score is None:
-        raise ConfigError("the model has no reward head: `gemkit tune reward` trains one")
     batch = Batch.of([torch.as_tensor(ids) for ids in sequences], device=model.norm.weight.device)
-    x_BD = model.hidden(batch, None, (batch.starts[1:] - 1).to(model.norm.weight.device))
-    return model.score(x_BD.to(model.score.weight.dtype))[:, 0]
+    return model(batch, None, (batch.starts[1:] - 1).to(model.norm.weight.device), output="reward")

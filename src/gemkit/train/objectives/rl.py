@@ -133,7 +133,7 @@ class Grpo:
     def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
         examples = [example for unit in units for example in unit]
         rows = rows_of(model, units)
-        logprobs_M = losses.token_logprobs(model, rows.hidden(model), rows.targets, temperature=self.temperature)
+        logprobs_M = rows.loss(model, losses.token_logprobs(rows.targets, temperature=self.temperature))
         advantages_E = logprobs_M.new_tensor([example.extra["advantage"] for example in examples])
         known_M = None
         if self.kl:

@@ -35,7 +35,7 @@ def examples(seed=1):
 
 def logits(model, some):
     rows = Rows.of(some)
-    return rows, model.logits(rows.hidden(model))
+    return rows, model.lm_head(rows.hidden(model))
 
 
 def cross_entropy(logits, targets):
