@@ -85,7 +85,7 @@ class Ours(Engine):
         from gemkit.generate import Request, generate
 
         requests = [Request(ids) for ids in prompts]
-        self._events = generate(self._model.executor, requests, **self._model.loop_options({}))
+        self._events = generate(self._model.executor, requests, text_stream=self._model.tokenizer.stream)
         self._count = len(prompts)
         return self.next()
 

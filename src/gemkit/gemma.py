@@ -13,22 +13,20 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from gemkit import detections, images
 from gemkit import generate as loop
 from gemkit import text as formats
 from gemkit.adapters.resolve import find
-from gemkit.detections import Detections
+from gemkit.conversation import Completer, Conversation, Stream
 from gemkit.errors import ConfigError, ModelError
-from gemkit.generate import INSTRUCTION_TUNED, MAX_TOKENS, Event, Options, Request, Result, Sampling, Score, unused_ids
-from gemkit.images.read import Picture, Source
+from gemkit.generate import INSTRUCTION_TUNED, MAX_TOKENS, Options, Result, Score, unused_ids
+from gemkit.image_tasks import ImageTasks, Shown
 from gemkit.runtime.open import Runtime, open_runtime
 from gemkit.runtime.options import ExecutorName, LoadOptions
-from gemkit.text import Prompt, Tokenizer, tasks
-from gemkit.text.tasks import CaptionStyle
+from gemkit.text import Tokenizer
 from gemkit.weights import hub
 from gemkit.weights.checkpoint import SCORE, Checkpoint, with_adapters
 
@@ -37,10 +35,7 @@ if TYPE_CHECKING:
 
     from gemkit.adapters.lora import Account, Rule
     from gemkit.nn import Decoder, PaliGemma
-    from gemkit.nn.mask_decoder import MaskDecoder
     from gemkit.weights.quantize import Weights
-
-Shown: TypeAlias = "Source | tuple[Source, ...]"  # one prompt's images: one, or several in a tuple
 
 
 def load(
@@ -84,7 +79,7 @@ def load(
     return model
 
 
-class Gemma:
+class Gemma(ImageTasks):
     """A loaded model. `load` makes it."""
 
     def __init__(self, checkpoint: Checkpoint, runtime: Runtime):
@@ -94,8 +89,9 @@ class Gemma:
         self.vision = checkpoint.vision  # None: it sees no images
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill, image
-        self.runtime = runtime
-        self.report = runtime.report
+        self.runtime, self.report = runtime, runtime.report
+        image_token = None if self.vision is None else self.vision.image_token
+        self.completer = Completer(runtime, self.tokenizer, unused_ids(self.config, len(self.tokenizer), image_token))
         self._source, self._display_name = checkpoint.name, checkpoint.display_name
         self._scored = SCORE in checkpoint.reader.entries
 
@@ -247,12 +243,12 @@ class Gemma:
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         asked = [formats.complete(self.tokenizer, p, control=control) for p in prompts]
-        results = self._all(asked, options, Sampling())
+        results = self.completer.complete(asked, options)
         return results[0] if isinstance(prompt, str) else results
 
     def stream(self, prompt: str, *, control: bool = False, **options: Unpack[Options]) -> Stream:
         """Continue a text, piece by piece as it comes."""
-        return self._stream(formats.complete(self.tokenizer, prompt, control=control), options, Sampling())
+        return self.completer.stream(formats.complete(self.tokenizer, prompt, control=control), options)
 
     def chat(self, messages: str | Sequence[Mapping[str, str]], **options: Unpack[Options]) -> Result:
         """The model's next turn of a conversation.
@@ -264,12 +260,12 @@ class Gemma:
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         self.warn_if_not_tuned_for_chat()
-        return self._all([formats.chat(self.tokenizer, messages)], options, INSTRUCTION_TUNED)[0]
+        return self.completer.complete([formats.chat(self.tokenizer, messages)], options, INSTRUCTION_TUNED)[0]
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
         """A conversation that remembers: each turn continues from the state that the turns before left."""
         self.warn_if_not_tuned_for_chat()
-        return Conversation(self, system, options)
+        return Conversation(self.completer, system, options)
 
     def infill(
         self,
@@ -305,7 +301,7 @@ class Gemma:
         if room < 1:
             raise ConfigError(f"max_tokens={answer} leaves no room for a prompt in {self.config.max_context} tokens")
         prompt = formats.infill(self.tokenizer, prefix, suffix, path=path, files=files, max_tokens=room)
-        return self._stream(prompt, options, Sampling())
+        return self.completer.stream(prompt, options)
 
     def score(
         self,
@@ -354,166 +350,6 @@ class Gemma:
     def is_reward_model(self) -> bool:
         """Whether it has a head of one number, `score`, that `gemkit tune reward` trains."""
         return self._scored if not self.runtime.is_open else self.module.score is not None
-
-    # ── asking about images ─────────────────────────────────────────────────────────────────────────────────────────
-    #
-    # An image is a path, bytes, a data URL, an array, a PIL image. A list of images is a batch, with a list of answers;
-    # a tuple of images is one prompt on all of them.
-
-    @overload
-    def ask(self, image: Shown, question: str, *, lang: str | None = "en", **options: Unpack[Options]) -> Result: ...
-    @overload
-    def ask(
-        self, image: list[Shown], question: str | list[str], *, lang: str | None = "en", **options: Unpack[Options]
-    ) -> list[Result]: ...
-    def ask(self, image: Any, question: Any, *, lang: str | None = "en", **options: Unpack[Options]) -> Any:
-        """The answer to a question about an image.
-
-        Args:
-            question: for a list of images one for all, or a list of as many.
-            lang: code of the language to answer in. None: `question` is the whole prompt, in the words of a task that
-                the model was trained on (`text.tasks` lists them), such as "caption de".
-        """
-        return self._each(image, question, lambda asked: self._question(asked, lang), options)
-
-    def ask_stream(self, image: Shown, question: str, *, lang: str | None = "en", **options: Unpack[Options]) -> Stream:
-        """`ask`, piece by piece as it comes."""
-        pictures, prompt = self._shown(image, self._question(question, lang))
-        return self._stream(prompt, options, Sampling(), self._pixels(pictures))
-
-    @overload
-    def caption(
-        self, image: Shown, lang: str = "en", *, style: CaptionStyle = "caption", **options: Unpack[Options]
-    ) -> Result: ...
-    @overload
-    def caption(
-        self, image: list[Shown], lang: str = "en", *, style: CaptionStyle = "caption", **options: Unpack[Options]
-    ) -> list[Result]: ...
-    def caption(
-        self, image: Any, lang: str = "en", *, style: CaptionStyle = "caption", **options: Unpack[Options]
-    ) -> Any:
-        """A caption.
-
-        Args:
-            style: "caption" is short; "cap" and "describe" are longer, and known to the mix models.
-        """
-        return self._each(image, tasks.caption(lang, style), str, options)
-
-    @overload
-    def ocr(self, image: Shown, **options: Unpack[Options]) -> Result: ...
-    @overload
-    def ocr(self, image: list[Shown], **options: Unpack[Options]) -> list[Result]: ...
-    def ocr(self, image: Any, **options: Unpack[Options]) -> Any:
-        """The text in an image."""
-        return self._each(image, tasks.OCR, str, options)
-
-    @overload
-    def detect(self, image: Source, things: str | Sequence[str], **options: Unpack[Options]) -> Detections: ...
-    @overload
-    def detect(
-        self, image: list[Source], things: str | Sequence[str], **options: Unpack[Options]
-    ) -> list[Detections]: ...
-    def detect(self, image: Any, things: str | Sequence[str], **options: Unpack[Options]) -> Any:
-        """Where things are: labelled boxes in pixels of the original image.
-
-        Args:
-            things: names, as a list or as the model reads them: "cat ; sleeping dog".
-        """
-        return self._detections(image, tasks.detect(things), options, None)
-
-    def detect_prompt(
-        self, image: Source, task: str, *, masks: MaskDecoder | None = None, **options: Unpack[Options]
-    ) -> Detections:
-        """The answer to a whole task on an image, such as "detect cat", read as things.
-
-        Args:
-            masks: decodes the masks in the answer (`detections.find_masks`); None: things have boxes alone.
-        """
-        return self._detections(image, task, options, masks)
-
-    @overload
-    def segment(
-        self,
-        image: Source,
-        things: str | Sequence[str],
-        *,
-        masks: str | os.PathLike[str] | None = None,
-        **options: Unpack[Options],
-    ) -> Detections: ...
-    @overload
-    def segment(
-        self,
-        image: list[Source],
-        things: str | Sequence[str],
-        *,
-        masks: str | os.PathLike[str] | None = None,
-        **options: Unpack[Options],
-    ) -> list[Detections]: ...
-    def segment(
-        self,
-        image: Any,
-        things: str | Sequence[str],
-        *,
-        masks: str | os.PathLike[str] | None = None,
-        **options: Unpack[Options],
-    ) -> Any:
-        """Boxes and masks of things, in pixels of the original image.
-
-        Masks need the published decoder of their codes. Without it the boxes come, and a warning says where it is to
-        be had.
-
-        Args:
-            masks: its file, `vae-oid.npz`. None: the one that the environment variable GEMKIT_MASKS names.
-        """
-        decoder = detections.find_masks(masks)
-        if decoder is None:
-            warnings.warn(detections.NO_MASKS, stacklevel=2)
-        return self._detections(image, tasks.segment(things), options, decoder)
-
-    def _question(self, question: str, lang: str | None) -> str:
-        return question if lang is None else tasks.answer(question, lang)
-
-    def _each(self, image: Any, texts: Any, word: Callable[[str], str], options: Options) -> Any:
-        """One answer, or a list of them for a list of images."""
-        several = isinstance(texts, list | tuple)
-        if not isinstance(image, list):
-            if several:
-                raise ConfigError(f"{len(texts)} questions about one image: give a list of as many images, a batch")
-            return self._answers([image], [word(texts)], options)[0][1]
-        texts = texts if several else [texts] * len(image)
-        if len(texts) != len(image):
-            raise ConfigError(f"{len(image)} images and {len(texts)} questions: one for all, or one for each")
-        return [result for _, result in self._answers(image, list(map(word, texts)), options)]
-
-    def _detections(self, image: Any, text: str, options: Options, decoder: MaskDecoder | None) -> Any:
-        batch = image if isinstance(image, list) else [image]
-        if any(isinstance(one, tuple) for one in batch):
-            raise ConfigError("places are those of one image: give a list of images, not a tuple, to look in several")
-        answers = self._answers(batch, [text] * len(batch), options)
-        found = [detections.read(pictures[0], result, decoder) for pictures, result in answers]
-        return found if isinstance(image, list) else found[0]
-
-    def _answers(
-        self, shown: Sequence[Shown], texts: Sequence[str], options: Options
-    ) -> list[tuple[list[Picture], Result]]:
-        """All answers as one batch, each with the pictures that it is about."""
-        pairs = [self._shown(image, text) for image, text in zip(shown, texts, strict=True)]
-        requests = [self.request(prompt, options, Sampling(), images=self._pixels(of)) for of, prompt in pairs]
-        results = loop.complete(self.sync(), requests, **self.loop_options(options))
-        return [(pictures, result) for (pictures, _), result in zip(pairs, results, strict=True)]
-
-    def _shown(self, image: Shown, text: str) -> tuple[list[Picture], Prompt]:
-        """The pictures of one prompt, and the prompt."""
-        if self.vision is None:
-            raise no_image_tower(self.label)
-        pictures = [images.read(source) for source in (image if isinstance(image, tuple) else (image,))]
-        if not pictures:
-            raise ConfigError("a prompt on no image: give one, or several in a tuple")
-        return pictures, formats.image(self.tokenizer, text, patches=self.vision.num_patches, images=len(pictures))
-
-    def _pixels(self, pictures: Sequence[Picture]) -> list[Any]:
-        assert self.vision is not None
-        return [images.preprocess(picture, self.vision.image_size) for picture in pictures]
 
     # ── showing, keeping ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -591,32 +427,6 @@ class Gemma:
         if "chat" not in self.prompts:
             warnings.warn(not_tuned_for_chat(self.label), stacklevel=3)
 
-    # ── inside ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def request(
-        self,
-        prompt: Prompt,
-        options: Options,
-        sampling: Sampling,
-        history: Sequence[int] = (),
-        slot: int | None = None,
-        images: Sequence[Any] = (),
-    ) -> Request:
-        """A prompt, after the ids of a `history`, and options as a request to the loop; `images` are preprocessed."""
-        banned = unused_ids(self.config, len(self.tokenizer), None if self.vision is None else self.vision.image_token)
-        return Request.from_prompt(prompt, options, sampling, banned=banned, history=history, slot=slot, images=images)
-
-    def _all(self, prompts: Sequence[Prompt], options: Options, sampling: Sampling) -> list[Result]:
-        requests = [self.request(prompt, options, sampling) for prompt in prompts]
-        return loop.complete(self.sync(), requests, **self.loop_options(options))
-
-    def _stream(self, prompt: Prompt, options: Options, sampling: Sampling, images: Sequence[Any] = ()) -> Stream:
-        request = self.request(prompt, options, sampling, images=images)
-        return Stream(prompt, loop.generate(self.sync(), [request], **self.loop_options(options)))
-
-    def loop_options(self, options: Options) -> dict[str, Any]:
-        return loop.loop_options(options, self.tokenizer.stream)
-
 
 def not_tuned_for_chat(label: str) -> str:
     """What to know before chatting with a pretrained model."""
@@ -625,104 +435,3 @@ def not_tuned_for_chat(label: str) -> str:
         "instruction-tuned one, such as gemma-3-270m-it, gemma-3-1b-it or gemma-2-2b-it (`gemkit doctor` tells how to "
         "get access)"
     )
-
-
-def no_image_tower(label: str) -> ModelError:
-    """What a model that reads text alone cannot do, and which can."""
-    return ModelError(
-        f"{label} has no image tower and cannot see an image: use a PaliGemma, such as paligemma-3b-mix-224 or "
-        "paligemma2-3b-mix-448"
-    )
-
-
-class Stream(Iterator[str]):
-    """The pieces of one answer as they come; `result` is there when they have ended.
-
-    A Ctrl-C while the model computes ends the pieces and keeps what there is, with `result.finish_reason`
-    "interrupted". One that arrives between two pieces is yours to catch: `interrupt()` then does the same.
-    """
-
-    def __init__(self, prompt: Prompt, events: Generator[Event], on_result: Callable[[Result], None] | None = None):
-        self.prompt = prompt  # what the model was shown, of this turn
-        self._events = events
-        self._on_result = on_result
-        self.result: Result | None = None
-
-    def __next__(self) -> str:
-        return self._take(next(self._events))
-
-    def interrupt(self) -> Result:
-        """Stop here; the result has everything up to now."""
-        if self.result is None:
-            self._take(self._events.throw(KeyboardInterrupt))
-        assert self.result is not None
-        return self.result
-
-    def finish(self) -> Result:
-        """Read to the end without looking at the pieces, or to a Ctrl-C."""
-        try:
-            for _ in self:
-                pass
-        except KeyboardInterrupt:
-            self.interrupt()
-        assert self.result is not None
-        return self.result
-
-    def _take(self, event: Event) -> str:
-        if event.result is not None:
-            self.result = event.result
-            if self._on_result is not None:
-                self._on_result(event.result)
-        return event.text
-
-
-class Conversation:
-    """Turns with one model; the state of the turns before is kept, so history is never computed again.
-
-    talk = model.conversation(system="Answer in one sentence.")
-    print(talk.say("What is a tide?"))
-    print(talk.say("And a spring tide?"))
-    """
-
-    def __init__(self, model: Gemma, system: str | None, options: Options):
-        self.model = model
-        self.ids: list[int] = []  # the whole conversation as the model has seen and written it
-        self._system = system
-        self._options = options
-        self._executor, self._state = self._fresh()
-        self._known = True  # whether the state holds the beginning of `ids` and nothing else
-
-    def _fresh(self) -> tuple[Any, Any]:
-        """What computes the model now, and an empty state of its."""
-        executor = self.model.sync()
-        return executor, executor.new_state(1, loop.room_for(self._options.get("speculate", False)))
-
-    def say(self, words: str) -> Result:
-        """The model's answer to the user's next turn."""
-        return self.stream(words).finish()
-
-    def stream(self, words: str) -> Stream:
-        """`say`, piece by piece. A turn counts once it is read to its end or interrupted."""
-        if self.model.sync() is not self._executor:  # the model was changed: its past is computed anew
-            self._executor, self._state = self._fresh()
-        elif not self._known:  # the turn before was dropped on the way: its beginning is computed anew
-            self._state.free(0)
-        prompt = self._prompt(words)
-        request = self.model.request(prompt, self._options, INSTRUCTION_TUNED, self.ids, slot=0)
-        events = loop.generate(self._executor, [request], state=self._state, **self.model.loop_options(self._options))
-        self._known = False
-        return Stream(prompt, events, lambda result: self._remember(request, result))
-
-    def _prompt(self, words: str) -> Prompt:
-        if self.ids:
-            return formats.next_turn(self.model.tokenizer, self.ids, words)
-        messages = [{"role": "user", "content": words}]
-        if self._system:
-            messages.insert(0, {"role": "system", "content": self._system})
-        return formats.chat(self.model.tokenizer, messages)
-
-    def _remember(self, request: Request, result: Result) -> None:
-        self.ids = [*request.ids, *result.ids]
-        if self.ids[-1] == self.model.tokenizer.eos:  # ends the answer, but not the conversation
-            self.ids.pop()  # it was drawn last, so the state has not seen it
-        self._known = True

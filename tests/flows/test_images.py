@@ -106,13 +106,13 @@ def test_answers_are_the_same_alone_and_in_a_batch(models, name, picture, other)
 
 def test_every_task_is_worded_as_in_training(model, picture, monkeypatch):
     shown = []
-    real = gemkit.gemma.formats.image
+    real = gemkit.image_tasks.formats.image
 
     def image(tokenizer, text, **options):
         shown.append(text)
         return real(tokenizer, text, **options)
 
-    monkeypatch.setattr("gemkit.gemma.formats.image", image)
+    monkeypatch.setattr("gemkit.image_tasks.formats.image", image)
     monkeypatch.delenv(detections.VARIABLE, raising=False)
     model.ask(picture, "wo ist die Katze?", lang="de", max_tokens=1)
     model.ask(picture, "caption es", lang=None, max_tokens=1)

@@ -23,7 +23,8 @@ from gemkit.cli.common import (
 from gemkit.errors import GemkitError, TextError
 
 if TYPE_CHECKING:
-    from gemkit.gemma import Conversation
+    from gemkit.conversation import Conversation
+    from gemkit.gemma import Gemma
 
 _EXAMPLES = """\
   gemkit chat -m gemma-2-2b-it
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     talk = begin()
     if args.message:
-        return _turn(talk, " ".join(args.message), args)
+        return _turn(model, talk, " ".join(args.message), args)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  # gives input() line editing and history
@@ -82,21 +83,21 @@ def run(args: argparse.Namespace) -> int:
         elif words == "/help":
             say(_HELP)
         elif words and not interactive:
-            if code := _turn(talk, words, args):
+            if code := _turn(model, talk, words, args):
                 return code
         elif words:
             try:
-                _turn(talk, words, args)
+                _turn(model, talk, words, args)
             except GemkitError as error:  # costs the turn, not the conversation
                 say(f"{type(error).__name__}: {error}")
 
 
-def _turn(talk: Conversation, words: str, args: argparse.Namespace) -> int:
+def _turn(model: Gemma, talk: Conversation, words: str, args: argparse.Namespace) -> int:
     stream = talk.stream(words)
     if args.json:
         result = stream.finish()
-        answer = result_json(result, talk.model.tokenizer)
-        print_json({"model": talk.model.label, "message": words, **answer})
+        answer = result_json(result, model.tokenizer)
+        print_json({"model": model.label, "message": words, **answer})
     else:
         result = write_stream(stream, args.raw)
-    return conclude(args, talk.model.tokenizer, result)
+    return conclude(args, model.tokenizer, result)

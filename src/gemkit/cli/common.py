@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TextIO
 from gemkit.errors import ConfigError, TextError
 
 if TYPE_CHECKING:
-    from gemkit.gemma import Gemma, Options, Stream
-    from gemkit.generate import Result, TokenLogprob
+    from gemkit.conversation import Stream
+    from gemkit.gemma import Gemma
+    from gemkit.generate import Options, Result, TokenLogprob
     from gemkit.text import Tokenizer
 
 

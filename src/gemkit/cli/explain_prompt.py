@@ -111,7 +111,7 @@ def _prompt(args: argparse.Namespace, words: list[str], tokenizer: Tokenizer) ->
         messages += [{"role": "user" if i % 2 == 0 else "assistant", "content": w} for i, w in enumerate(words)]
         return text.chat(tokenizer, messages)
     if args.image:
-        from gemkit.gemma import no_image_tower
+        from gemkit.image_tasks import no_image_tower
         from gemkit.inspect import subject
 
         vision = None if args.model is None else subject(args.model).vision

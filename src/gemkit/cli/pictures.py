@@ -23,7 +23,8 @@ from gemkit.cli.common import (
 from gemkit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gemkit.gemma import Gemma, Options
+    from gemkit.gemma import Gemma
+    from gemkit.generate import Options
     from gemkit.images import Picture
     from gemkit.nn.mask_decoder import MaskDecoder
 
@@ -41,7 +42,7 @@ def load_image_model(args: argparse.Namespace) -> Gemma:
     Raises:
         ModelError: if it sees no images; of a member that is told without loading it.
     """
-    from gemkit.gemma import no_image_tower
+    from gemkit.image_tasks import no_image_tower
     from gemkit.weights import hub
 
     if args.model is None:

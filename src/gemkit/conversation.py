@@ -1,0 +1,191 @@
+"""Answers to prompts: `Completer` makes them, `Stream` is one as it comes, `Conversation` keeps turns and their state.
+
+They stand on an executor, a tokenizer and prompts, whatever holds these.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from gemkit import generate as loop
+from gemkit import text as formats
+from gemkit.errors import StateError
+from gemkit.generate import GREEDY, INSTRUCTION_TUNED, Event, Options, Request, Result, Sampling
+from gemkit.text import Prompt, Tokenizer
+
+
+class Runtime(Protocol):
+    """Provides the executor of a model that may change (`runtime.open.Runtime`)."""
+
+    def sync(self) -> Any:
+        """The executor of the model as it is now."""
+        ...
+
+
+class Stream(Iterator[str]):
+    """The text of one answer as it comes; `result` is there when it has ended.
+
+    A Ctrl-C while the model computes ends the answer and keeps what there is, with `result.finish_reason`
+    "interrupted". One that arrives between two pieces is yours to catch: `interrupt()` then does the same. Any thread
+    may call any method; `interrupt` waits for the step that another thread is in.
+    """
+
+    def __init__(self, prompt: Prompt, events: Generator[Event], on_result: Callable[[Result], None] | None = None):
+        self.prompt = prompt  # what the model was shown, of this turn
+        self.result: Result | None = None
+        self._events = events
+        self._on_result = on_result
+        self._lock = threading.RLock()  # a generator that runs in one thread cannot be entered by another
+
+    def __next__(self) -> str:
+        with self._lock:
+            return self._take(next(self._events))
+
+    def interrupt(self) -> Result:
+        """Stop here; the result has everything up to now.
+
+        Raises:
+            StateError: if the answer was dropped (`close`).
+        """
+        with self._lock:
+            if self.result is None:
+                try:
+                    self._take(self._events.throw(KeyboardInterrupt))
+                except KeyboardInterrupt:
+                    raise _dropped() from None
+            assert self.result is not None
+            return self.result
+
+    def finish(self) -> Result:
+        """Read to the end without looking at the text, or to a Ctrl-C.
+
+        Raises:
+            StateError: if the answer was dropped (`close`).
+        """
+        try:
+            for _ in self:
+                pass
+        except KeyboardInterrupt:
+            self.interrupt()
+        if self.result is None:
+            raise _dropped()
+        return self.result
+
+    def close(self) -> None:
+        """Drop the answer: nothing more comes, and without a result yet there will be none."""
+        with self._lock:
+            self._events.close()
+
+    def _take(self, event: Event) -> str:
+        if event.result is not None:
+            self.result = event.result
+            if self._on_result is not None:
+                self._on_result(event.result)
+        return event.text
+
+
+def _dropped() -> StateError:
+    return StateError("this answer was dropped before its end: the next turn of its conversation has begun")
+
+
+class Completer:
+    """Completes prompts with one model. Calls of several threads take turns inside its executor.
+
+    Args:
+        runtime: asked for the executor once before each answer.
+        unused: ids that no answer holds (`generate.unused_ids`).
+    """
+
+    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, unused: Collection[int] = ()):
+        self.runtime, self.tokenizer, self.unused = runtime, tokenizer, unused
+
+    def request(self, prompt: Prompt, options: Options, defaults: Sampling = GREEDY, **more: Any) -> Request:
+        """The request that `generate.Request.from_prompt` makes of a prompt, options and default sampling."""
+        return Request.from_prompt(prompt, options, defaults, banned=self.unused, **more)
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        options: Options,
+        defaults: Sampling = GREEDY,
+        images: Sequence[Sequence[np.ndarray]] | None = None,
+    ) -> list[Result]:
+        """The answers to all prompts, computed as one batch; `images` are those of each, preprocessed."""
+        each = [()] * len(prompts) if images is None else images
+        requests = [self.request(p, options, defaults, images=i) for p, i in zip(prompts, each, strict=True)]
+        return loop.complete(self.runtime.sync(), requests, **loop.loop_options(options, self.tokenizer.stream))
+
+    def stream(
+        self, prompt: Prompt, options: Options, defaults: Sampling = GREEDY, images: Sequence[np.ndarray] = ()
+    ) -> Stream:
+        """The answer to a prompt as it comes."""
+        request = self.request(prompt, options, defaults, images=images)
+        options_of_loop = loop.loop_options(options, self.tokenizer.stream)
+        return Stream(prompt, loop.generate(self.runtime.sync(), [request], **options_of_loop))
+
+
+class Conversation:
+    """Turns with one model; the state of the turns before is kept, so that history is never computed again.
+
+    talk = model.conversation(system="Answer in one sentence.")
+    print(talk.say("What is a tide?"))
+    print(talk.say("And a spring tide?"))
+
+    Any thread may take the next turn: `say` waits for the `say` of another. A turn that is streamed and not yet at its
+    end is dropped by the next one, as if it had never been.
+
+    Args:
+        system: instructions, put at the head of the first turn.
+        options: of every answer.
+    """
+
+    def __init__(self, completer: Completer, system: str | None = None, options: Options | None = None):
+        self.completer = completer
+        self.ids: list[int] = []  # the whole conversation as the model has seen and written it
+        self._system = system
+        self._options: Options = {} if options is None else options
+        self._executor: Any = None
+        self._state: Any = None
+        self._turn: Stream | None = None
+        self._lock = threading.RLock()
+
+    def say(self, words: str) -> Result:
+        """The model's answer to the user's next turn."""
+        with self._lock:
+            return self.stream(words).finish()
+
+    def stream(self, words: str) -> Stream:
+        """`say`, piece by piece. A turn counts once it is read to its end or interrupted."""
+        with self._lock:
+            if self._turn is not None:
+                self._turn.close()
+            prompt = self._prompt(words)
+            executor = self.completer.runtime.sync()
+            dropped = self._turn is not None and self._turn.result is None
+            if dropped or executor is not self._executor:  # its past is computed anew
+                room = loop.room_for(self._options.get("speculate", False))
+                self._executor, self._state = executor, executor.new_state(1, room)
+            request = self.completer.request(prompt, self._options, INSTRUCTION_TUNED, history=self.ids, slot=0)
+            options = loop.loop_options(self._options, self.completer.tokenizer.stream)
+            events = loop.generate(executor, [request], state=self._state, **options)
+            self._turn = Stream(prompt, events, lambda result: self._remember(request, result))
+            return self._turn
+
+    def _prompt(self, words: str) -> Prompt:
+        if self.ids:
+            return formats.next_turn(self.completer.tokenizer, self.ids, words)
+        messages = [{"role": "user", "content": words}]
+        if self._system:
+            messages.insert(0, {"role": "system", "content": self._system})
+        return formats.chat(self.completer.tokenizer, messages)
+
+    def _remember(self, request: Request, result: Result) -> None:
+        """Add a turn; called by the thread that reads its end, before the next turn can begin (`Stream.close`)."""
+        ids = [*request.ids, *result.ids]
+        if ids[-1] == self.completer.tokenizer.eos:  # ends the answer, but not the conversation
+            ids.pop()  # it was drawn last, so the state has not seen it
+        self.ids = ids
