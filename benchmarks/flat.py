@@ -19,7 +19,6 @@ import torch
 
 from gemkit import family, nn
 from gemkit.executors.torch import TorchExecutor
-from gemkit.family import Recurrent, Sliding
 from gemkit.generate import Chunk
 
 STEP = 1024
@@ -28,9 +27,12 @@ STEP = 1024
 def geometry() -> family.DecoderConfig:
     """RecurrentGemma 2B's pattern and windows with narrower layers and a smaller vocabulary."""
     real = family.get("recurrentgemma-2b").decoder
-    narrow = {"width": 512, "num_blocks": 8}
-    layers = tuple(replace(layer, **narrow) if isinstance(layer, Recurrent) else layer for layer in real.layers)
-    return replace(real, vocab_size=32_000, width=512, ffw_width=1536, head_dim=64, query_scale=64**-0.5, layers=layers)
+    return family.replace_layers(
+        replace(real, vocab_size=32_000, width=512),
+        attention={"head_dim": 64, "scale": 64**-0.5},
+        recurrent={"width": 512, "num_blocks": 8},
+        ffw={"width": 1536},
+    )
 
 
 def resident() -> int:
@@ -51,7 +53,7 @@ def main() -> None:
     for weight in module.parameters():
         torch.nn.init.normal_(weight, 0, 0.02, generator=generator)
     parameters = sum(weight.numel() for weight in module.parameters())
-    window = next(layer.window for layer in config.layers if isinstance(layer, Sliding))
+    window = config.windows[0]
     print(f"{parameters / 1e6:.0f} million parameters, {len(config.layers)} layers, a window of {window:,}, float32")
 
     executor = TorchExecutor(module)

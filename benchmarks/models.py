@@ -23,7 +23,7 @@ import numpy as np
 from worker import CACHE
 
 from gemkit import family
-from gemkit.family import DecoderConfig, Sliding
+from gemkit.family import DecoderConfig
 from gemkit.files import DTYPES
 from gemkit.text import Tokenizer
 from gemkit.weights import configs, hub
@@ -120,15 +120,16 @@ def write_gguf(path: Path, decoder: DecoderConfig, mix: Mix, seed: int = SEED) -
     writer.add_context_length(decoder.max_context)
     writer.add_embedding_length(decoder.width)
     writer.add_block_count(len(decoder.layers))
-    writer.add_feed_forward_length(decoder.ffw_width)
-    writer.add_head_count(decoder.num_heads)
-    writer.add_head_count_kv(decoder.num_kv_heads)
-    writer.add_key_length(decoder.head_dim)
-    writer.add_value_length(decoder.head_dim)
+    heads = decoder.attention[0]
+    writer.add_feed_forward_length(decoder.layers[0].ffw.width)
+    writer.add_head_count(heads.heads)
+    writer.add_head_count_kv(heads.kv_heads)
+    writer.add_key_length(heads.head_dim)
+    writer.add_value_length(heads.head_dim)
     writer.add_layer_norm_rms_eps(decoder.norm_eps)
-    if decoder.attention_softcap and decoder.final_softcap:
-        writer.add_sliding_window(next(layer.window for layer in decoder.layers if isinstance(layer, Sliding)))
-        writer.add_attn_logit_softcapping(decoder.attention_softcap)
+    if heads.softcap and decoder.final_softcap:
+        writer.add_sliding_window(decoder.windows[0])
+        writer.add_attn_logit_softcapping(heads.softcap)
         writer.add_final_logit_softcapping(decoder.final_softcap)
     with find(hub.starter()) as checkpoint:
         _copy(writer, checkpoint.reader.metadata, "tokenizer.", decoder.vocab_size)

@@ -14,7 +14,6 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from statistics import median
 
 import machine
@@ -39,7 +38,7 @@ def loop(a_TR: Tensor, b_TR: Tensor) -> Tensor:
 def pieces(tokens: int) -> dict[str, Callable[[], object]]:
     """What is timed, by name."""
     config = family.get("recurrentgemma-2b").decoder
-    layer = next(layer for layer in config.layers if isinstance(layer, family.Recurrent))
+    layer = config.recurrent[0]
     torch.manual_seed(0)
     a, b, dh = torch.rand(tokens, layer.width), torch.randn(tokens, layer.width), torch.randn(tokens, layer.width)
     a = 1 - 0.3 * a**4  # most decays are near 1, as in a trained model
@@ -51,7 +50,7 @@ def pieces(tokens: int) -> dict[str, Callable[[], object]]:
             x.grad = None
         ops.linear_scan(*recorded).backward(dh)
 
-    block = Recurrent(replace(config, layers=(layer,)), layer).requires_grad_(False)
+    block = Recurrent(config, layer).requires_grad_(False)
     for p in block.parameters():
         torch.nn.init.normal_(p, 0, p.shape[-1] ** -0.5)
     batch = Batch.of([[0] * tokens])

@@ -175,10 +175,10 @@ def fill(executor: Any, state: Any, tokens: int) -> None:
     with torch.inference_mode():
         for layer, memory in zip(config.layers, state.layers, strict=True):
             if hasattr(memory, "keep_hidden"):
-                memory.keep_tail(0, small(layer.conv_width - 1, layer.width).to(dtype))
-                memory.keep_hidden(0, small(layer.width))
+                memory.keep_tail(0, small(layer.mixer.conv_width - 1, layer.mixer.width).to(dtype))
+                memory.keep_hidden(0, small(layer.mixer.width))
                 continue
-            shape = (tokens, config.num_kv_heads, config.head_dim)  # the next token drops what a window hides
+            shape = (tokens, layer.mixer.kv_heads, layer.mixer.head_dim)  # the next token drops what a window hides
             memory.append(0, 0, small(*shape).to(dtype), small(*shape).to(dtype))
         state.advance([(0, tokens, 0, 0)])
 

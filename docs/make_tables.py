@@ -12,9 +12,9 @@ from itertools import groupby
 from pathlib import Path
 
 from gemkit import cli
-from gemkit.family import DecoderConfig, Member, Sliding, members
+from gemkit.family import DecoderConfig, Member, members
 from gemkit.inspect import cost, units
-from gemkit.inspect.compare import pattern, ropes, scale
+from gemkit.inspect.compare import each, ffw_widths, heads, pattern, ropes, scale, shared
 
 PAGES = Path(__file__).parent
 _MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -40,17 +40,16 @@ def shapes() -> str:
     rows = []
     for member in _architectures():
         d, count = member.decoder, cost.count(member.decoder, member.vision)
-        windows = {layer.window for layer in d.layers if isinstance(layer, Sliding)}
         rows.append(
             [
                 f"`{member.name}`",
                 units.exact(count.total),
                 units.exact(d.width),
-                units.exact(d.ffw_width),
-                f"{d.num_heads} x {d.head_dim}",
-                str(d.num_kv_heads),
+                ffw_widths(d),
+                heads(d).replace(" of ", " x "),
+                each(str)(shared(mixer.kv_heads for mixer in d.attention)),
                 pattern(d.layers),
-                ", ".join(map(units.exact, windows)),
+                ", ".join(map(units.exact, d.windows)),
                 units.exact(d.vocab_size),
                 units.exact(d.max_context),
             ]
@@ -67,10 +66,10 @@ def details() -> str:
             [
                 f"`{member.name}`",
                 "4" if d.post_norms else "2",
-                "yes" if d.qk_norm else "",
-                _cap(d.attention_softcap),
+                "yes" if any(mixer.qk_norm for mixer in d.attention) else "",
+                each(_cap)(shared(mixer.softcap for mixer in d.attention)),
                 _cap(d.final_softcap),
-                scale(d.query_scale),
+                each(scale)(shared(mixer.scale for mixer in d.attention)),
                 ropes(d),
             ]
             for member in _architectures()

@@ -125,7 +125,7 @@ def exercise(executor, less: int) -> None:
 
     rng = np.random.default_rng(0)
     ids = rng.integers(0, executor.decoder.vocab_size, 400).tolist()
-    recurs = any(type(layer).__name__ == "Recurrent" for layer in executor.decoder.layers)
+    recurs = bool(executor.decoder.recurrent)
     state = executor.new_state(3, room=8)
     long, short = ids[: 136 // less], ids[: 76 // less]
     prefix = 0 if recurs else 68 // less

@@ -22,12 +22,12 @@ _GRIFFIN = (
 )
 VARIANTS = {
     "mha": [],
-    "gqa": ["model.new.num_kv_heads=2"],
-    "mqa": ["model.new.num_kv_heads=1"],
+    "gqa": ["model.new.kv_heads=2"],
+    "mqa": ["model.new.kv_heads=1"],
     "mha-window": [_LOCAL],
-    "gqa-window": ["model.new.num_kv_heads=2", _LOCAL],
-    "mqa-window": ["model.new.num_kv_heads=1", _LOCAL],
-    "griffin": ["model.new.num_kv_heads=1", _GRIFFIN, "model.new.post_norms=false", "model.new.biases=true",
+    "gqa-window": ["model.new.kv_heads=2", _LOCAL],
+    "mqa-window": ["model.new.kv_heads=1", _LOCAL],
+    "griffin": ["model.new.kv_heads=1", _GRIFFIN, "model.new.post_norms=false", "model.new.biases=true",
                 "model.new.final_softcap=30.0", "model.new.embed_scale_dtype=bfloat16"],
 }  # fmt: skip
 

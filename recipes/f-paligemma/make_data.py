@@ -24,7 +24,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from common import TOKENIZERS, write_jsonl
 
-from gemkit.family import DecoderConfig, Global, Vision
+from gemkit.family import DecoderConfig, Global, Mlp, Vision, repeat
 from gemkit.nn import PaliGemma
 from gemkit.text import Box, Place, Tokenizer, places, tasks
 from gemkit.text.vocabulary import IMAGE
@@ -172,13 +172,8 @@ def model(vocabulary: Tokenizer, seed: int = 0) -> PaliGemma:
     config = DecoderConfig(
         vocab_size=len(vocabulary),
         width=96,
-        ffw_width=288,
-        num_heads=4,
-        num_kv_heads=4,
-        head_dim=24,
-        layers=(Global(),) * 3,
+        layers=repeat(Global(heads=4, kv_heads=4, head_dim=24, scale=24**-0.5), ffw=Mlp(288), total=3),
         max_context=256,
-        query_scale=24**-0.5,
     )
     module = new_module(config, vision, seed=seed)
     assert isinstance(module, PaliGemma)

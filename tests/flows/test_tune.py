@@ -103,8 +103,8 @@ tokenizer = "{tmp_path / "tokenizer.model"}"
 like = "gemma-3-270m"
 width = 32
 ffw_width = 64
-num_heads = 2
-num_kv_heads = 1
+heads = 2
+kv_heads = 1
 head_dim = 16
 max_context = 64
 layers = [{{kind = "sliding", window = 8}}, {{kind = "global"}}]

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from gemkit.family import Global, Sliding
+from gemkit.family import replace_layers
 from gemkit.nn import Batch
 from gemkit.weights.maps import name_map
-from support.tiny import WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
+from support.tiny import WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens, with_windows
 
 NAMES = [
     "gemma-2b",  # MQA
@@ -112,9 +112,9 @@ def test_bfloat16_agrees_within_its_rounding(tmp_path):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("gemma-2-2b", {"attention_softcap": None}),
+        ("gemma-2-2b", {"softcap": None}),
         ("gemma-2-2b", {"final_softcap": None}),
-        ("gemma-2-27b", {"query_scale": 16**-0.5}),
+        ("gemma-2-27b", {"scale": 16**-0.5}),
         ("gemma-2-2b", {"window": WINDOW + 1}),
         ("gemma-3-1b", {"window": WINDOW - 1}),
         ("gemma-3-4b", {"rope": {"factor": 1.0}}),
@@ -129,20 +129,29 @@ def test_the_tolerance_would_notice(name, change, tmp_path):
     from gemkit import nn
 
     ours = load(save_reference(reference(tiny(name)), tmp_path))
-    layers = ours.config.layers
     if "window" in change:
-        layers = tuple(replace(x, **change) if isinstance(x, Sliding) else x for x in layers)
+        config = with_windows(ours.config, change["window"])
     elif "rope" in change:
-        layers = tuple(
-            replace(x, rope=replace(x.rope, **change["rope"])) if isinstance(x, Global) else x for x in layers
-        )
+        config = with_global_rope(ours.config, change["rope"])
+    elif change.keys() & {"softcap", "scale"}:
+        config = replace_layers(ours.config, attention=change)
     else:
-        layers = None
-    changed = nn.Decoder(replace(ours.config, **({"layers": layers} if layers else change)))
+        config = replace(ours.config, **change)
+    changed = nn.Decoder(config)
     changed.load_state_dict(ours.state_dict())
     batch = Batch.of(tokens(3 * WINDOW + 5))
     with torch.inference_mode(), pytest.raises(AssertionError, match="of the largest logit"):
         assert_close(changed(batch), ours(batch), 2e-4)
+
+
+def with_global_rope(decoder, change):
+    from dataclasses import replace
+
+    def changed(layer):
+        mixer = layer.mixer
+        return layer if mixer.window else replace(layer, mixer=replace(mixer, rope=replace(mixer.rope, **change)))
+
+    return replace(decoder, layers=tuple(map(changed, decoder.layers)))
 
 
 def test_window_counts_the_current_token():
@@ -151,7 +160,9 @@ def test_window_counts_the_current_token():
 
     from gemkit import nn
 
-    config = replace(tiny("gemma-2-2b"), layers=(Sliding(WINDOW),))
+    config = tiny("gemma-2-2b")
+    config = replace(config, layers=config.layers[:1])
+    assert config.windows == (WINDOW,)
     module = nn.Decoder(config)
     generator = torch.Generator().manual_seed(0)
     for p in module.parameters():
@@ -190,6 +201,6 @@ def test_saved_folder_loads_in_transformers(name, tmp_path):
 
 def test_patterns_are_kept():
     """The tiny members are what this file claims to test."""
-    assert [type(layer) for layer in tiny("gemma-2-2b").layers[:2]] == [Sliding, Global]
+    assert [layer.mixer.kind for layer in tiny("gemma-2-2b").layers[:2]] == ["sliding", "global"]
     assert len(tiny("gemma-3-1b").layers) == 26
-    assert tiny("gemma-7b").num_heads * 16 != tiny("gemma-7b").width
+    assert tiny("gemma-7b").attention[0].heads * 16 != tiny("gemma-7b").width

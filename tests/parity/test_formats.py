@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from gemkit import family
-from gemkit.family import Sliding
 from gemkit.nn import Batch
 from gemkit.ops import Quantized
 from gemkit.weights.checkpoint import find
@@ -37,16 +36,17 @@ def write_gguf(model, config, architecture, path, kind):
     writer.add_context_length(config.max_context)
     writer.add_embedding_length(config.width)
     writer.add_block_count(len(config.layers))
-    writer.add_feed_forward_length(config.ffw_width)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    heads = config.attention[0]
+    writer.add_feed_forward_length(config.layers[0].ffw.width)
+    writer.add_head_count(heads.heads)
+    writer.add_head_count_kv(heads.kv_heads)
+    writer.add_key_length(heads.head_dim)
+    writer.add_value_length(heads.head_dim)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     if architecture != "gemma":
-        writer.add_sliding_window(next(x.window for x in config.layers if isinstance(x, Sliding)))
-    if config.attention_softcap:
-        writer.add_attn_logit_softcapping(config.attention_softcap)
+        writer.add_sliding_window(config.windows[0])
+    if heads.softcap:
+        writer.add_attn_logit_softcapping(heads.softcap)
         writer.add_final_logit_softcapping(config.final_softcap)
     for name, weight in model.model.named_parameters():
         stem, values = name.removesuffix(".weight"), weight.detach().numpy()

@@ -223,7 +223,7 @@ def test_the_rule_of_keras_is_an_ordinary_lora_to_others(pair, tmp_path):
         assert_close(their_logits(opened(theirs, tmp_path / "adapter"), ours), expected, TOLERANCE)
     before = {name: p.clone() for name, p in ours.named_parameters() if ".lora_" in name}
     heads = {path: adapter.heads for path, adapter in lora.adapters_of(ours, None).items()}
-    assert set(heads.values()) == {1, ours.config.num_heads, ours.config.num_kv_heads}
+    assert set(heads.values()) == {1, ours.config.attention[0].heads, ours.config.attention[0].kv_heads}
     lora.remove(ours)
     lora.attach(ours, tmp_path / "adapter", "default")  # in its own form
     assert {path: adapter.heads for path, adapter in lora.adapters_of(ours, None).items()} == heads

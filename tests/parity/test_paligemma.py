@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from gemkit import family
 from gemkit.errors import ConfigError, WeightsError
-from gemkit.family import Global
+from gemkit.family import replace_layers
 from gemkit.nn import Batch, PaliGemma
 from gemkit.weights import configs
 from gemkit.weights.maps import name_map
@@ -163,7 +163,7 @@ def test_gradients_of_a_suffix_loss_match(name, tmp_path):
 def test_the_other_published_reading_is_a_field_away(tmp_path):
     """google-research/big_vision attends everywhere and has no final cap in training and prefill."""
     decoder = tiny("paligemma2-3b-pt-224")
-    decoder = replace(decoder, layers=(Global(),) * len(decoder.layers), final_softcap=None)
+    decoder = replace_layers(replace(decoder, final_softcap=None), attention={"window": None})
     theirs = reference(decoder, TOWER)
     ours = load(save_reference(theirs, tmp_path))
     assert ours.config == decoder
@@ -320,11 +320,13 @@ def test_what_released_files_leave_out(name, released):
     member = family.get(name)
     assert configs.vision_from_hf(released, name) == member.vision
     read = configs.from_hf(released, name)
-    assert replace(read, query_scale=member.decoder.query_scale) == member.decoder
-    assert read.query_scale == pytest.approx(member.decoder.query_scale)
+    scale = member.decoder.attention[0].scale
+    assert replace_layers(read, attention={"scale": scale}) == member.decoder
+    assert all(mixer.scale == pytest.approx(scale) for mixer in read.attention)
     written = configs.to_hf(member.decoder, member.vision)
     assert configs.vision_from_hf(written, name) == member.vision
-    assert replace(configs.from_hf(written, name), query_scale=read.query_scale) == read
+    again = configs.from_hf(written, name)
+    assert replace_layers(again, attention={"scale": read.attention[0].scale}) == read
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import transformers
 
 from gemkit import family, ops
 from gemkit.errors import GemkitError
-from gemkit.family import DecoderConfig, Recurrent, Sliding
+from gemkit.family import DecoderConfig, replace_layers
 from gemkit.inspect import cost
 from gemkit.nn import Batch
 from gemkit.nn import Decoder as Module
@@ -21,8 +21,7 @@ NAMES = ["recurrentgemma-2b", "recurrentgemma-9b"]
 
 def wider_recurrence(decoder: DecoderConfig) -> DecoderConfig:
     """The recurrence twice as wide as the residual stream, which no published member has but the layout allows."""
-    layers = (replace(x, width=2 * decoder.width) if isinstance(x, Recurrent) else x for x in decoder.layers)
-    return replace(decoder, layers=tuple(layers))
+    return replace_layers(decoder, recurrent={"width": 2 * decoder.width})
 
 
 def from_deepmind(theirs: Reference, decoder: DecoderConfig, folder, monkeypatch, name: str = NAMES[0]) -> Module:
@@ -232,7 +231,8 @@ def test_the_state_is_as_large_as_the_cost_model_says():
     sizes = set()
     for chunk in (1, 2, 40):
         module(Batch.of([[1] * chunk], offsets=[state.lengths[0]]), state)
-        sizes.add(sum(e.nbytes for e, x in zip(state.layers, decoder.layers, strict=True) if isinstance(x, Recurrent)))
+        entries = zip(state.layers, decoder.layers, strict=True)
+        sizes.add(sum(entry.nbytes for entry, layer in entries if layer.mixer.kind == "recurrent"))
     assert sizes == {cost.state_bytes(decoder, 0).recurrent}
 
 
@@ -256,12 +256,7 @@ def test_bfloat16_agrees_within_its_rounding(tmp_path, monkeypatch):
 @torch.inference_mode()
 def test_the_tolerance_would_notice(pair, change):
     ours, theirs = pair
-    changed = Module(
-        replace(
-            ours.config,
-            layers=tuple(replace(x, **change) if isinstance(x, Sliding) else x for x in ours.config.layers),
-        )
-    )
+    changed = Module(replace_layers(ours.config, attention=change))
     changed.load_state_dict(ours.state_dict())
     ids = tokens(3 * WINDOW + 5)[0]
     with pytest.raises(AssertionError, match="of the largest logit"):

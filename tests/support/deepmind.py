@@ -8,7 +8,7 @@ import types
 
 import torch
 
-from gemkit.family import DecoderConfig, Recurrent, Sliding
+from gemkit.family import DecoderConfig, Recurrent
 
 # The package's own __init__ imports JAX. An empty one in its place leads to the same PyTorch files without it.
 _found = importlib.util.find_spec("recurrentgemma")
@@ -32,21 +32,20 @@ class Reference:
     """
 
     def __init__(self, decoder: DecoderConfig, seed: int = 0):
-        recurrent = next(layer for layer in decoder.layers if isinstance(layer, Recurrent))
-        windows = {layer.window for layer in decoder.layers if isinstance(layer, Sliding)}
+        (window,) = decoder.windows
         kinds = common.TemporalBlockType
         self.config = common.GriffinConfig(
             vocab_size=decoder.vocab_size,
             width=decoder.width,
-            mlp_expanded_width=decoder.ffw_width,
-            num_heads=decoder.num_heads,
+            mlp_expanded_width=decoder.layers[0].ffw.width,
+            num_heads=decoder.attention[0].heads,
             block_types=tuple(
-                kinds.RECURRENT if isinstance(layer, Recurrent) else kinds.ATTENTION for layer in decoder.layers
+                kinds.RECURRENT if isinstance(layer.mixer, Recurrent) else kinds.ATTENTION for layer in decoder.layers
             ),
             embeddings_scale_by_sqrt_dim=True,
-            attention_window_size=windows.pop() - 1,  # theirs does not count the current token
+            attention_window_size=window - 1,  # theirs does not count the current token
             logits_soft_cap=decoder.final_softcap,
-            lru_width=recurrent.width,
+            lru_width=decoder.recurrent[0].width,
         )
         self.model = griffin.Griffin(self.config, gradient_checkpointing=False)
         generator = torch.Generator().manual_seed(seed)

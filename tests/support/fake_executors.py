@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemkit.family.schema import DecoderConfig, Global
+from gemkit.family import DecoderConfig, Global, Mlp, repeat
 from gemkit.generate import Chunk
 
 BOS, END = 0, 1
@@ -19,13 +19,8 @@ def tiny_decoder(max_context: int = 64, vocab_size: int = len(PIECES)) -> Decode
     return DecoderConfig(
         vocab_size=vocab_size,
         width=4,
-        ffw_width=4,
-        num_heads=1,
-        num_kv_heads=1,
-        head_dim=4,
-        layers=(Global(),),
+        layers=repeat(Global(heads=1, kv_heads=1, head_dim=4, scale=0.5), ffw=Mlp(4), total=1),
         max_context=max_context,
-        query_scale=0.5,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from gemkit import family
-from gemkit.family import DecoderConfig, Layer, Recurrent, Sliding, Vision
+from gemkit.family import Attention, DecoderConfig, Layer, Vision, replace_layers
 from gemkit.nn import Decoder as Module
 from gemkit.nn import PaliGemma
 from gemkit.weights import configs
@@ -24,30 +24,28 @@ def tiny(name: str) -> DecoderConfig:
     """The member with small widths and windows of 8. Heads, pattern, caps, norms and ropes stay as they are, and
     heads times head size still differs from the width, unless the published code of the member ties them."""
     real = family.get(name).decoder
-    by_width = abs(real.query_scale - real.head_dim**-0.5) > 1e-6  # the 27B models scale by width / heads
-    width, head_dim = (12 if by_width else 4) * real.num_heads, 16
-    if any(isinstance(layer, Recurrent) for layer in real.layers):
-        width = head_dim * real.num_heads
-
-    def small(layer: Layer) -> Layer:
-        match layer:
-            case Sliding():
-                return replace(layer, window=WINDOW)
-            case Recurrent():
-                return replace(layer, width=width)
-            case _:
-                return layer
-
-    layers = tuple(map(small, real.layers))
-    return replace(
-        real,
-        vocab_size=VOCAB,
-        width=width,
-        ffw_width=96,
-        head_dim=head_dim,
-        layers=layers,
-        query_scale=(width // real.num_heads if by_width else head_dim) ** -0.5,
+    like = real.attention[0]
+    by_width = abs(like.scale - like.head_dim**-0.5) > 1e-6  # the 27B models scale by width / heads
+    width, head_dim = (12 if by_width else 4) * like.heads, 16
+    if real.recurrent:
+        width = head_dim * like.heads
+    small = replace_layers(
+        replace(real, vocab_size=VOCAB, width=width),
+        attention={"head_dim": head_dim, "scale": (width // like.heads if by_width else head_dim) ** -0.5},
+        recurrent={"width": width},
+        ffw={"width": 96},
     )
+    return with_windows(small, WINDOW)
+
+
+def with_windows(decoder: DecoderConfig, window: int) -> DecoderConfig:
+    """The decoder with this window in every layer that has one."""
+
+    def changed(layer: Layer) -> Layer:
+        slides = isinstance(layer.mixer, Attention) and layer.mixer.window is not None
+        return replace(layer, mixer=replace(layer.mixer, window=window)) if slides else layer
+
+    return replace(decoder, layers=tuple(map(changed, decoder.layers)))
 
 
 # 16 patches an image, twice a window; heads of 18, which like the real 72 is no power of two

@@ -171,7 +171,8 @@ def test_rows_have_names_of_their_own_and_models_that_are_known(floors):
 def small(name):
     """The member's layers with the least width that blocks of 256 can be cut from."""
     real = family.get(name).decoder
-    return replace(real, vocab_size=512, width=256, ffw_width=512, head_dim=64, query_scale=64**-0.5)
+    heads = {"head_dim": 64, "scale": 64**-0.5}
+    return family.replace_layers(replace(real, vocab_size=512, width=256), attention=heads, ffw={"width": 512})
 
 
 @pytest.mark.parametrize(("name", "mix"), [("gemma-2-2b", "Q4_K_M"), ("gemma-2-2b", "Q8_0"), ("gemma-2b", "Q4_K_M")])

@@ -63,7 +63,7 @@ class LoRA(Adapter):
             x_TI = ops.dropout(x_TI, self.dropout)
         low_TR = ops.scale(self.lora_A(x_TI), self.factor)
         if self.per_head:
-            return ops.merge_heads(self.lora_B(ops.split_heads(low_TR, self.heads)))
+            return ops.merge_heads(self.lora_B(ops.split_heads(low_TR, self.rank)))
         return self.lora_B(low_TR)
 
     def extra_repr(self):

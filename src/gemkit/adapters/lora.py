@@ -193,7 +193,8 @@ def _heads(module: Model, path: str) -> int:
     leaf = path.rpartition(".")[2]
     if path.startswith(_OUTSIDE) or leaf not in ("q_proj", "k_proj", "v_proj"):
         return 1
-    return module.config.num_heads if leaf == "q_proj" else module.config.num_kv_heads
+    attention: Any = module.get_submodule(path.rpartition(".")[0])
+    return getattr(attention, leaf).weight.shape[0] // attention.head_dim
 
 
 def _matching(owners: Mapping[str, LoRAHost], targets: str | Sequence[str], table: NameMap) -> dict[str, LoRAHost]:

@@ -151,13 +151,15 @@ def small(decoder: family.DecoderConfig) -> family.DecoderConfig:
     from gemkit import family
 
     def narrow(layer: family.Layer) -> family.Layer:
-        return replace(layer, width=layer.width // SMALL) if isinstance(layer, family.Recurrent) else layer
+        mixer, divided = layer.mixer, "width" if isinstance(layer.mixer, family.Recurrent) else "head_dim"
+        mixer = replace(mixer, **{divided: getattr(mixer, divided) // SMALL})
+        return family.Layer(mixer, family.Mlp(layer.ffw.width // SMALL))
 
-    widths = ("width", "ffw_width", "head_dim", "vocab_size")
     try:
         return replace(
             decoder,
-            **{name: getattr(decoder, name) // SMALL for name in widths},
+            vocab_size=decoder.vocab_size // SMALL,
+            width=decoder.width // SMALL,
             layers=tuple(map(narrow, decoder.layers)),
         )
     except ConfigError as error:
@@ -208,13 +210,18 @@ class Depths:
         config, start = self.state.decoder, self.state.lengths[0]
         with torch.inference_mode():
             # a few hundred rows again and again: random numbers for all would take longer than everything else
-            rows = torch.randn(256, 2, 1, config.num_kv_heads, config.head_dim, dtype=torch.bfloat16)
-            pairs = [tuple(row) for row in rows]
+            numbers: dict[tuple[int, int], list[Any]] = {}
             for layer, entry in zip(config.layers, self.state.layers, strict=True):
-                if isinstance(layer, family.Recurrent):
-                    entry.keep_tail(0, torch.randn(layer.conv_width - 1, layer.width, dtype=torch.bfloat16))
-                    entry.keep_hidden(0, torch.randn(layer.width))
+                mixer = layer.mixer
+                if isinstance(mixer, family.Recurrent):
+                    entry.keep_tail(0, torch.randn(mixer.conv_width - 1, mixer.width, dtype=torch.bfloat16))
+                    entry.keep_hidden(0, torch.randn(mixer.width))
                     continue
+                heads = (mixer.kv_heads, mixer.head_dim)
+                if heads not in numbers:
+                    rows = torch.randn(256, 2, 1, *heads, dtype=torch.bfloat16)
+                    numbers[heads] = [tuple(row) for row in rows]
+                pairs = numbers[heads]
                 for position in range(start, depth):
                     entry.append(0, position, *pairs[position % len(pairs)])
         self.state.advance([(0, depth - start, 0, start)])
@@ -310,7 +317,7 @@ def _serve(pipe: Any, *args: Any) -> None:
 
 def _measure(plan: Plan, quiet: bool) -> dict[str, Any]:
     """Everything that is reported, as data; on the way, the ceiling is printed."""
-    from gemkit.inspect import cost
+    from gemkit.inspect import compare, cost
 
     _check_memory(plan)
     report: dict[str, Any] = {
@@ -327,7 +334,7 @@ def _measure(plan: Plan, quiet: bool) -> dict[str, Any]:
                 "parameters": cost.count(subject.decoder).total,
                 "layers": len(subject.decoder.layers),
                 "width": subject.decoder.width,
-                "ffw_width": subject.decoder.ffw_width,
+                "ffw_width": compare.shared(layer.ffw.width for layer in subject.decoder.layers),
                 "vocab_size": subject.decoder.vocab_size,
                 "max_context": subject.decoder.max_context,
                 "weight_bytes": cost.weight_bytes(subject.decoder, dtype=DTYPE),
@@ -480,11 +487,12 @@ def _conclusion(report: dict[str, Any]) -> str:
 
 
 def _shape(record: dict[str, Any]) -> str:
-    from gemkit.inspect import units
+    from gemkit.inspect import compare, units
 
+    ffw_width = compare.each(units.exact)(record["ffw_width"])
     return (
         f"{units.short(record['parameters'])} parameters, {count(record['layers'], 'layer')} "
-        f"of width {record['width']:,}, feed-forward {record['ffw_width']:,}, vocabulary {record['vocab_size']:,}"
+        f"of width {record['width']:,}, feed-forward {ffw_width}, vocabulary {record['vocab_size']:,}"
     )
 
 

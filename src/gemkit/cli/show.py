@@ -170,7 +170,6 @@ def _weights(runner) -> list[Any]:
 
 
 def _facts(shown, dtype, context: int) -> list[str]:
-    from gemkit.family import Sliding
     from gemkit.inspect import compare, cost, units
 
     decoder, vision, member = shown.decoder, shown.vision, shown.member
@@ -185,14 +184,13 @@ def _facts(shown, dtype, context: int) -> list[str]:
     parts = [f"{units.exact(count.embedding)} embedding, tied to the head", units.exact(count.non_embedding)]
     if vision:
         parts.append(f"{units.exact(count.vision)} image tower and projection")
-    windows = sorted({layer.window for layer in decoder.layers if isinstance(layer, Sliding)})
     facts = {
         "parameters": f"{units.exact(count.total)} ({' + '.join(parts)})",
         "weights": f"{weights(dtype)} ({', '.join(weights(other) for other in others)})",
         "layers": f"{len(decoder.layers)}: {compare.pattern(decoder.layers)}"
-        + (f"; windows of {', '.join(map(units.exact, windows))}" if windows else ""),
-        "width": f"{units.exact(decoder.width)}, MLP {units.exact(decoder.ffw_width)}",
-        "heads": f"{decoder.num_heads} of {decoder.head_dim}; key/value heads {compare.sharing(decoder)}",
+        + (f"; windows of {', '.join(map(units.exact, decoder.windows))}" if decoder.windows else ""),
+        "width": f"{units.exact(decoder.width)}, MLP {compare.ffw_widths(decoder)}",
+        "heads": f"{compare.heads(decoder)}; key/value heads {compare.sharing(decoder)}",
         "rope": compare.ropes(decoder),
         "vocabulary": units.exact(decoder.vocab_size),
         "context": f"{units.exact(decoder.max_context)} tokens in training",
@@ -250,7 +248,7 @@ def _record(shown, dtype, context: int) -> dict[str, Any]:
 
     decoder, vision, member = shown.decoder, shown.vision, shown.member
     count = cost.count(decoder, vision)
-    layers = [{"kind": type(layer).__name__.lower(), **asdict(layer)} for layer in decoder.layers]
+    layers = [{"kind": layer.mixer.kind, **asdict(layer.mixer), "ffw": asdict(layer.ffw)} for layer in decoder.layers]
     costs: dict[str, Any] = {
         "dtype": dtype,
         "context": context,

@@ -31,7 +31,7 @@ class TorchExecutor:
 
     def about(self) -> str:
         """How it computes, for people."""
-        kernel, reason = attention_kernel(self.decoder.attention_softcap)
+        kernel, reason = attention_kernel(next((m.softcap for m in self.decoder.attention if m.softcap), None))
         return f"on {self.device}; attention {kernel}: {reason}"
 
     def new_state(self, slots: int, room: int = 0) -> State:

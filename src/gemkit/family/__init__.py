@@ -1,16 +1,19 @@
-"""WHAT each member of the family is: plain data, importable in milliseconds.
+"""The members of the family as plain data, importable in milliseconds.
 
 >>> get("gemma-2-2b").decoder.width
 2304
 """
 
 from gemkit.family.parameters import parameters
-from gemkit.family.registry import difference, get, members, names
+from gemkit.family.registry import get, members, names
 from gemkit.family.schema import (
+    Attention,
     DecoderConfig,
     Global,
     Layer,
     Member,
+    Mixer,
+    Mlp,
     Prompt,
     Recurrent,
     Rope,
@@ -18,23 +21,27 @@ from gemkit.family.schema import (
     Tuning,
     Vision,
     repeat,
+    replace_layers,
 )
 
 __all__ = [
+    "Attention",
     "DecoderConfig",
     "Global",
     "Layer",
     "Member",
+    "Mixer",
+    "Mlp",
     "Prompt",
     "Recurrent",
     "Rope",
     "Sliding",
     "Tuning",
     "Vision",
-    "difference",
     "get",
     "members",
     "names",
     "parameters",
     "repeat",
+    "replace_layers",
 ]

@@ -9,26 +9,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gemkit.family.schema import DecoderConfig, Global, Member, repeat
+from gemkit.family.schema import DecoderConfig, Global, Member, Mlp, repeat
 
+_HEADS = {"head_dim": 256, "scale": 256**-0.5}
 GEMMA1_2B = DecoderConfig(
     vocab_size=256_000,
     width=2048,
-    ffw_width=16_384,
-    num_heads=8,
-    num_kv_heads=1,
-    head_dim=256,
-    layers=repeat(Global(), total=18),
+    layers=repeat(Global(heads=8, kv_heads=1, **_HEADS), ffw=Mlp(16_384), total=18),
     max_context=8192,
-    query_scale=256**-0.5,
 )
 GEMMA1_7B = replace(
     GEMMA1_2B,
-    width=3072,
-    ffw_width=24_576,
-    num_heads=16,  # 16 heads of 256 are wider than the 3072 of the residual
-    num_kv_heads=16,
-    layers=repeat(Global(), total=28),
+    width=3072,  # 16 heads of 256 are wider
+    layers=repeat(Global(heads=16, kv_heads=16, **_HEADS), ffw=Mlp(24_576), total=28),
 )
 
 _SOURCE = "arXiv:2403.08295; google/gemma_pytorch gemma/config.py"

@@ -7,41 +7,36 @@ configurations. The first layer is a sliding one.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from gemkit.family.schema import DecoderConfig, Global, Member, Sliding, repeat
+from gemkit.family.schema import DecoderConfig, Global, Layer, Member, Mlp, Sliding, repeat
+
+
+def _layers(total: int, ffw_width: int, **heads: Any) -> tuple[Layer, ...]:
+    """Sliding and global layers in turn."""
+    numbers = {**heads, "softcap": 50.0}
+    return repeat(Sliding(4096, **numbers), Global(**numbers), ffw=Mlp(ffw_width), total=total)
+
 
 GEMMA2_2B = DecoderConfig(
     vocab_size=256_000,
     width=2304,
-    ffw_width=9216,
-    num_heads=8,
-    num_kv_heads=4,
-    head_dim=256,
-    layers=repeat(Sliding(4096), Global(), total=26),
+    layers=_layers(26, 9216, heads=8, kv_heads=4, head_dim=256, scale=256**-0.5),
     max_context=8192,
-    query_scale=256**-0.5,
     post_norms=True,
-    attention_softcap=50.0,
     final_softcap=30.0,
 )
 GEMMA2_9B = replace(
     GEMMA2_2B,
     width=3584,
-    ffw_width=14_336,
-    num_heads=16,
-    num_kv_heads=8,
-    layers=repeat(Sliding(4096), Global(), total=42),
-    query_scale=256**-0.5,  # early Hugging Face conversions had (3584 / 16) ** -0.5, later corrected
+    # early Hugging Face conversions had a scale of (3584 / 16) ** -0.5, later corrected
+    layers=_layers(42, 14_336, heads=16, kv_heads=8, head_dim=256, scale=256**-0.5),
 )
 GEMMA2_27B = replace(
     GEMMA2_2B,
     width=4608,
-    ffw_width=36_864,
-    num_heads=32,
-    num_kv_heads=16,
-    head_dim=128,
-    layers=repeat(Sliding(4096), Global(), total=46),
-    query_scale=(4608 // 32) ** -0.5,  # by width per head, not head_dim: unlike 2B and 9B
+    # the scale is by width per head, not head_dim: unlike 2B and 9B
+    layers=_layers(46, 36_864, heads=32, kv_heads=16, head_dim=128, scale=(4608 // 32) ** -0.5),
 )
 
 

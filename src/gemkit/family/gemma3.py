@@ -8,56 +8,51 @@ the tokenizer (Hugging Face pads the table of these three to 262,208 for the ima
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
-from gemkit.family.schema import DecoderConfig, Global, Layer, Member, Rope, Sliding, repeat
+from gemkit.family.schema import DecoderConfig, Global, Layer, Member, Mlp, Rope, Sliding, repeat
 
 
-def _layers(total: int, window: int, factor: float = 1.0) -> tuple[Layer, ...]:
+def _layers(total: int, ffw_width: int, window: int, factor: float = 1.0, **heads: Any) -> tuple[Layer, ...]:
     """Five sliding layers to one global, which comes last; the factor stretches positions in the global ones alone."""
-    sliding, all_tokens = Sliding(window), Global(Rope(base=1_000_000.0, factor=factor))
-    return repeat(*[sliding] * 5, all_tokens, total=total)
+    numbers = {**heads, "qk_norm": True}
+    sliding, all_tokens = Sliding(window, **numbers), Global(rope=Rope(base=1_000_000.0, factor=factor), **numbers)
+    return repeat(*[sliding] * 5, all_tokens, ffw=Mlp(ffw_width), total=total)
 
 
+_HEADS = {"head_dim": 256, "scale": 256**-0.5}
 GEMMA3_270M = DecoderConfig(
     vocab_size=262_144,
     width=640,
-    ffw_width=2048,
-    num_heads=4,
-    num_kv_heads=1,
-    head_dim=256,
-    layers=_layers(18, window=512),
+    layers=_layers(18, 2048, window=512, heads=4, kv_heads=1, **_HEADS),
     max_context=32_768,
-    query_scale=256**-0.5,
     post_norms=True,
-    qk_norm=True,
 )
-GEMMA3_1B = replace(GEMMA3_270M, width=1152, ffw_width=6912, layers=_layers(26, window=512))
+GEMMA3_1B = replace(GEMMA3_270M, width=1152, layers=_layers(26, 6912, window=512, heads=4, kv_heads=1, **_HEADS))
 GEMMA3_4B = replace(
     GEMMA3_270M,
     width=2560,
-    ffw_width=10_240,
-    num_heads=8,
-    num_kv_heads=4,
-    layers=_layers(34, window=1024, factor=8.0),
+    layers=_layers(34, 10_240, window=1024, factor=8.0, heads=8, kv_heads=4, **_HEADS),
     max_context=131_072,
 )
 GEMMA3_12B = replace(
     GEMMA3_4B,
     width=3840,
-    ffw_width=15_360,
-    num_heads=16,
-    num_kv_heads=8,
-    layers=_layers(48, window=1024, factor=8.0),
+    layers=_layers(48, 15_360, window=1024, factor=8.0, heads=16, kv_heads=8, **_HEADS),
 )
 GEMMA3_27B = replace(
     GEMMA3_4B,
     width=5376,
-    ffw_width=21_504,
-    num_heads=32,
-    num_kv_heads=16,
-    head_dim=128,
-    layers=_layers(62, window=1024, factor=8.0),
-    query_scale=(5376 // 32) ** -0.5,  # by width per head, as in Gemma 2 27B
+    layers=_layers(
+        62,
+        21_504,
+        window=1024,
+        factor=8.0,
+        heads=32,
+        kv_heads=16,
+        head_dim=128,
+        scale=(5376 // 32) ** -0.5,  # by width per head, as in Gemma 2 27B
+    ),
 )
 
 

@@ -27,29 +27,30 @@ def parameters(decoder: DecoderConfig, vision: Vision | None = None) -> Paramete
 
 
 def _decoder(decoder: DecoderConfig) -> Parameters:
-    d, f, h = decoder.width, decoder.ffw_width, decoder.head_dim
+    d = decoder.width
     yield "embed_tokens.weight", (decoder.vocab_size, d)
     for i, layer in enumerate(decoder.layers):
-        at = f"layers.{i}."
+        at, mixer, f = f"layers.{i}.", layer.mixer, layer.ffw.width
         yield at + "input_layernorm.weight", (d,)
-        if isinstance(layer, Recurrent):
-            r, n = layer.width, layer.num_blocks
+        if isinstance(mixer, Recurrent):
+            r, n = mixer.width, mixer.num_blocks
             yield from _affine(at + "recurrent.linear_x", r, d)
             yield from _affine(at + "recurrent.linear_y", r, d)
-            yield from _affine(at + "recurrent.conv_1d", r, layer.conv_width)
+            yield from _affine(at + "recurrent.conv_1d", r, mixer.conv_width)
             yield at + "recurrent.rg_lru.recurrent_param", (r,)
             for gate in ("input_gate", "recurrent_gate"):
                 yield at + f"recurrent.rg_lru.{gate}.weight", (n, r // n, r // n)
                 yield at + f"recurrent.rg_lru.{gate}.bias", (n, r // n)
             yield from _affine(at + "recurrent.linear_out", d, r)
         else:
-            yield at + "self_attn.q_proj.weight", (decoder.num_heads * h, d)
-            yield at + "self_attn.k_proj.weight", (decoder.num_kv_heads * h, d)
-            yield at + "self_attn.v_proj.weight", (decoder.num_kv_heads * h, d)
-            if decoder.qk_norm:
-                yield at + "self_attn.q_norm.weight", (h,)
-                yield at + "self_attn.k_norm.weight", (h,)
-            yield from _affine(at + "self_attn.o_proj", d, decoder.num_heads * h, bias=decoder.biases)
+            q, kv = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+            yield at + "self_attn.q_proj.weight", (q, d)
+            yield at + "self_attn.k_proj.weight", (kv, d)
+            yield at + "self_attn.v_proj.weight", (kv, d)
+            if mixer.qk_norm:
+                yield at + "self_attn.q_norm.weight", (mixer.head_dim,)
+                yield at + "self_attn.k_norm.weight", (mixer.head_dim,)
+            yield from _affine(at + "self_attn.o_proj", d, q, bias=decoder.biases)
         if decoder.post_norms:
             yield at + "post_attention_layernorm.weight", (d,)
         yield at + "pre_feedforward_layernorm.weight", (d,)

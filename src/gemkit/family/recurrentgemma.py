@@ -9,31 +9,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gemkit.family.schema import DecoderConfig, Member, Recurrent, Rope, Sliding, repeat
+from gemkit.family.schema import DecoderConfig, Layer, Member, Mlp, Recurrent, Rope, Sliding, repeat
 
-_ATTENTION = Sliding(2049, Rope(fraction=0.5))
+
+def _layers(total: int, width: int, heads: int, ffw_width: int) -> tuple[Layer, ...]:
+    """Two recurrent layers, as wide as the residual and with a block for each head, to one of attention."""
+    recurrent = Recurrent(width, num_blocks=heads)
+    sliding = Sliding(2049, rope=Rope(fraction=0.5), heads=heads, kv_heads=1, head_dim=256, scale=256**-0.5)
+    return repeat(recurrent, recurrent, sliding, ffw=Mlp(ffw_width), total=total)
+
 
 RECURRENTGEMMA_2B = DecoderConfig(
     vocab_size=256_000,
     width=2560,
-    ffw_width=7680,  # Hugging Face writes 15360 and halves it
-    num_heads=10,
-    num_kv_heads=1,
-    head_dim=256,
-    layers=repeat(Recurrent(2560, num_blocks=10), Recurrent(2560, num_blocks=10), _ATTENTION, total=26),
+    layers=_layers(26, width=2560, heads=10, ffw_width=7680),  # Hugging Face writes 15360 and halves it
     max_context=8192,
-    query_scale=256**-0.5,
     final_softcap=30.0,
     biases=True,
     embed_scale_dtype="bfloat16",
 )
-RECURRENTGEMMA_9B = replace(
-    RECURRENTGEMMA_2B,
-    width=4096,
-    ffw_width=12_288,
-    num_heads=16,
-    layers=repeat(Recurrent(4096, num_blocks=16), Recurrent(4096, num_blocks=16), _ATTENTION, total=38),
-)
+RECURRENTGEMMA_9B = replace(RECURRENTGEMMA_2B, width=4096, layers=_layers(38, width=4096, heads=16, ffw_width=12_288))
 
 
 def _pair(size: str, decoder: DecoderConfig, released: str) -> tuple[Member, Member]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import Any
 
 from gemkit.errors import UnknownModelError, nearest
 from gemkit.family import codegemma, gemma1, gemma2, gemma3, paligemma, recurrentgemma
@@ -43,26 +40,6 @@ def get(name: str) -> Member:
             f"no member of the family is called {name!r}; " + nearest(_key(name), names(), "`gemkit models` lists them")
         )
     return member
-
-
-def difference(a: str | Member, b: str | Member) -> dict[str, tuple[Any, Any]]:
-    """What differs between two members: dotted field name -> both values, `None` where one has no such part.
-
-    >>> difference("gemma-2b", "codegemma-2b")["vocabulary"]
-    ('gemma', 'codegemma')
-    """
-    of_a, of_b = (dict(_flat(get(x) if isinstance(x, str) else x)) for x in (a, b))
-    keys = dict.fromkeys([*of_a, *of_b])
-    return {key: (of_a.get(key), of_b.get(key)) for key in keys if of_a.get(key) != of_b.get(key)}
-
-
-def _flat(part: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if is_dataclass(value):
-            yield from _flat(value, f"{field.name}.")
-        else:
-            yield prefix + field.name, value
 
 
 def _key(name: str) -> str:

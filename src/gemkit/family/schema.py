@@ -1,14 +1,15 @@
-"""What a member of the family is: frozen data, read by the decoder, the cost model and the file formats alike.
+"""The dataclasses of a member: frozen data, read by the decoder, the cost model and the file formats alike.
 
-Nothing here imports torch, and nothing here knows a member by name. A layer pattern is a tuple of small objects that
-carry their own numbers, so that "sliding without a window" cannot be written.
+Nothing here imports torch, and nothing here knows a member by name. A decoder is a tuple of layers, each a mixer and a
+feed-forward that carry their own numbers, so that layers may differ and "sliding without a window" cannot be written.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from gemkit.errors import ConfigError
 
@@ -26,25 +27,73 @@ class Rope:
     fraction: float = 1.0  # share of each head that is rotated, from its front: 0.5 in RecurrentGemma
 
 
-@dataclass(frozen=True)
-class Global:
-    """Causal attention over everything before."""
-
-    rope: Rope = Rope()
-
-    def __str__(self) -> str:
-        return "global"
+Reach = Literal["past", "both", "all"]
 
 
 @dataclass(frozen=True)
-class Sliding:
-    """Causal attention over the last `window` tokens, the current one included."""
+class Attention:
+    """Grouped-query attention (arXiv:2305.13245): `heads` query heads on `kv_heads` key/value heads of `head_dim` each.
 
-    window: int
+    `reach` says which tokens a token sees besides those of its own span: "past" (itself and those before), "both" (a
+    window on each side) or "all". A `window` counts the visible tokens on one side, the token itself included; None:
+    no limit.
+
+    Raises:
+        ConfigError: if the numbers contradict each other.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float  # queries are multiplied by this before the dot product
+    window: int | None = None
     rope: Rope = Rope()
+    reach: Reach = "past"
+    softcap: float | None = None  # on the scores (Gemma 2)
+    qk_norm: bool = False  # RMSNorm over each query and key head (Gemma 3)
+
+    def __post_init__(self):
+        _check_counts(self, "attention", "heads", "kv_heads", "head_dim")
+        _check_positive(self, "attention", "scale")
+        _check_softcap(self, "softcap")
+        if self.heads % self.kv_heads:
+            raise ConfigError(
+                f"kv_heads={self.kv_heads} does not divide heads={self.heads}: "
+                "each key/value head serves a whole number of query heads"
+            )
+        if self.window is not None:
+            _check_counts(self, "attention (the current token counts)", "window")
+        if self.reach not in get_args(Reach):
+            raise ConfigError(f"reach={self.reach!r} of attention is not one of {', '.join(get_args(Reach))}")
+        if self.reach != "past" and (self.window is not None) != (self.reach == "both"):
+            raise ConfigError(f"reach={self.reach!r} with window={self.window}: 'both' needs a window, 'all' has none")
+        rotated = self.rope.fraction * self.head_dim
+        if not (0 < self.rope.fraction <= 1) or rotated != int(rotated) or int(rotated) % 2:
+            raise ConfigError(f"rope.fraction={self.rope.fraction} of head_dim={self.head_dim} is not an even number")
+        if self.rope.base <= 0 or self.rope.factor <= 0:
+            raise ConfigError(f"{self.rope} needs a positive base and factor")
+
+    @property
+    def rotation(self) -> tuple[int, float, float]:
+        """Rotated dimensions of each head, base and factor of the rotation."""
+        return int(self.rope.fraction * self.head_dim), self.rope.base, self.rope.factor
+
+    @property
+    def kind(self) -> Literal["global", "sliding"]:
+        return "global" if self.window is None else "sliding"
 
     def __str__(self) -> str:
-        return f"sliding {self.window}"
+        return "global" if self.window is None else f"sliding {self.window}"
+
+
+def Global(**numbers: Any) -> Attention:
+    """Attention without a window, of the fields of `Attention`."""
+    return Attention(**numbers)
+
+
+def Sliding(window: int, **numbers: Any) -> Attention:
+    """Attention over the last `window` tokens, the current one included, of the fields of `Attention`."""
+    return Attention(window=window, **numbers)
 
 
 @dataclass(frozen=True)
@@ -55,82 +104,127 @@ class Recurrent:
     num_blocks: int  # blocks of the block-diagonal gates
     conv_width: int = 4  # taps, the current token included
 
+    kind = "recurrent"
+
+    def __post_init__(self):
+        _check_counts(self, "the recurrence", "width", "num_blocks", "conv_width")
+        if self.width % self.num_blocks:
+            raise ConfigError(f"num_blocks={self.num_blocks} of the recurrence does not divide its width={self.width}")
+
     def __str__(self) -> str:
         return f"recurrent {self.width}"
 
 
-Layer = Global | Sliding | Recurrent
+@dataclass(frozen=True)
+class Mlp:
+    """The gated feed-forward (GeGLU, arXiv:2002.05202). `width` counts ONE branch (some sources count both: 32768 for
+    Gemma 2B)."""
+
+    width: int
+
+    def __post_init__(self):
+        _check_counts(self, "the feed-forward", "width")
+
+
+Mixer = Attention | Recurrent
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A residual block: a mixer of positions, then a feed-forward."""
+
+    mixer: Mixer
+    ffw: Mlp
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """The text decoder of a member.
 
-    `ffw_width` counts ONE branch of the gated MLP (some sources count both: 32768 for Gemma 2B). `vocab_size` counts
-    the rows of the released embedding table, which may exceed the pieces of the tokenizer. The embedding is tied to
-    the output head in every member.
+    `vocab_size` counts the rows of the released embedding table, which may exceed the pieces of the tokenizer. The
+    embedding is tied to the output head in every member.
     """
 
     vocab_size: int
     width: int
-    ffw_width: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     layers: tuple[Layer, ...]
     max_context: int  # tokens seen in training
-    query_scale: float  # queries are multiplied by this before the dot product
-    post_norms: bool = False  # norms on the outputs of mixer and MLP too (Gemma 2 and 3)
-    qk_norm: bool = False  # norms over each query and key head (Gemma 3)
-    attention_softcap: float | None = None
+    post_norms: bool = False  # norms on the outputs of mixer and feed-forward too (Gemma 2 and 3)
     final_softcap: float | None = None
-    biases: bool = False  # on the MLP, the attention output and the recurrent linears (RecurrentGemma)
+    biases: bool = False  # on the feed-forward, the attention output and the recurrent linears (RecurrentGemma)
     norm_eps: float = 1e-6
     # sqrt(width) multiplies the embeddings after rounding to this: the run dtype, or always bf16 (RecurrentGemma)
     embed_scale_dtype: Literal["run", "bfloat16"] = "run"
 
     def __post_init__(self):
-        for field in ("vocab_size", "width", "ffw_width", "num_heads", "num_kv_heads", "head_dim", "max_context"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{field}={value!r} must be a whole number from 1")
-        for field in ("query_scale", "norm_eps"):
-            if not (math.isfinite(getattr(self, field)) and getattr(self, field) > 0):
-                raise ConfigError(f"{field}={getattr(self, field)!r} must be positive and finite")
-        for field in ("attention_softcap", "final_softcap"):
-            value = getattr(self, field)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{field}={value!r} must be positive, or None for no cap")
-        if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"num_kv_heads={self.num_kv_heads} does not divide num_heads={self.num_heads}: "
-                "each key/value head serves a whole number of query heads"
-            )
+        _check_counts(self, "the decoder", "vocab_size", "width", "max_context")
+        _check_positive(self, "the decoder", "norm_eps")
+        _check_softcap(self, "final_softcap")
         if not self.layers:
             raise ConfigError("layers=() is empty: a decoder has at least one layer")
-        for i, layer in enumerate(self.layers):
-            _check_layer(i, layer, self.head_dim)
 
     @property
     def embed_scale(self) -> float:
         """sqrt(width), before any rounding."""
         return math.sqrt(self.width)
 
+    @property
+    def attention(self) -> tuple[Attention, ...]:
+        """The attention mixers, in the order of the layers."""
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention))
 
-def _check_layer(i: int, layer: Layer, head_dim: int) -> None:
-    if isinstance(layer, Recurrent):
-        if layer.width < 1 or layer.conv_width < 1 or layer.num_blocks < 1 or layer.width % layer.num_blocks:
-            raise ConfigError(f"layers[{i}]={layer!r}: num_blocks must divide width, and all must be positive")
-        return
-    if isinstance(layer, Sliding) and layer.window < 1:
-        raise ConfigError(f"layers[{i}]: window={layer.window} must be at least 1 (the current token)")
-    rotated = layer.rope.fraction * head_dim
-    if not (0 < layer.rope.fraction <= 1) or rotated != int(rotated) or int(rotated) % 2:
-        raise ConfigError(
-            f"layers[{i}]: rope.fraction={layer.rope.fraction} of head_dim={head_dim} is not an even number"
-        )
-    if layer.rope.base <= 0 or layer.rope.factor <= 0:
-        raise ConfigError(f"layers[{i}]: {layer.rope} needs a positive base and factor")
+    @property
+    def recurrent(self) -> tuple[Recurrent, ...]:
+        """The recurrent mixers, in the order of the layers."""
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent))
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The distinct windows of its attention, ascending."""
+        return tuple(sorted({mixer.window for mixer in self.attention if mixer.window is not None}))
+
+
+def repeat(*pattern: Mixer, ffw: Mlp, total: int) -> tuple[Layer, ...]:
+    """The first `total` layers of `pattern` repeated, each with the feed-forward `ffw`."""
+    return tuple(Layer(pattern[i % len(pattern)], ffw) for i in range(total))
+
+
+def replace_layers(
+    decoder: DecoderConfig,
+    attention: Mapping[str, Any] | None = None,
+    recurrent: Mapping[str, Any] | None = None,
+    ffw: Mapping[str, Any] | None = None,
+) -> DecoderConfig:
+    """The decoder with fields changed in every layer: of each attention, of each recurrence, of each feed-forward."""
+    return replace(
+        decoder,
+        layers=tuple(
+            Layer(
+                replace(layer.mixer, **((attention if isinstance(layer.mixer, Attention) else recurrent) or {})),
+                replace(layer.ffw, **(ffw or {})),
+            )
+            for layer in decoder.layers
+        ),
+    )
+
+
+def _check_counts(part: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(part, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name}={value!r} of {where} must be a whole number from 1")
+
+
+def _check_positive(part: Any, where: str, name: str) -> None:
+    value = getattr(part, name)
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name}={value!r} of {where} must be positive and finite")
+
+
+def _check_softcap(part: Any, name: str) -> None:
+    value = getattr(part, name)
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name}={value!r} must be positive, or None for no cap")
 
 
 @dataclass(frozen=True)
@@ -147,12 +241,8 @@ class Vision:
     image_token: int = 257_152  # the id that holds the place of a patch in a prompt
 
     def __post_init__(self):
-        for field in ("image_size", "patch_size", "width", "depth", "num_heads", "mlp_width"):
-            value = getattr(self, field)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{field}={value!r} of the image tower must be a whole number from 1")
-        if not (math.isfinite(self.norm_eps) and self.norm_eps > 0):
-            raise ConfigError(f"norm_eps={self.norm_eps!r} of the image tower must be positive and finite")
+        _check_counts(self, "the image tower", "image_size", "patch_size", "width", "depth", "num_heads", "mlp_width")
+        _check_positive(self, "the image tower", "norm_eps")
         if self.image_size % self.patch_size:
             raise ConfigError(f"patch_size={self.patch_size} does not divide image_size={self.image_size}")
         if self.width % self.num_heads:
@@ -182,8 +272,3 @@ class Member:
     vision: Vision | None = None
     aliases: tuple[str, ...] = ()
     source: str = ""  # report and configuration that the numbers come from
-
-
-def repeat(*pattern: Layer, total: int) -> tuple[Layer, ...]:
-    """The first `total` layers of `pattern` repeated: `repeat(Sliding(4096), Global(), total=42)`."""
-    return tuple(pattern[i % len(pattern)] for i in range(total))

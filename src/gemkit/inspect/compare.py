@@ -6,12 +6,12 @@ after each step; so the costs add up to exactly what separates the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gemkit.errors import ConfigError
-from gemkit.family import DecoderConfig, Layer, Member, Recurrent, Rope, Sliding, Vision
+from gemkit.family import Attention, DecoderConfig, Layer, Member, Rope, Vision
 from gemkit.inspect import Subject, cost, units
 from gemkit.inspect.explain import bfloat16, confusions, explanation
 
@@ -101,43 +101,76 @@ def _total(subject: Subject) -> int:
     return cost.count(subject.decoder, subject.vision).total
 
 
-# the rows that a walk can pay for, in walking order, and the fields that each one changes
+# the rows that a walk can pay for after the layers themselves, in walking order: the part that each one changes (None
+# is the decoder itself), and its field
 _STEPS = (
-    ("layers", ("layers",)),
-    ("width", ("width",)),
-    ("ffw_width", ("ffw_width",)),
-    ("head_dim", ("head_dim",)),
-    ("heads", ("num_heads",)),
-    ("kv_heads", ("num_kv_heads",)),
-    ("vocabulary", ("vocab_size",)),
-    ("norms", ("post_norms",)),
-    ("qk_norm", ("qk_norm",)),
-    ("biases", ("biases",)),
+    ("width", None, "width"),
+    ("ffw_width", "ffw", "width"),
+    ("head_dim", "attention", "head_dim"),
+    ("heads", "attention", "heads"),
+    ("kv_heads", "attention", "kv_heads"),
+    ("vocabulary", None, "vocab_size"),
+    ("norms", None, "post_norms"),
+    ("qk_norm", "attention", "qk_norm"),
+    ("biases", None, "biases"),
 )
 
 
 def walk(a: Subject, b: Subject) -> dict[str, Delta | None]:
     """What each difference in shape adds on the way from `a` to `b`, by the key of its row; the sums are exact.
 
-    A step that no decoder can take alone (8 heads on 16 key/value heads) is None, and taken with the next.
+    The first step gives `a` the layers of `b`, with the numbers of heads and feed-forwards that `a` has. A step that no
+    decoder can take alone (8 heads on 16 key/value heads) is None, and taken with the next.
     """
     steps: dict[str, Delta | None] = {}
-    here, pending = a.decoder, {}
-    for key, fields in _STEPS:
-        pending |= {field: getattr(b.decoder, field) for field in fields}
-        if all(getattr(here, field) == value for field, value in pending.items()):
-            continue
+    here, pending = a.decoder, []
+    for key, *step in (("layers",), *_STEPS):
+        pending.append(step)
         try:
-            there = replace(here, **pending)
+            there = _stepped(here, a.decoder, b.decoder, pending)
         except ConfigError:
             steps[key] = None
             continue
-        steps[key] = Delta(_parameters(there) - _parameters(here), _cache(there) - _cache(here))
-        here, pending = there, {}
+        if there != here:
+            steps[key] = Delta(_parameters(there) - _parameters(here), _cache(there) - _cache(here))
+            here = there
+        pending = []
     tower = cost.count(b.decoder, b.vision).vision - cost.count(a.decoder, a.vision).vision
     if tower:
         steps["vision"] = Delta(tower, 0)
     return steps
+
+
+def _stepped(here: DecoderConfig, a: DecoderConfig, b: DecoderConfig, steps: Sequence[Sequence[Any]]) -> DecoderConfig:
+    """The decoder after these steps at once."""
+    fields: dict[str | None, list[str]] = {}
+    for step in steps:
+        if step:
+            fields.setdefault(step[0], []).append(step[1])
+        else:
+            here = replace(here, layers=tuple(_as_of(a, i, layer) for i, layer in enumerate(b.layers)))
+
+    def stepped(layer: Layer, target: Layer) -> Layer:
+        mixer, ffw = layer.mixer, replace(layer.ffw, **_fields(target.ffw, fields.get("ffw", [])))
+        if isinstance(mixer, Attention):
+            mixer = replace(mixer, **_fields(target.mixer, fields.get("attention", [])))
+        return Layer(mixer, ffw)
+
+    layers = tuple(stepped(layer, target) for layer, target in zip(here.layers, b.layers, strict=True))
+    return replace(here, layers=layers, **_fields(b, fields.get(None, [])))
+
+
+def _as_of(a: DecoderConfig, i: int, layer: Layer) -> Layer:
+    """A layer of another decoder, with the numbers that the like of it have in `a`."""
+    mixer = layer.mixer
+    if isinstance(mixer, Attention) and a.attention:
+        like = next((other for other in a.attention if other.kind == mixer.kind), a.attention[0])
+        mixer = replace(mixer, **_fields(like, [name for _, part, name in _STEPS if part == "attention"]))
+    return Layer(mixer, a.layers[min(i, len(a.layers) - 1)].ffw)
+
+
+def _fields(part: Any, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(part, name) for name in names}
 
 
 def _parameters(decoder: DecoderConfig) -> int:
@@ -229,7 +262,7 @@ def _say_crossing(first: Subject, other: Subject, ahead: int, together: list[int
 
 def pattern(layers: tuple[Layer, ...]) -> str:
     """`13 x (sliding, global)`: the shortest period, repeated, and what is left of it."""
-    kinds = [type(layer).__name__.lower() for layer in layers]
+    kinds = [layer.mixer.kind for layer in layers]
     period = next(p for p in range(1, len(kinds) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
     times, rest = divmod(len(kinds), period)
     if period == 1:
@@ -247,27 +280,62 @@ def _runs(kinds: list[str]) -> str:
     return ", ".join(kind if n == 1 else f"{n} {kind}" for n, kind in runs)
 
 
+def shared(values: Iterable[Any]) -> Any:
+    """The one value of all layers; a tuple of the distinct ones where they differ; None of no layers."""
+    distinct = tuple(dict.fromkeys(values))
+    return distinct[0] if len(distinct) == 1 else distinct or None
+
+
+def each(show: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Shows what `shared` gives: one value, or each of several."""
+    return lambda value: ", ".join(dict.fromkeys(map(show, value if isinstance(value, tuple) else (value,))))
+
+
+def heads(decoder: DecoderConfig) -> str:
+    """`8 of 256`: query heads and their size."""
+    return _of_attention(decoder, lambda mixer: f"{mixer.heads} of {mixer.head_dim}")
+
+
+def ffw_widths(decoder: DecoderConfig) -> str:
+    """`9,216`, of one branch of the feed-forward."""
+    return each(units.exact)(_ffw_width(decoder))
+
+
 def sharing(decoder: DecoderConfig) -> str:
     """`4 (GQA, 2 heads each)`: key/value heads and who shares them."""
-    heads, kv = decoder.num_heads, decoder.num_kv_heads
-    if kv == heads:
-        return f"{kv} (MHA)"
-    return f"{kv} ({'MQA' if kv == 1 else 'GQA'}, {heads // kv} heads each)"
+
+    def of(mixer: Attention) -> str:
+        if mixer.kv_heads == mixer.heads:
+            return f"{mixer.kv_heads} (MHA)"
+        kind = "MQA" if mixer.kv_heads == 1 else "GQA"
+        return f"{mixer.kv_heads} ({kind}, {mixer.heads // mixer.kv_heads} heads each)"
+
+    return _of_attention(decoder, of)
 
 
-def _windows(subject: Subject) -> list[int] | None:
-    return sorted({layer.window for layer in subject.decoder.layers if isinstance(layer, Sliding)}) or None
+def head_size(decoder: DecoderConfig) -> str:
+    """`256 (x 16 = 4,096)`, of width 3,072: the heads together need not be as wide as the residual."""
+
+    def of(mixer: Attention) -> str:
+        together = mixer.heads * mixer.head_dim
+        return f"{mixer.head_dim} (x {mixer.heads} = {'width' if together == decoder.width else units.exact(together)})"
+
+    return _of_attention(decoder, of)
+
+
+def _of_attention(decoder: DecoderConfig, say: Callable[[Attention], str]) -> str:
+    return ", ".join(dict.fromkeys(map(say, decoder.attention))) or "none"
+
+
+def _ffw_width(decoder: DecoderConfig) -> Any:
+    return shared(layer.ffw.width for layer in decoder.layers)
 
 
 def ropes(decoder: DecoderConfig) -> str:
     """`base 10,000`, or each kind's own where they differ."""
-    of_kind: dict[str, Rope] = {}
-    for layer in decoder.layers:
-        if not isinstance(layer, Recurrent):
-            of_kind[type(layer).__name__.lower()] = layer.rope
-    said = {kind: _rope(rope) for kind, rope in of_kind.items()}
-    if len(set(said.values())) == 1:
-        return next(iter(said.values()))
+    said = {mixer.kind: _rope(mixer.rope) for mixer in decoder.attention}
+    if len(set(said.values())) <= 1:
+        return next(iter(said.values()), "none")
     return "; ".join(f"{kind} {text}" for kind, text in said.items())
 
 
@@ -278,14 +346,6 @@ def _rope(rope: Rope) -> str:
     if rope.fraction != 1:
         text += f", {rope.fraction:.0%} of a head"
     return text
-
-
-def head_size(decoder: DecoderConfig) -> str:
-    """`256 (x 16 = 4,096, width 3,072)` where the heads together are not as wide as the residual."""
-    together = decoder.num_heads * decoder.head_dim
-    if together == decoder.width:
-        return f"{decoder.head_dim} (x {decoder.num_heads} = width)"
-    return f"{decoder.head_dim} (x {decoder.num_heads} = {units.exact(together)})"
 
 
 def scale(query_scale: float) -> str:
@@ -304,6 +364,14 @@ def _optional(x: Any) -> Any:
 
 def _yes(x: bool) -> str:
     return "yes" if x else "no"
+
+
+def _windows(subject: Subject) -> list[int] | None:
+    return list(subject.decoder.windows) or None
+
+
+def _of_layers(field: str) -> Callable[[Subject], Any]:
+    return lambda s: shared(getattr(mixer, field) for mixer in s.decoder.attention)
 
 
 def _of_vision(measure: Callable[[DecoderConfig, Vision], Any]) -> Callable[[Subject], Any]:
@@ -334,17 +402,17 @@ _QUANTITIES = (
     _Quantity("width", "Shape", "width", lambda s: s.decoder.width, units.exact),
     _Quantity("layers", "Shape", "layers", lambda s: pattern(s.decoder.layers), str),
     _Quantity("window", "Shape", "window", _windows, lambda ws: ", ".join(map(units.exact, ws))),
-    _Quantity("heads", "Shape", "heads", lambda s: s.decoder.num_heads, str),
+    _Quantity("heads", "Shape", "heads", _of_layers("heads"), each(str)),
     _Quantity("kv_heads", "Shape", "key/value heads", lambda s: sharing(s.decoder), str),
     _Quantity("head_dim", "Shape", "head size", lambda s: head_size(s.decoder), str),
-    _Quantity("ffw_width", "Shape", "MLP width", lambda s: s.decoder.ffw_width, units.exact),
+    _Quantity("ffw_width", "Shape", "MLP width", lambda s: _ffw_width(s.decoder), each(units.exact)),
     _Quantity("vocabulary", "Shape", "vocabulary", lambda s: s.decoder.vocab_size, units.exact),
     _Quantity("context", "Shape", "context", lambda s: s.decoder.max_context, units.exact),
     _Quantity("norms", "Details", "norms a layer", lambda s: 4 if s.decoder.post_norms else 2, str),
-    _Quantity("qk_norm", "Details", "query/key norm", lambda s: s.decoder.qk_norm, _yes),
-    _Quantity("attention_softcap", "Details", "attention cap", lambda s: s.decoder.attention_softcap, "{:g}".format),
+    _Quantity("qk_norm", "Details", "query/key norm", _of_layers("qk_norm"), each(_yes)),
+    _Quantity("attention_softcap", "Details", "attention cap", _of_layers("softcap"), each("{:g}".format)),
     _Quantity("final_softcap", "Details", "final cap", lambda s: s.decoder.final_softcap, "{:g}".format),
-    _Quantity("query_scale", "Details", "query scale", lambda s: s.decoder.query_scale, scale),
+    _Quantity("query_scale", "Details", "query scale", _of_layers("scale"), each(scale)),
     _Quantity("rope", "Details", "rope", lambda s: ropes(s.decoder), str),
     _Quantity("embed_scale", "Details", "embedding scale", lambda s: _embed_scale(s.decoder), str),
     _Quantity("biases", "Details", "biases", lambda s: s.decoder.biases, _yes),

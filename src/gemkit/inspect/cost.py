@@ -13,7 +13,7 @@ from typing import Literal
 
 from gemkit.block_types import KINDS
 from gemkit.errors import ConfigError
-from gemkit.family import DecoderConfig, Global, Recurrent, Sliding, Vision, parameters
+from gemkit.family import Attention, DecoderConfig, Recurrent, Vision, parameters
 
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 
@@ -94,14 +94,13 @@ def state_bytes(decoder: DecoderConfig, context: int) -> ByKind:
     """
     if context < 0:
         raise ConfigError(f"context={context} must not be negative")
-    entry = _entry_bytes(decoder)
     full = sliding = recurrent = 0
     for layer in decoder.layers:
-        match layer:
-            case Global():
-                full += entry * context
-            case Sliding(window):
-                sliding += entry * min(context, window)
+        match layer.mixer:
+            case Attention(window=None) as mixer:
+                full += _entry_bytes(mixer) * context
+            case Attention() as mixer:
+                sliding += _entry_bytes(mixer) * _visible(mixer, context)
             case Recurrent(width, _, conv_width):
                 recurrent += 4 * width + 2 * width * (conv_width - 1)
     return ByKind(full, sliding, recurrent)
@@ -109,16 +108,19 @@ def state_bytes(decoder: DecoderConfig, context: int) -> ByKind:
 
 def cache_bytes_per_token(decoder: DecoderConfig) -> ByKind:
     """Bytes that one more token adds, in bfloat16, while no window is full."""
-    entry = _entry_bytes(decoder)
     return ByKind(
-        global_attention=entry * sum(isinstance(layer, Global) for layer in decoder.layers),
-        sliding_attention=entry * sum(isinstance(layer, Sliding) for layer in decoder.layers),
+        global_attention=sum(_entry_bytes(mixer) for mixer in decoder.attention if mixer.window is None),
+        sliding_attention=sum(_entry_bytes(mixer) for mixer in decoder.attention if mixer.window is not None),
         recurrent=0,
     )
 
 
-def _entry_bytes(decoder: DecoderConfig) -> int:
-    return 2 * decoder.num_kv_heads * decoder.head_dim * 2  # a key and a value of each head, 2 bytes a number
+def _entry_bytes(mixer: Attention) -> int:
+    return 2 * mixer.kv_heads * mixer.head_dim * 2  # a key and a value of each head, 2 bytes a number
+
+
+def _visible(mixer: Attention, context: int) -> int:
+    return context if mixer.window is None else min(context, mixer.window)
 
 
 def decode_flops(decoder: DecoderConfig, context: int) -> int:
@@ -134,17 +136,8 @@ def decode_flops(decoder: DecoderConfig, context: int) -> int:
     Source: PaLM, arXiv:2204.02311, appendix B, adapted to windows by layer.
     """
     matmuls = sum(prod(shape) for _, shape in parameters(decoder) if len(shape) > 1)
-    return 2 * matmuls + 4 * decoder.num_heads * decoder.head_dim * _attended(decoder, context)
-
-
-def _attended(decoder: DecoderConfig, context: int) -> int:
-    """Tokens attended to, summed over layers."""
-    windows = (layer.window if isinstance(layer, Sliding) else context for layer in _attention(decoder))
-    return sum(min(context, window) for window in windows)
-
-
-def _attention(decoder: DecoderConfig) -> list[Global | Sliding]:
-    return [layer for layer in decoder.layers if not isinstance(layer, Recurrent)]
+    attended = sum(mixer.heads * mixer.head_dim * _visible(mixer, context) for mixer in decoder.attention)
+    return 2 * matmuls + 4 * attended
 
 
 def decode_bytes(decoder: DecoderConfig, context: int, dtype: Dtype = "bfloat16") -> int:
@@ -210,8 +203,7 @@ def crossings(a: DecoderConfig, b: DecoderConfig, head_start: int = 0) -> list[i
     def gap(context: int) -> int:
         return state_bytes(b, context).total + head_start - state_bytes(a, context).total
 
-    windows = {layer.window for layer in (*_attention(a), *_attention(b)) if isinstance(layer, Sliding)}
-    corners = [1, *sorted(windows - {1})]
+    corners = sorted({1, *a.windows, *b.windows})
     last_slope = gap(corners[-1] + 1) - gap(corners[-1])
     beyond = corners[-1] + (abs(gap(corners[-1])) // abs(last_slope) + 1 if last_slope else 1)
     found, leader = [], gap(corners[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemkit.family import DecoderConfig, Recurrent, Sliding, Vision
+from gemkit.family import DecoderConfig, Vision
 from gemkit.inspect.units import exact
 
 # keys are those of the rows in compare.py (a test holds the two together)
@@ -150,25 +150,28 @@ def explanation(key: str) -> str:
 
 def confusions(key: str, decoder: DecoderConfig, vision: Vision | None) -> list[str]:
     """What is commonly mistaken about a quantity of this decoder, with its own numbers; often nothing."""
-    d, n, h, f, v = decoder.width, decoder.num_heads, decoder.head_dim, decoder.ffw_width, decoder.vocab_size
-    recurrent = any(isinstance(layer, Recurrent) for layer in decoder.layers)
+    d, v = decoder.width, decoder.vocab_size
+    mixers = dict.fromkeys((mixer.heads, mixer.kv_heads, mixer.head_dim) for mixer in decoder.attention)
     said: list[str] = []
     match key:
         case "ffw_width":
-            said.append(
+            said.extend(
                 f"Some configurations and articles print {exact(2 * f)}: they count both branches of an MLP "
                 f"that is {exact(f)} wide."
+                for f in dict.fromkeys(layer.ffw.width for layer in decoder.layers)
             )
-        case "head_dim" if n * h != d:
-            said.append(
+        case "head_dim":
+            said.extend(
                 f"The head size is not width / heads = {d / n:g}: {n} heads of {h} are {exact(n * h)} wide, "
                 f"and the output projection brings them back to {exact(d)}."
+                for n, _, h in mixers
+                if n * h != d
             )
         case "heads":
-            one, kv = d * n * h, d * decoder.num_kv_heads * h
-            said.append(
-                f"width x heads x head size = {exact(one)} is the query projection alone; the whole attention of a "
-                f"layer has {exact(2 * one + 2 * kv)} weights."
+            said.extend(
+                f"width x heads x head size = {exact(d * n * h)} is the query projection alone; the whole attention of "
+                f"a layer has {exact(2 * d * (n + kv) * h)} weights."
+                for n, kv, h in mixers
             )
         case "vocabulary" if v == 256_000:
             said.append(
@@ -182,21 +185,24 @@ def confusions(key: str, decoder: DecoderConfig, vision: Vision | None) -> list[
             )
         case "vocabulary" if v == 262_144:
             said.append("Hugging Face pads the multimodal sizes to 262,208 rows for the image placeholder.")
-        case "norms" if not decoder.post_norms and not recurrent:
+        case "norms" if not decoder.post_norms and not decoder.recurrent:
             said.append(
                 "Published checkpoints call the norm before the MLP post_attention_layernorm. It does not touch the "
                 "output of attention; in Gemma 2 and 3 the same name is another norm, which does."
             )
-        case "query_scale" if abs(decoder.query_scale * h**0.5 - 1) > 1e-6:
-            said.append(
+        case "query_scale":
+            said.extend(
                 f"It is not 1/sqrt(head size): this member divides by sqrt(width / heads) = {(d / n) ** 0.5:g}."
+                for n in dict.fromkeys(
+                    mixer.heads for mixer in decoder.attention if abs(mixer.scale * mixer.head_dim**0.5 - 1) > 1e-6
+                )
             )
-        case "window" if any(isinstance(layer, Sliding) and layer.window == 2049 for layer in decoder.layers):
+        case "window" if 2049 in decoder.windows:
             said.append(
                 "2,049 is 2,048 earlier tokens and the current one, as in the reference; Hugging Face lets a token "
                 "see one fewer."
             )
-        case "attention_softcap" if decoder.attention_softcap:
+        case "attention_softcap" if any(mixer.softcap for mixer in decoder.attention):
             said.append("Attention kernels that cannot express the cap have been used without it, silently.")
         case "final_softcap" if decoder.final_softcap and vision:
             said.append("The original code leaves the cap out of training and prefill; Hugging Face applies it.")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from gemkit.family import DecoderConfig, Sliding, Vision, parameters
+from gemkit.family import Attention, DecoderConfig, Vision, parameters
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -122,8 +122,9 @@ def _ranges(indices: list[int]) -> str:
 
 
 def _attention(decoder: DecoderConfig, i: int) -> str:
-    layer = decoder.layers[i]
-    return f"sliding, window={layer.window}" if isinstance(layer, Sliding) else "global"
+    mixer = decoder.layers[i].mixer
+    assert isinstance(mixer, Attention)
+    return "global" if mixer.window is None else f"sliding, window={mixer.window}"
 
 
 _CONTAINERS = {

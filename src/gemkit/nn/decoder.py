@@ -35,23 +35,21 @@ Output = Literal["logits", "hidden", "loss", "reward"]
 class Attention(Module):
     """Attention with N query heads on K key/value heads: K = N is MHA, K = 1 is MQA, between them GQA."""
 
-    def __init__(self, config: family.DecoderConfig, layer: family.Global | family.Sliding):
+    def __init__(self, config: family.DecoderConfig, layer: family.Attention):
         super().__init__()
-        d, h = config.width, config.head_dim
-        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
-        self.scale, self.softcap = config.query_scale, config.attention_softcap
-        self.window = layer.window if isinstance(layer, family.Sliding) else None
-        self.q_proj = Linear(d, config.num_heads * h)  # not (d, d): head_dim is not width / heads
-        self.k_proj = Linear(d, config.num_kv_heads * h)
-        self.v_proj = Linear(d, config.num_kv_heads * h)
-        self.q_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(h, config.norm_eps) if config.qk_norm else None
-        self.o_proj = Linear(config.num_heads * h, d, bias=config.biases)
+        d, h = config.width, layer.head_dim
+        self.head_dim, self.scale, self.window, self.softcap = h, layer.scale, layer.window, layer.softcap
+        self.q_proj = Linear(d, layer.heads * h)  # not (d, d): head_dim is not width / heads
+        self.k_proj = Linear(d, layer.kv_heads * h)
+        self.v_proj = Linear(d, layer.kv_heads * h)
+        self.q_norm = RMSNorm(h, config.norm_eps) if layer.qk_norm else None
+        self.k_norm = RMSNorm(h, config.norm_eps) if layer.qk_norm else None
+        self.o_proj = Linear(layer.heads * h, d, bias=config.biases)
 
     def forward(self, x_TD, batch: Batch, angles, memory: ops.Memory | None):
-        q_TNH = ops.split_heads(self.q_proj(x_TD), self.num_heads)
-        k_TKH = ops.split_heads(self.k_proj(x_TD), self.num_kv_heads)
-        v_TKH = ops.split_heads(self.v_proj(x_TD), self.num_kv_heads)
+        q_TNH = ops.split_heads(self.q_proj(x_TD), self.head_dim)
+        k_TKH = ops.split_heads(self.k_proj(x_TD), self.head_dim)
+        v_TKH = ops.split_heads(self.v_proj(x_TD), self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
         q_TNH, k_TKH = ops.rope(q_TNH, angles), ops.rope(k_TKH, angles)
@@ -67,11 +65,11 @@ class Attention(Module):
 class MLP(Module):
     """The gated feed-forward: `down(gelu(gate(x)) * up(x))` (GeGLU, arXiv:2002.05202)."""
 
-    def __init__(self, config: family.DecoderConfig):
+    def __init__(self, config: family.DecoderConfig, layer: family.Mlp):
         super().__init__()
-        self.gate_proj = Linear(config.width, config.ffw_width, config.biases)
-        self.up_proj = Linear(config.width, config.ffw_width, config.biases)
-        self.down_proj = Linear(config.ffw_width, config.width, config.biases)
+        self.gate_proj = Linear(config.width, layer.width, config.biases)
+        self.up_proj = Linear(config.width, layer.width, config.biases)
+        self.down_proj = Linear(layer.width, config.width, config.biases)
 
     def forward(self, x_TD):
         return self.down_proj(ops.geglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
@@ -84,13 +82,12 @@ class Block(Module):
         super().__init__()
         norm = (config.width, config.norm_eps)
         self.input_layernorm = RMSNorm(*norm)
-        if isinstance(layer, family.Recurrent):
-            self.self_attn, self.recurrent = None, Recurrent(config, layer)
-        else:
-            self.self_attn, self.recurrent = Attention(config, layer), None
+        mixer = layer.mixer
+        self.self_attn = Attention(config, mixer) if isinstance(mixer, family.Attention) else None
+        self.recurrent = Recurrent(config, mixer) if isinstance(mixer, family.Recurrent) else None
         self.post_attention_layernorm = RMSNorm(*norm) if config.post_norms else None
         self.pre_feedforward_layernorm = RMSNorm(*norm)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, layer.ffw)
         self.post_feedforward_layernorm = RMSNorm(*norm) if config.post_norms else None
 
     def forward(self, x_TD, batch: Batch, angles, memory: Any):
@@ -171,20 +168,19 @@ class Decoder(Module):
         if state is not None:
             state.expect(self.config, spans)
         batch.expect_features(features_ED)
-        if any(isinstance(layer, family.Recurrent) for layer in self.config.layers):
+        if self.config.recurrent:
             batch.expect_causal()
         x_TD = self.embed_tokens(batch.tokens)
         if features_ED is not None:
             x_TD = ops.put_rows(x_TD, batch.image_rows, features_ED)
-        ropes = [None if isinstance(layer, family.Recurrent) else layer.rope for layer in self.config.layers]
         angles = {
-            rope: rope
-            and ops.rope_table(batch.positions, int(rope.fraction * self.config.head_dim), rope.base, rope.factor)
-            for rope in dict.fromkeys(ropes)
+            rotation: ops.rope_table(batch.positions, *rotation)
+            for rotation in dict.fromkeys(mixer.rotation for mixer in self.config.attention)
         }
         memories = [None] * len(self.layers) if state is None else state.layers
-        for block, rope, memory in zip(self.layers, ropes, memories, strict=True):
-            x_TD = block(x_TD, batch, angles[rope], memory)
+        for block, layer, memory in zip(self.layers, self.config.layers, memories, strict=True):
+            table = angles[layer.mixer.rotation] if isinstance(layer.mixer, family.Attention) else None
+            x_TD = block(x_TD, batch, table, memory)
         if state is not None:
             state.advance(spans)
         if rows is not None:

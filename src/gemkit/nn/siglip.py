@@ -65,17 +65,17 @@ class EncoderAttention(Module):
 
     def __init__(self, vision: family.Vision):
         super().__init__()
-        self.num_heads = vision.num_heads
-        self.scale = (vision.width // vision.num_heads) ** -0.5
+        self.head_dim = vision.width // vision.num_heads
+        self.scale = self.head_dim**-0.5
         self.q_proj = Linear(vision.width, vision.width, bias=True)
         self.k_proj = Linear(vision.width, vision.width, bias=True)
         self.v_proj = Linear(vision.width, vision.width, bias=True)
         self.out_proj = Linear(vision.width, vision.width, bias=True)
 
     def forward(self, x_TW, patches: Patches):
-        q_TNH = ops.split_heads(self.q_proj(x_TW), self.num_heads)
-        k_TNH = ops.split_heads(self.k_proj(x_TW), self.num_heads)
-        v_TNH = ops.split_heads(self.v_proj(x_TW), self.num_heads)
+        q_TNH = ops.split_heads(self.q_proj(x_TW), self.head_dim)
+        k_TNH = ops.split_heads(self.k_proj(x_TW), self.head_dim)
+        v_TNH = ops.split_heads(self.v_proj(x_TW), self.head_dim)
         return self.out_proj(ops.merge_heads(ops.attention(q_TNH, k_TNH, v_TNH, patches, scale=self.scale)))
 
 

@@ -257,7 +257,7 @@ class State:
             raise StateError(f"slots={slots} must be at least 1, and room={room} at least 0")
         self.decoder = decoder
         self.lengths = [0] * slots  # tokens remembered in each slot: layers may hold fewer
-        self.layers: list[Any] = [_entry(decoder, layer, slots, room) for layer in decoder.layers]
+        self.layers: list[Any] = [_entry(layer.mixer, slots, room) for layer in decoder.layers]
         self.room = room
 
     def mark(self, slot: int) -> Mark:
@@ -387,15 +387,12 @@ class State:
         return slot
 
 
-def _entry(decoder: family.DecoderConfig, layer: family.Layer, slots: int, room: int) -> KVCache | Recurrence:
-    heads = (decoder.num_kv_heads, decoder.head_dim)
-    match layer:
-        case family.Global():
-            return KVCache(slots, heads, None, room)
-        case family.Sliding(window=window):
-            return KVCache(slots, heads, window, room)
+def _entry(mixer: family.Mixer, slots: int, room: int) -> KVCache | Recurrence:
+    match mixer:
+        case family.Attention(kv_heads=heads, head_dim=head_dim, window=window):
+            return KVCache(slots, (heads, head_dim), window, room)
         case family.Recurrent():
-            return Recurrence(slots, layer)
+            return Recurrence(slots, mixer)
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:

@@ -237,10 +237,10 @@ def dropout(x: Tensor, rate: float) -> Tensor:
     return F.dropout(x, rate)
 
 
-@op(lambda x_TE, heads: (*x_TE.shape[:-1], heads, x_TE.shape[-1] // heads))
-def split_heads(x_TE: Tensor, heads: int) -> Tensor:
-    """(T, heads * H) to (T, heads, H)."""
-    return x_TE.unflatten(-1, (heads, -1))
+@op(lambda x_TE, head_dim: (*x_TE.shape[:-1], x_TE.shape[-1] // head_dim, head_dim))
+def split_heads(x_TE: Tensor, head_dim: int) -> Tensor:
+    """(T, N * H) to (T, N, H), where H is `head_dim`: a shard of a projection has fewer heads, never narrower ones."""
+    return x_TE.unflatten(-1, (-1, head_dim))
 
 
 @op(lambda x_TNH: (*x_TNH.shape[:-2], x_TNH.shape[-2] * x_TNH.shape[-1]))

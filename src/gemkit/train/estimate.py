@@ -196,7 +196,8 @@ def _ways_out(experiment: Experiment, quantizes: bool) -> Iterator[tuple[str, Ca
 
 def flops_per_second(decoder: family.DecoderConfig, tokens: int, dtype: torch.dtype, device: str = "cpu") -> float:
     """What this machine does: a product of the shape that most of the model's have, measured for a moment."""
-    rows, depth, columns = min(tokens, 512), min(decoder.width, 2048), min(decoder.ffw_width, 4096)
+    widest = max(layer.ffw.width for layer in decoder.layers)
+    rows, depth, columns = min(tokens, 512), min(decoder.width, 2048), min(widest, 4096)
     a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, depth), (depth, columns)))
     best = math.inf
     end = time.perf_counter() + 0.2

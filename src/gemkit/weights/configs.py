@@ -7,11 +7,12 @@ numbers are ignored. No key of a file ever names something to import.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from gemkit.errors import ConfigError, WeightsError
-from gemkit.family import DecoderConfig, Global, Layer, Recurrent, Rope, Sliding, Vision, repeat
+from gemkit.family import Attention, DecoderConfig, Global, Layer, Mixer, Mlp, Recurrent, Rope, Sliding, Vision, repeat
 
 # Published defaults of the configuration classes, for keys that released files omit (the text configuration of
 # gemma-3-4b-pt names five keys only). Transformers 5.23, models/gemma*/configuration_gemma*.py
@@ -96,28 +97,26 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
     _refuse_other_numerics(keys)
     if kind == "recurrent_gemma":
         return _hf_griffin(keys)
-    heads, depth = keys.whole("num_attention_heads"), keys.whole("num_hidden_layers")
-    softcaps = {}
-    if kind != "gemma":  # a null in the file means no cap, an absent key the default
-        for ours, theirs in (
-            ("attention_softcap", "attn_logit_softcapping"),
-            ("final_softcap", "final_logit_softcapping"),
-        ):
-            softcaps[ours] = None if theirs in config and config[theirs] is None else keys.optional_number(theirs)
+
+    def softcap(name: str) -> float | None:  # a null in the file means no cap, an absent key the default
+        return None if kind == "gemma" or (name in config and config[name] is None) else keys.optional_number(name)
+
+    heads: dict[str, Any] = {
+        "heads": keys.whole("num_attention_heads"),
+        "kv_heads": keys.whole("num_key_value_heads"),
+        "head_dim": keys.whole("head_dim"),
+        "scale": (keys.number("query_pre_attn_scalar") if kind != "gemma" else keys.whole("head_dim")) ** -0.5,
+        "softcap": softcap("attn_logit_softcapping"),
+        "qk_norm": kind == "gemma3_text",
+    }
     return DecoderConfig(
         vocab_size=keys.whole("vocab_size"),
         width=keys.whole("hidden_size"),
-        ffw_width=keys.whole("intermediate_size"),
-        num_heads=heads,
-        num_kv_heads=keys.whole("num_key_value_heads"),
-        head_dim=keys.whole("head_dim"),
-        layers=_hf_layers(kind, keys, depth),
+        layers=_hf_layers(kind, keys, heads),
         max_context=keys.whole("max_position_embeddings"),
-        query_scale=(keys.number("query_pre_attn_scalar") if kind != "gemma" else keys.whole("head_dim")) ** -0.5,
         post_norms=kind != "gemma",
-        qk_norm=kind == "gemma3_text",
+        final_softcap=softcap("final_logit_softcapping"),
         norm_eps=keys.number("rms_norm_eps", 1e-6),
-        **softcaps,
     )
 
 
@@ -208,21 +207,23 @@ def _refuse_other_numerics(keys: _Keys) -> None:
         raise ConfigError(f"{keys.where}: tie_word_embeddings=False; every member ties its head to its embedding")
 
 
-def _hf_layers(kind: str, keys: _Keys, depth: int) -> tuple[Layer, ...]:
-    ropes = _hf_ropes(kind, keys)
+def _hf_layers(kind: str, keys: _Keys, heads: Mapping[str, Any]) -> tuple[Layer, ...]:
+    ropes, ffw = _hf_ropes(kind, keys), Mlp(keys.whole("intermediate_size"))
+    depth = keys.whole("num_hidden_layers")
+    full = Global(rope=ropes["full_attention"], **heads)
     if kind == "gemma":
-        return (Global(ropes["full_attention"]),) * depth
-    sliding, full = Sliding(keys.whole("sliding_window"), ropes["sliding_attention"]), Global(ropes["full_attention"])
+        return repeat(full, ffw=ffw, total=depth)
+    sliding = Sliding(keys.whole("sliding_window"), rope=ropes["sliding_attention"], **heads)
     types = keys.get("layer_types")
     if types is None:
         every = keys.get("sliding_window_pattern") or keys.get("_sliding_window_pattern") or _PATTERN[kind]
-        return repeat(*[sliding] * (every - 1), full, total=depth)
+        return repeat(*[sliding] * (every - 1), full, ffw=ffw, total=depth)
     if not isinstance(types, list) or len(types) != depth:
         raise WeightsError(f"{keys.where}: layer_types must list num_hidden_layers={depth} kinds")
     kinds = {"sliding_attention": sliding, "full_attention": full}
     if unknown := sorted({str(t) for t in types} - kinds.keys()):
         raise ConfigError(f"{keys.where}: layer_types has {unknown[0]!r}; known: {', '.join(kinds)}")
-    return tuple(kinds[t] for t in types)
+    return tuple(Layer(kinds[t], ffw) for t in types)
 
 
 def _hf_ropes(kind: str, keys: _Keys) -> dict[str, Rope]:
@@ -266,8 +267,15 @@ def _hf_griffin(keys: _Keys) -> DecoderConfig:
     recurrent = Recurrent(keys.whole("lru_width", width), heads, keys.whole("conv1d_width"))
     # the models were trained with a mask that lets a token see so many others besides itself
     window = keys.whole("attention_window_size") + 1
-    sliding = Sliding(window, Rope(rope.number("rope_theta"), fraction=rope.number("partial_rotary_factor")))
-    kinds = {
+    sliding = Sliding(
+        window,
+        heads=heads,
+        kv_heads=keys.whole("num_key_value_heads", heads),
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        rope=Rope(rope.number("rope_theta"), fraction=rope.number("partial_rotary_factor")),
+    )
+    kinds: dict[str, Mixer] = {
         "recurrent": recurrent,
         "linear_attention": recurrent,
         "attention": sliding,
@@ -282,13 +290,8 @@ def _hf_griffin(keys: _Keys) -> DecoderConfig:
     return DecoderConfig(
         vocab_size=keys.whole("vocab_size"),
         width=width,
-        ffw_width=both_branches // 2,
-        num_heads=heads,
-        num_kv_heads=keys.whole("num_key_value_heads", heads),
-        head_dim=head_dim,
-        layers=repeat(*(kinds[t] for t in types), total=keys.whole("num_hidden_layers")),
+        layers=repeat(*(kinds[t] for t in types), ffw=Mlp(both_branches // 2), total=keys.whole("num_hidden_layers")),
         max_context=keys.whole("max_position_embeddings"),
-        query_scale=head_dim**-0.5,
         final_softcap=keys.number("logits_soft_cap"),
         biases=True,
         norm_eps=keys.number("rms_norm_eps", 1e-6),
@@ -304,25 +307,20 @@ def to_hf(decoder: DecoderConfig, vision: Vision | None = None) -> dict[str, Any
     """
     if vision is not None:
         return _to_hf_paligemma(decoder, vision)
-    if any(isinstance(layer, Recurrent) for layer in decoder.layers):
+    if decoder.recurrent:
         return _expressed(_to_hf_griffin(decoder), decoder)
-    kind = "gemma3_text" if decoder.qk_norm else "gemma2" if decoder.post_norms else "gemma"
-    by_type = {"full_attention": Global, "sliding_attention": Sliding}
-    types = [next((t for t, c in by_type.items() if isinstance(layer, c)), "other") for layer in decoder.layers]
+    first = decoder.attention[0]
+    kind = "gemma3_text" if first.qk_norm else "gemma2" if decoder.post_norms else "gemma"
+    types = ["full_attention" if mixer.window is None else "sliding_attention" for mixer in decoder.attention]
     config: dict[str, Any] = {
         "architectures": [{"gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}[kind] + "ForCausalLM"],
         "model_type": kind,
-        **_to_hf_common(decoder),
-        "intermediate_size": decoder.ffw_width,
+        **_to_hf_common(decoder, first),
+        "intermediate_size": decoder.layers[0].ffw.width,
         "hidden_act": "gelu_pytorch_tanh",
     }
-    ropes: dict[str, set[Rope]] = {t: set() for t in by_type}
-    for layer_type, layer in zip(types, decoder.layers, strict=True):
-        if isinstance(layer, Global | Sliding):
-            ropes[layer_type].add(layer.rope)
-    windows = {layer.window for layer in decoder.layers if isinstance(layer, Sliding)}
-    full = next(iter(ropes["full_attention"] or ropes["sliding_attention"] or {Rope()}))
-    local = next(iter(ropes["sliding_attention"] or {full}))
+    full = next((mixer.rope for mixer in decoder.attention if mixer.window is None), first.rope)
+    local = next((mixer.rope for mixer in decoder.attention if mixer.window is not None), full)
     config["rope_theta"] = full.base
     if kind == "gemma3_text":
         config["rope_local_base_freq"] = local.base
@@ -333,13 +331,11 @@ def to_hf(decoder: DecoderConfig, vision: Vision | None = None) -> dict[str, Any
     if kind != "gemma":
         config |= {
             "layer_types": types,
-            "sliding_window": next(iter(windows), decoder.max_context),
-            "query_pre_attn_scalar": _whole_if_close(decoder.query_scale**-2),
-            "attn_logit_softcapping": decoder.attention_softcap,
+            "sliding_window": next(iter(decoder.windows), decoder.max_context),
+            "query_pre_attn_scalar": _whole_if_close(first.scale**-2),
+            "attn_logit_softcapping": first.softcap,
             "final_logit_softcapping": decoder.final_softcap,
         }
-    if "other" in types or len(windows) > 1:
-        raise _inexpressible(kind, decoder)
     return _expressed(config, decoder)
 
 
@@ -355,7 +351,9 @@ def as_reward_model(config: dict[str, Any]) -> dict[str, Any]:
 def _to_hf_paligemma(decoder: DecoderConfig, vision: Vision) -> dict[str, Any]:
     text = to_hf(decoder)
     if text["model_type"] not in ("gemma", "gemma2"):
-        raise _inexpressible("paligemma", decoder)
+        raise ConfigError(
+            f"no published configuration of model_type 'paligemma' has a text decoder of {text['model_type']!r}"
+        )
     tower = {
         "model_type": "siglip_vision_model",
         "image_size": vision.image_size,
@@ -403,14 +401,14 @@ def preprocessor_to_hf(vision: Vision) -> dict[str, Any]:
     }
 
 
-def _to_hf_common(decoder: DecoderConfig) -> dict[str, Any]:
+def _to_hf_common(decoder: DecoderConfig, attention: Attention) -> dict[str, Any]:
     return {
         "vocab_size": decoder.vocab_size,
         "hidden_size": decoder.width,
         "num_hidden_layers": len(decoder.layers),
-        "num_attention_heads": decoder.num_heads,
-        "num_key_value_heads": decoder.num_kv_heads,
-        "head_dim": decoder.head_dim,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.kv_heads,
+        "head_dim": attention.head_dim,
         "hidden_activation": "gelu_pytorch_tanh",
         "max_position_embeddings": decoder.max_context,
         "rms_norm_eps": decoder.norm_eps,
@@ -424,19 +422,22 @@ def _to_hf_common(decoder: DecoderConfig) -> dict[str, Any]:
 
 
 def _to_hf_griffin(decoder: DecoderConfig) -> dict[str, Any]:
-    recurrent = next(layer for layer in decoder.layers if isinstance(layer, Recurrent))
-    sliding = next((layer for layer in decoder.layers if isinstance(layer, Sliding)), Sliding(2049, Rope(fraction=0.5)))
-    types = ["recurrent" if isinstance(layer, Recurrent) else "attention" for layer in decoder.layers]
+    recurrent = decoder.recurrent[0]
+    heads = recurrent.num_blocks  # one number says both
+    head_dim = max(decoder.width // heads, 2)  # of no layer, where none attends
+    none = Sliding(2049, heads=heads, kv_heads=1, head_dim=head_dim, scale=1.0, rope=Rope(fraction=0.5))
+    sliding = next(iter(decoder.attention), none)
+    types = ["recurrent" if isinstance(layer.mixer, Recurrent) else "attention" for layer in decoder.layers]
     period = next(n for n in range(1, len(types) + 1) if all(t == types[i % n] for i, t in enumerate(types)))
     partial = {"rope_theta": sliding.rope.base, "partial_rotary_factor": sliding.rope.fraction}
     return {
         "architectures": ["RecurrentGemmaForCausalLM"],
         "model_type": "recurrent_gemma",
-        **_to_hf_common(decoder),
-        "intermediate_size": 2 * decoder.ffw_width,
+        **_to_hf_common(decoder, sliding),
+        "intermediate_size": 2 * decoder.layers[0].ffw.width,
         "lru_width": recurrent.width,
         "conv1d_width": recurrent.conv_width,
-        "attention_window_size": sliding.window - 1,
+        "attention_window_size": (sliding.window or 2) - 1,  # without a window it is refused by `_expressed`
         "logits_soft_cap": decoder.final_softcap,
         "embeddings_scale_by_sqrt_dim": True,
         "block_types": types[:period],
@@ -447,14 +448,37 @@ def _to_hf_griffin(decoder: DecoderConfig) -> dict[str, Any]:
 
 
 def _expressed(config: dict[str, Any], decoder: DecoderConfig) -> dict[str, Any]:
-    """A configuration, if the decoder is what it says."""
-    if _rounded(from_hf(config, "config.json")) != _rounded(decoder):
-        raise _inexpressible(config["model_type"], decoder)
+    """A configuration, if the decoder is what it says.
+
+    Raises:
+        ConfigError: if it is not; the message names the first field that it would lose.
+    """
+    read = from_hf(config, "config.json")
+    for where, ours, theirs in _differences(decoder, read):
+        raise ConfigError(
+            f"no published configuration of model_type {config['model_type']!r} can express this decoder: its {where} "
+            f"is {ours!r}, and would be read as {theirs!r}"
+        )
     return config
 
 
-def _inexpressible(kind: str, decoder: DecoderConfig) -> ConfigError:
-    return ConfigError(f"no published configuration of model_type {kind!r} can express this decoder: {decoder}")
+def _differences(a: DecoderConfig, b: DecoderConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Field and both values wherever two decoders differ by more than the last bits of a number."""
+    for field in fields(DecoderConfig):
+        ours, theirs = getattr(a, field.name), getattr(b, field.name)
+        if field.name != "layers" and ours != theirs:
+            yield field.name, ours, theirs
+    for i, (ours, theirs) in enumerate(zip(a.layers, b.layers, strict=True)):
+        if type(ours.mixer) is not type(theirs.mixer):
+            yield f"layer {i}", ours, theirs
+            continue
+        for part in ("mixer", "ffw"):
+            mine, other = getattr(ours, part), getattr(theirs, part)
+            for field in fields(mine):
+                x, y = getattr(mine, field.name), getattr(other, field.name)
+                # `x ** -0.5 ** -2` is not always x to the last bit
+                if x != y and not (field.name == "scale" and abs(x - y) < 1e-9):
+                    yield f"{field.name} in the {part} of layer {i}", x, y
 
 
 def _hf_rope(rope: Rope) -> dict[str, Any]:
@@ -464,12 +488,6 @@ def _hf_rope(rope: Rope) -> dict[str, Any]:
 
 def _whole_if_close(value: float) -> float | int:
     return round(value) if abs(value - round(value)) < 1e-6 else value
-
-
-def _rounded(decoder: DecoderConfig) -> tuple[Any, ...]:
-    """For comparison: `x ** -0.5 ** -2` is not always x to the last bit."""
-    fields = dict(decoder.__dict__)
-    return (round(fields.pop("query_scale"), 9), *fields.values())
 
 
 def from_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str) -> DecoderConfig:
@@ -493,28 +511,27 @@ def from_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str) -> Decod
     factor = keys.number("rope.scaling.factor", 1.0) if keys.get("rope.scaling.type") == "linear" else 1.0
     base = keys.number("rope.freq_base", 1_000_000.0 if kind == "gemma3" else 10_000.0)
     local = Rope(keys.number("rope.freq_base_swa", 10_000.0)) if kind == "gemma3" else Rope(base, factor)
-    full = Global(Rope(base, factor))
     if depth > 1_000:  # an absurd count must not become a tuple of that length
         raise ConfigError(f"{where}: block_count={depth} is beyond any member (62 at most)")
-    if kind == "gemma":
-        layers: tuple[Layer, ...] = (full,) * depth
-    else:
-        sliding = Sliding(keys.whole("attention.sliding_window", 4096), local)
-        layers = repeat(*[sliding] * (1 if kind == "gemma2" else 5), full, total=depth)
     wide = (kind, depth) in (("gemma2", 46), ("gemma3", 62))
+    numbers: dict[str, Any] = {
+        "heads": heads,
+        "kv_heads": keys.whole("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "scale": (width // heads if wide else head_dim) ** -0.5,
+        "softcap": keys.optional_number("attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
+        "qk_norm": kind == "gemma3",
+    }
+    pattern = [Global(rope=Rope(base, factor), **numbers)]
+    if kind != "gemma":
+        sliding = Sliding(keys.whole("attention.sliding_window", 4096), rope=local, **numbers)
+        pattern = [*[sliding] * (1 if kind == "gemma2" else 5), *pattern]
     return DecoderConfig(
         vocab_size=vocab_size,
         width=width,
-        ffw_width=keys.whole("feed_forward_length"),
-        num_heads=heads,
-        num_kv_heads=keys.whole("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        layers=layers,
+        layers=repeat(*pattern, ffw=Mlp(keys.whole("feed_forward_length")), total=depth),
         max_context=keys.whole("context_length"),
-        query_scale=(width // heads if wide else head_dim) ** -0.5,
         post_norms=kind != "gemma",
-        qk_norm=kind == "gemma3",
-        attention_softcap=keys.optional_number("attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
         final_softcap=keys.optional_number("final_logit_softcapping", 30.0 if kind == "gemma2" else None),
         norm_eps=_float32_as_written(keys.number("attention.layer_norm_rms_epsilon", 1e-6)),
     )

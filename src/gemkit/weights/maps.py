@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from gemkit.family import DecoderConfig, Recurrent, Vision
+from gemkit.family import Attention, DecoderConfig, Vision
 from gemkit.weights.formats.base import Format
 
 if TYPE_CHECKING:
@@ -295,7 +295,9 @@ _GP_IGNORED = (r"(local_|global_)?freqs_cis", r"siglip_vision_model\..*", r"mm_.
 
 
 def _fused_rows(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
-    q, kv = decoder.num_heads * decoder.head_dim, decoder.num_kv_heads * decoder.head_dim
+    mixer = decoder.layers[int(ours.split(".")[1])].mixer
+    assert isinstance(mixer, Attention)
+    q, kv = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
     rows = {"q_proj": (0, q), "k_proj": (q, q + kv), "v_proj": (q + kv, q + 2 * kv)}
     return Layout((q + 2 * kv, decoder.width), rows[ours.split(".")[-2]])
 
@@ -422,6 +424,7 @@ def name_map(format: Format, decoder: DecoderConfig, vision: Vision | None = Non
     """The table for a model in a format, chosen by what it has. Only one format has names for an image tower."""
     if vision is not None and format == "safetensors":
         return HF_PALIGEMMA2 if decoder.post_norms else HF_PALIGEMMA1
-    if any(isinstance(layer, Recurrent) for layer in decoder.layers):
+    if decoder.recurrent:
         return _MAPS[format][3]
-    return _MAPS[format][2 if decoder.qk_norm else 1 if decoder.post_norms else 0]
+    qk_norm = any(mixer.qk_norm for mixer in decoder.attention)
+    return _MAPS[format][2 if qk_norm else 1 if decoder.post_norms else 0]

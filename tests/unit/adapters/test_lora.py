@@ -127,21 +127,21 @@ def test_it_begins_with_no_change_and_a_seed_says_what_is_drawn():
 def test_the_rule_of_keras_written_out():
     """Query kernels are (heads, width, head size): A is (heads, width, rank), B is (rank, head size), for all heads."""
     module = model("gemma-2-2b")
-    config = module.config
+    config, heads = module.config, module.config.attention[0]
     lora.enable_lora(module, 3, 6.0, rule="keras")
     train(module)
     proj = module.layers[0].self_attn.q_proj
     adapter = proj.adapters["default"]
-    kernel_A = adapter.lora_A.weight.unflatten(0, (config.num_heads, 3)).transpose(1, 2)  # (N, D, rank)
+    kernel_A = adapter.lora_A.weight.unflatten(0, (heads.heads, 3)).transpose(1, 2)  # (N, D, rank)
     kernel_B = adapter.lora_B.weight.T  # (rank, H)
-    assert kernel_A.shape == (config.num_heads, config.width, 3)
-    assert kernel_B.shape == (3, config.head_dim)
+    assert kernel_A.shape == (heads.heads, config.width, 3)
+    assert kernel_B.shape == (3, heads.head_dim)
     x_TD = torch.randn(5, config.width, generator=torch.Generator().manual_seed(2))
     plain = x_TD @ proj.weight.T
     change = torch.einsum("td,ndr,rh->tnh", x_TD, kernel_A, kernel_B).flatten(1) * 2.0
     torch.testing.assert_close(proj(x_TD), plain + change, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lora.delta(adapter), torch.einsum("ndr,rh->nhd", kernel_A, kernel_B).flatten(0, 1) * 2)
-    bound = math.sqrt(6 / (config.num_heads * config.width))  # he_uniform of such a kernel
+    bound = math.sqrt(6 / (heads.heads * config.width))  # he_uniform of such a kernel
     other = model("gemma-2-2b")
     lora.enable_lora(other, 3, rule="keras", targets="q_proj")
     drawn = torch.cat([p for n, p in other.named_parameters() if "lora_A" in n])

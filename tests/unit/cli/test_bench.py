@@ -14,7 +14,6 @@ import torch
 from gemkit import family
 from gemkit.cli import bench, main
 from gemkit.errors import ConfigError
-from gemkit.family import Recurrent, Sliding
 from gemkit.inspect import cost
 from support.tiny import WINDOW, reference, save_reference, tiny
 
@@ -65,8 +64,8 @@ def test_the_state_holds_what_the_cost_model_says(name, depth):
     in_use = 0
     for layer, entry in zip(config.layers, depths.state.layers, strict=True):
         tensors = entry.dump(0, depth).values()
-        if isinstance(layer, Sliding):  # may keep more than it needs, which is the last `window`
-            tensors = [tensor[-layer.window :] for tensor in tensors]
+        if layer.mixer.kind == "sliding":  # may keep more than it needs, which is the last `window`
+            tensors = [tensor[-layer.mixer.window :] for tensor in tensors]
         in_use += sum(tensor.nbytes for tensor in tensors)
     assert in_use == needed.total
 
@@ -101,7 +100,9 @@ def test_small_keeps_the_pattern_and_a_sixteenth_of_the_weights(name):
     narrow = bench.small(real)
     assert len(narrow.layers) == len(real.layers)
     for was, now in zip(real.layers, narrow.layers, strict=True):
-        assert now == (replace(was, width=was.width // 4) if isinstance(was, Recurrent) else was)
+        field = "width" if was.mixer.kind == "recurrent" else "head_dim"
+        assert now.mixer == replace(was.mixer, **{field: getattr(was.mixer, field) // 4})
+        assert now.ffw.width == was.ffw.width // 4
     # norms and biases shrink by 4 only, and their share of the small one is larger
     assert cost.count(real).total / cost.count(narrow).total == pytest.approx(16, rel=0.02)
 

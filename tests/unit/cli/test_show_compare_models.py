@@ -83,8 +83,16 @@ def test_show_json(run):
     assert record["hub_id"] == "google/gemma-2-2b-it"
     assert record["decoder"]["layers"][0] == {
         "kind": "sliding",
+        "heads": 8,
+        "kv_heads": 4,
+        "head_dim": 256,
+        "scale": 1 / 16,
         "window": 4096,
         "rope": {"base": 10000.0, "factor": 1.0, "fraction": 1.0},
+        "reach": "past",
+        "softcap": 50.0,
+        "qk_norm": False,
+        "ffw": {"width": 9216},
     }
     assert record["cost"]["parameters"]["total"] == 2_614_341_888
     assert record["cost"]["cache_bytes_per_token"]["global_attention"] == 13 * 4096

@@ -18,7 +18,7 @@ from gemkit.generate import Chunk, Request, Result, Sampling, complete, generate
 from gemkit.generate.speculate import DRAFT, Drafts, Lookup, SpeculationController
 from support.fake_executors import BOS, ByteStream, FakeState, HashModel, text_of
 from unit.generate.test_loop import outcome, requests
-from unit.nn.test_state import CONFIG, random_module
+from unit.nn.test_state import CONFIG, HEADS, layers, random_module
 
 
 class Habit(HashModel):
@@ -235,7 +235,11 @@ def test_a_token_of_a_batch_is_worth_its_share_of_a_step(monkeypatch):
 def test_real_members_say_the_same(monkeypatch, recurrent, sampling):
     """Windows of 5 that slide over drafts, and recurrent layers, which must be computed again from a mark."""
     Clock(monkeypatch)
-    config = CONFIG if recurrent else replace(CONFIG, layers=(Sliding(5), Global(), Sliding(2)))
+    config = (
+        CONFIG
+        if recurrent
+        else replace(CONFIG, layers=layers(Sliding(5, **HEADS), Global(**HEADS), Sliding(2, **HEADS)))
+    )
     executor = TorchExecutor(random_module(config, seed=3))
     rng = np.random.default_rng(4)
     batch = [Request([2, *rng.integers(3, 64, n).tolist() * 3], sampling, max_tokens=60) for n in (3, 6, 1)]

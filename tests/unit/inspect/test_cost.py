@@ -7,7 +7,7 @@ from math import prod
 import pytest
 
 from gemkit.errors import ConfigError
-from gemkit.family import Global, Recurrent, Rope, Sliding, Vision, get, parameters, repeat
+from gemkit.family import Global, Mlp, Recurrent, Rope, Sliding, Vision, get, parameters, repeat
 from gemkit.inspect import cost
 
 
@@ -115,17 +115,19 @@ def tiny(name):
     import transformers as hf
 
     sizes = {"hidden_size": 96, "head_dim": 32, "num_attention_heads": 4, "vocab_size": 320, "num_hidden_layers": 6}
-    base = replace(get(name).decoder, width=96, head_dim=32, num_heads=4, num_kv_heads=1, vocab_size=320)
+    base = replace(get(name).decoder, width=96, vocab_size=320)
+    heads = {"heads": 4, "head_dim": 32, "scale": 32**-0.5}
     if name == "gemma-7b":
-        decoder = replace(base, num_kv_heads=4, ffw_width=256, layers=repeat(Global(), total=6))
+        decoder = replace(base, layers=repeat(Global(kv_heads=4, **heads), ffw=Mlp(256), total=6))
         return decoder, hf.GemmaConfig(**sizes, num_key_value_heads=4, intermediate_size=256)
     if name == "gemma-2-2b":
-        decoder = replace(base, num_kv_heads=2, ffw_width=256, layers=repeat(Sliding(64), Global(), total=6))
+        pattern = Sliding(64, kv_heads=2, **heads), Global(kv_heads=2, **heads)
+        decoder = replace(base, layers=repeat(*pattern, ffw=Mlp(256), total=6))
         config = hf.Gemma2Config(**sizes, num_key_value_heads=2, intermediate_size=256, sliding_window=64)
         return decoder, config
     recurrent = Recurrent(96, num_blocks=4)
-    layers = repeat(recurrent, recurrent, Sliding(65, Rope(fraction=0.5)), total=6)
-    decoder = replace(base, ffw_width=256, layers=layers)
+    sliding = Sliding(65, rope=Rope(fraction=0.5), kv_heads=1, **heads)
+    decoder = replace(base, layers=repeat(recurrent, recurrent, sliding, ffw=Mlp(256), total=6))
     config = hf.RecurrentGemmaConfig(
         **sizes, num_key_value_heads=1, intermediate_size=512, lru_width=96, attention_window_size=64
     )

@@ -60,19 +60,21 @@ def test_the_head_is_the_embedding():
     assert module.lm_head.weight is module.embed_tokens.weight
 
 
+GLOBAL = family.Global(heads=2, kv_heads=1, head_dim=32, scale=32**-0.5)
+
+
 def tiny_config(**changes) -> family.DecoderConfig:
     settings = {
         "vocab_size": 64,
         "width": 32,
-        "ffw_width": 64,
-        "num_heads": 2,
-        "num_kv_heads": 1,
-        "head_dim": 32,
-        "layers": (family.Global(),),
+        "layers": layers(GLOBAL),
         "max_context": 64,
-        "query_scale": 32**-0.5,
     }
     return family.DecoderConfig(**{**settings, **changes})
+
+
+def layers(*mixers: family.Mixer) -> tuple[family.Layer, ...]:
+    return family.repeat(*mixers, ffw=family.Mlp(64), total=len(mixers))
 
 
 def quantized(rows: int, columns: int) -> Quantized:
@@ -153,7 +155,7 @@ def test_attention_says_which_kernel_and_why():
 def test_compiled_modules_give_the_same_numbers():
     """Attention and recurrence are opaque to compilation, and new boundaries are data to it."""
     torch.manual_seed(0)
-    module = nn.Decoder(tiny_config(layers=(family.Global(), family.Recurrent(32, num_blocks=2))))
+    module = nn.Decoder(tiny_config(layers=layers(GLOBAL, family.Recurrent(32, num_blocks=2))))
     for p in module.parameters():
         torch.nn.init.normal_(p, 0, 0.2)
     compiled = torch.compile(module, backend="aot_eager")
@@ -208,6 +210,6 @@ def test_what_an_image_model_refuses():
         module(batch)
     with pytest.raises(ConfigError, match="image_token=63 is beyond the 63 rows"):
         nn.PaliGemma(tiny_config(vocab_size=63), TINY_TOWER)
-    recurrent = nn.Decoder(tiny_config(layers=(family.Recurrent(32, num_blocks=2),)))
+    recurrent = nn.Decoder(tiny_config(layers=layers(family.Recurrent(32, num_blocks=2))))
     with pytest.raises(ConfigError, match="a recurrent layer cannot see what comes after"):
         recurrent(Batch.of([[1, 2]], prefixes=[2]))

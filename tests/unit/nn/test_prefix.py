@@ -12,23 +12,18 @@ from hypothesis import strategies as st
 from gemkit import family, nn
 from gemkit.errors import ConfigError
 from gemkit.executors.torch import TorchExecutor
-from gemkit.family import Global, Sliding, Vision
+from gemkit.family import Global, Mlp, Sliding, Vision, repeat
 from gemkit.generate import Chunk, Request, complete, generate, score
 from gemkit.nn import Batch
 
 WINDOW = 5
+HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 8, "scale": 8**-0.5, "softcap": 20.0}
 CONFIG = family.DecoderConfig(
     vocab_size=64,
     width=24,
-    ffw_width=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    layers=(Sliding(WINDOW), Global(), Sliding(1)),
+    layers=repeat(Sliding(WINDOW, **HEADS), Global(**HEADS), Sliding(1, **HEADS), ffw=Mlp(32), total=3),
     max_context=256,
-    query_scale=8**-0.5,
     post_norms=True,
-    attention_softcap=20.0,
 )
 TOWER = Vision(6, patch_size=2, width=12, depth=1, num_heads=2, mlp_width=16, image_token=63)
 PATCHES = TOWER.num_patches  # 9: more than a window

@@ -12,29 +12,30 @@ from safetensors.torch import save_file
 
 from gemkit import family, nn
 from gemkit.errors import ConfigError, StateError
-from gemkit.family import Global, Recurrent, Rope, Sliding
+from gemkit.family import Global, Layer, Mixer, Mlp, Recurrent, Rope, Sliding, repeat, replace_layers
 from gemkit.nn import Batch
 
 WINDOW = 5
+HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 8, "scale": 8**-0.5, "qk_norm": True}
+
+
+def layers(*mixers: Mixer, ffw_width: int = 32) -> tuple[Layer, ...]:
+    return repeat(*mixers, ffw=Mlp(ffw_width), total=len(mixers))
+
+
 CONFIG = family.DecoderConfig(
     vocab_size=64,
     width=24,
-    ffw_width=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    layers=(
-        Sliding(WINDOW),
+    layers=layers(
+        Sliding(WINDOW, **HEADS),
         Recurrent(32, num_blocks=4),
-        Global(Rope(1e6)),
-        Sliding(1),
+        Global(rope=Rope(1e6), **HEADS),
+        Sliding(1, **HEADS),
         Recurrent(16, num_blocks=2, conv_width=2),
-        Sliding(WINDOW),
+        Sliding(WINDOW, **HEADS),
     ),
     max_context=256,
-    query_scale=8**-0.5,
     post_norms=True,
-    qk_norm=True,
     final_softcap=30.0,
 )
 
@@ -60,7 +61,8 @@ def assert_same(got: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * expected.abs().max().item())  # sums in another order
 
 
-ATTENTIVE = random_module(replace(CONFIG, layers=(Sliding(WINDOW), Global(Rope(1e6)), Sliding(1))))
+ATTENDING = layers(Sliding(WINDOW, **HEADS), Global(rope=Rope(1e6), **HEADS), Sliding(1, **HEADS))
+ATTENTIVE = random_module(replace(CONFIG, layers=ATTENDING))
 
 
 def feed(state: nn.State, ids: list[int], slot: int = 0, module: nn.Decoder = MODULE) -> torch.Tensor:
@@ -186,7 +188,7 @@ def rewrite(path, change):
 
 def test_a_state_of_another_model_is_refused(saved):
     with pytest.raises(StateError, match="state of another model"):
-        nn.State.load(saved, replace(CONFIG, ffw_width=16))
+        nn.State.load(saved, replace_layers(CONFIG, ffw={"width": 16}))
 
 
 def test_a_truncated_state_is_refused(saved):
@@ -238,24 +240,24 @@ def test_files_that_are_no_state_are_refused(tmp_path):
 
 
 def test_sliding_layers_stay_small_and_global_ones_grow():
-    module = random_module(replace(CONFIG, layers=(Sliding(WINDOW),)))
+    module = random_module(replace(CONFIG, layers=layers(Sliding(WINDOW, **HEADS))))
     state = module.new_state()
     sizes = set()
     for position in range(300):
         module(Batch.of([[position % 64]], offsets=[position]), state)
         sizes.add(state.nbytes)
-    row = 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+    row = 2 * HEADS["kv_heads"] * HEADS["head_dim"] * 4
     assert max(sizes) <= 2 * WINDOW * row
     state.free(0)
     assert (state.nbytes, state.lengths) == (0, [0])
 
 
 def test_after_a_long_chunk_a_sliding_layer_shrinks_again():
-    module = random_module(replace(CONFIG, layers=(Sliding(WINDOW),)))
+    module = random_module(replace(CONFIG, layers=layers(Sliding(WINDOW, **HEADS))))
     state = module.new_state()
     module(Batch.of([[1] * 200]), state)
     module(Batch.of([[1]], offsets=[200]), state)
-    assert state.nbytes <= 2 * WINDOW * 2 * CONFIG.num_kv_heads * CONFIG.head_dim * 4
+    assert state.nbytes <= 2 * WINDOW * 2 * HEADS["kv_heads"] * HEADS["head_dim"] * 4
 
 
 @pytest.mark.parametrize("length", [0, 1, 20])
@@ -277,7 +279,7 @@ def test_an_interrupted_step_never_was(monkeypatch, tmp_path, length):
 
 
 def test_recurrent_layers_never_grow():
-    module = random_module(replace(CONFIG, layers=(Recurrent(32, num_blocks=4),)))
+    module = random_module(replace(CONFIG, layers=layers(Recurrent(32, num_blocks=4))))
     state = module.new_state()
     sizes = set()
     for chunk in (1, 2, 300, 5):
@@ -307,7 +309,7 @@ def test_misuse_is_refused():
     with pytest.raises(StateError, match="slot 1 of a state with slots 0 to 0"):
         MODULE(Batch.of([[1]], slots=[1]), state)
     with pytest.raises(StateError, match="another model"):
-        random_module(replace(CONFIG, ffw_width=16))(Batch.of([[1]]), state)
+        random_module(replace_layers(CONFIG, ffw={"width": 16}))(Batch.of([[1]]), state)
     with pytest.raises(StateError, match="slots=0"):
         MODULE.new_state(0)
     feed(state, [1, 2, 3])

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from gemkit import family
+from gemkit.family import replace_layers
 from gemkit.nn import Batch
 from gemkit.train.initialise import draw, new_module
 from support.deepmind import layers
 from support.tiny import TOWER, VOCAB, tiny
 from support.training import replace
 
-WIDE = replace(tiny("recurrentgemma-2b"), width=640, head_dim=64, vocab_size=2000)
+WIDE = replace(replace_layers(tiny("recurrentgemma-2b"), attention={"head_dim": 64}), width=640, vocab_size=2000)
 
 
 def drawn(name: str, *shape: int) -> torch.Tensor:

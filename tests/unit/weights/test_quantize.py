@@ -259,7 +259,8 @@ def test_what_is_small_already_stays(folder, tmp_path):
 
 
 def test_rows_that_do_not_divide_stay_dense(tmp_path):
-    config = replace(tiny("gemma-2b"), ffw_width=80, vocab_size=len(tokenizer()))
+    config = gemkit.family.replace_layers(tiny("gemma-2b"), ffw={"width": 80})
+    config = replace(config, vocab_size=len(tokenizer()))
     with torch.device("meta"):
         module = Decoder(config)
     for name, shape in gemkit.family.parameters(config):

@@ -101,7 +101,7 @@ class NativeState:
     def _recurrent(self, slot: int) -> dict[int, np.ndarray]:
         kept = {}
         for i, layer in enumerate(self.decoder.layers):
-            if isinstance(layer, family.Recurrent):
+            if isinstance(layer.mixer, family.Recurrent):
                 count = self._library.gk_state_cell(self._handle, i)
                 address = self._library.gk_state_kept(self._handle, i, slot)
                 kept[i] = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (count,)).copy()
@@ -161,7 +161,7 @@ class NativeExecutor:
             row[1] = entry.cols
             held = pack.bytes_of(entry)
             row[2], row[3] = held.ctypes.data, held.nbytes
-        layers = np.array([_layer(layer, decoder) for layer in decoder.layers], np.int32)
+        layers = np.array([_layer(layer.mixer) for layer in decoder.layers], np.int32)
         arrays = [(np.ascontiguousarray(a).ctypes.data, len(a)) for a in (pack.steps, pack.buffers, table, layers)]
         self._handle = self._library.gk_executor_new(*[part for pair in arrays for part in pair])
         if not self._handle:
@@ -283,11 +283,9 @@ def _filters(chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(filters, _FILTER), np.concatenate(always) if always else np.empty(0, np.int64)
 
 
-def _layer(layer: family.Layer, decoder: family.DecoderConfig) -> tuple[int, int, int, int, int, int]:
-    match layer:
-        case family.Global():
-            return 0, decoder.num_kv_heads, decoder.head_dim, 0, 0, 0
-        case family.Sliding(window=window):
-            return 0, decoder.num_kv_heads, decoder.head_dim, window, 0, 0
+def _layer(mixer: family.Mixer) -> tuple[int, int, int, int, int, int]:
+    match mixer:
+        case family.Attention(kv_heads=heads, head_dim=head_dim, window=window):
+            return 0, heads, head_dim, window or 0, 0, 0
         case family.Recurrent(width=width, conv_width=taps):
             return 1, 0, 0, 0, width, taps

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from gemkit import nn
+from gemkit import family, nn
 from gemkit.block_types import KINDS
 from gemkit.errors import ConfigError, ModelError, StateError, TextError, WeightsError
 from gemkit.executors.native import library as native
@@ -31,12 +31,18 @@ from support.tiny import WINDOW, tiny, tokens
 MEMBERS = ["gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-27b", "gemma-3-1b", "gemma-3-4b", "recurrentgemma-2b"]
 
 
+def of_whole_blocks(config: family.DecoderConfig) -> family.DecoderConfig:
+    """Widths that are multiples of a block of quantized weights."""
+    heads = {"head_dim": 32, "scale": 32**-0.5}
+    return family.replace_layers(replace(config, width=128), attention=heads, ffw={"width": 256})
+
+
 def randomised(name: str, quantized: bool = False, depth: int | None = None) -> nn.Decoder:
     """A member at test size with the weights that `tiny.reference` gives it; quantized ones have random codes."""
     generator = torch.Generator().manual_seed(0)
     config = tiny(name)
     if quantized:  # rows of whole blocks
-        config = replace(config, width=128, ffw_width=256, head_dim=32, query_scale=32**-0.5)
+        config = of_whole_blocks(config)
     module = nn.Decoder(replace(config, layers=config.layers[:depth]))
     for path, weight in list(module.named_parameters()):
         gain = 1.5 if "q_proj" in path or "k_proj" in path else 1
@@ -297,8 +303,7 @@ def test_a_bidirectional_prefix_is_attended_as_the_modules_do(halves):
 @pytest.fixture(scope="module")
 def wide():
     """A decoder whose table is large enough to be screened, with some rows that stand out, as words do in a context."""
-    config = replace(tiny("gemma-2-2b"), vocab_size=40_000, width=128, ffw_width=256, head_dim=32)
-    module = nn.Decoder(replace(config, query_scale=32**-0.5))
+    module = nn.Decoder(of_whole_blocks(replace(tiny("gemma-2-2b"), vocab_size=40_000)))
     generator = torch.Generator().manual_seed(3)
     for path, weight in list(module.named_parameters()):
         small = "norm" in path
