@@ -211,7 +211,8 @@ def test_what_no_configuration_says_is_refused():
     for change in ({"biases": False}, {"embed_scale_dtype": "run"}, {"post_norms": True}, {"final_softcap": None}):
         with pytest.raises(GemkitError, match=r"recurrent_gemma|logits_soft_cap"):
             configs.to_hf(replace(decoder, **change))
-    mixed = replace(decoder, layers=(decoder.layers[0], replace(decoder.layers[1], conv_width=3)))
+    first, second = decoder.layers[:2]
+    mixed = replace(decoder, layers=(first, replace(second, mixer=replace(second.mixer, conv_width=3))))
     with pytest.raises(GemkitError, match="no published configuration"):
         configs.to_hf(mixed)
 

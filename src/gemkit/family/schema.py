@@ -109,7 +109,7 @@ class Recurrent:
     def __post_init__(self):
         _check_counts(self, "the recurrence", "width", "num_blocks", "conv_width")
         if self.width % self.num_blocks:
-            raise ConfigError(f"num_blocks={self.num_blocks} of the recurrence does not divide its width={self.width}")
+            raise ConfigError(f"{self}, num_blocks={self.num_blocks}: num_blocks must divide width")
 
     def __str__(self) -> str:
         return f"recurrent {self.width}"

@@ -156,7 +156,10 @@ def test_a_model_like_a_member():
         ({**SIZES}, "depth=0 must be"),
         ({"layers": [{"kind": "global"}]}, "heads is missing; `like` takes"),
         ({**SIZES, "layers": [{"kind": "global"}], "ffw_width": 0}, "width=0 of the feed-forward must be"),
-        ({k: v for k, v in SIZES.items() if k != "width"} | {"layers": [{"kind": "global"}]}, "width is missing; `like`"),
+        (
+            {k: v for k, v in SIZES.items() if k != "width"} | {"layers": [{"kind": "global"}]},
+            "width is missing; `like`",
+        ),
         ({**SIZES, "layers": [{"kind": "sliding"}]}, r"layers\[0\]: window is missing"),
         ({**SIZES, "layers": [{"kind": "linear"}]}, "kind is one of global, sliding, recurrent"),
         ({**SIZES, "layers": [{"kind": "global", "window": 3}]}, r"layers\[0\]: there is no window"),
