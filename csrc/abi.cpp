@@ -106,14 +106,9 @@ GK_API void gk_state_keep(gk::State *state, int32_t layer, int64_t slot, const f
     state->keep(layer, slot, values);
 }
 
-// 0 done, 1 stopped by the flag or by a signal (then Python's exception is set), 2 out of memory, 3 keys or values beyond
-// float16. `stop`: null, or an int32 that ends this call when it is not 0.
-GK_API int32_t gk_run(gk::Executor *executor, gk::State *state, int32_t threads, const int64_t *tokens, int64_t n_tokens,
-                      const gk::Span *spans, int64_t n_spans, const int64_t *rows, int64_t n_rows, const float *features,
-                      const int64_t *feature_rows, int64_t n_features, float *logits, const gk::Executor::Wanted *wanted,
-                      const int64_t *kept, int64_t *computed, double *seconds, const int32_t *stop) {
-    const gk::Executor::Call call{tokens,       n_tokens,   spans,  n_spans, rows, n_rows,   features,
-                                  feature_rows, n_features, logits, wanted,  kept, computed, seconds};
+namespace {
+
+int32_t run(gk::Executor *executor, gk::State &state, int32_t threads, const gk::Executor::Call &call, const int32_t *stop) {
     looked = std::chrono::steady_clock::now();
     signalled = false;
     stop_flag = stop;
@@ -124,10 +119,33 @@ GK_API int32_t gk_run(gk::Executor *executor, gk::State *state, int32_t threads,
     while (!(mine = pool.turn.try_lock_for(std::chrono::milliseconds(5))) && keep_on()) continue;
     if (mine) {
         const std::lock_guard turn(pool.turn, std::adopt_lock);
-        result = executor->run(call, *state, pool, keep_on);
+        result = executor->run(call, state, pool, keep_on);
     }
     if (python) PyEval_RestoreThread(python);
     python = nullptr;
     stop_flag = nullptr;
     return result;
+}
+
+}  // namespace
+
+// 0 done, 1 stopped by the flag or by a signal (then Python's exception is set), 2 out of memory, 3 keys or values beyond
+// float16. `stop`: null, or an int32 that ends this call when it is not 0.
+GK_API int32_t gk_run(gk::Executor *executor, gk::State *state, int32_t threads, const int64_t *tokens, int64_t n_tokens,
+                      const gk::Span *spans, int64_t n_spans, const int64_t *rows, int64_t n_rows, const float *features,
+                      const int64_t *feature_rows, int64_t n_features, float *logits, const gk::Executor::Wanted *wanted,
+                      const int64_t *kept, int64_t *computed, double *seconds, const int32_t *stop) {
+    const gk::Executor::Call call{tokens,       n_tokens,   spans,  n_spans, rows, n_rows,   features,
+                                  feature_rows, n_features, logits, wanted,  kept, computed, seconds};
+    return run(executor, *state, threads, call, stop);
+}
+
+// An image tower: what it sees of each patch, from its pixels, row by row. Nothing is remembered. Returns as gk_run.
+GK_API int32_t gk_encode(gk::Executor *executor, int32_t threads, const float *patches, int64_t n_patches, float *out) {
+    std::vector<int64_t> rows(n_patches);
+    for (int64_t i = 0; i < n_patches; i++) rows[i] = i;
+    gk::State none(nullptr, 0, 1, 0);
+    const gk::Executor::Call call{nullptr,     n_patches, nullptr, 0,       nullptr, 0,       patches,
+                                  rows.data(), n_patches, out,     nullptr, nullptr, nullptr, nullptr};
+    return run(executor, none, threads, call, nullptr);
 }

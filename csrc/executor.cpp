@@ -22,7 +22,7 @@ constexpr float SLACK = 6.0f;
 
 bool over_rows(int32_t op) {
     switch (op) {
-    case LINEAR: case ATTEND: case SOFTCAP: case CONV1D: case BLOCK_LINEAR: case RG_LRU: return false;
+    case LINEAR: case ATTEND: case ATTEND_WITHIN: case SOFTCAP: case CONV1D: case BLOCK_LINEAR: case RG_LRU: return false;
     default: return true;
     }
 }
@@ -56,7 +56,7 @@ Executor *Executor::make(const Kernels *kernels, const Step *steps, int64_t n_st
         error = "step " + std::to_string(i) + ": " + what;
         return nullptr;
     };
-    if (n_steps < 1 || n_buffers < 1 || n_table < 1 || n_layers < 1) return wrong(0, "an empty program");
+    if (n_steps < 1 || n_buffers < 1 || n_table < 1 || n_layers < 0) return wrong(0, "an empty program");
     for (int64_t i = 0; i < n_buffers; i++)
         if (buffers[i].width < 1 || buffers[i].width > 1 << 24 || buffers[i].domain < 0 || buffers[i].domain > 1 ||
             buffers[i].kind < 0 || buffers[i].kind > 2)
@@ -83,7 +83,7 @@ Executor *Executor::make(const Kernels *kernels, const Step *steps, int64_t n_st
         const Step &s = steps[i];
         if (s.op < 0 || s.op >= OPS) return wrong(i, "an unknown op");
         const int inputs = s.op == EMBED || s.op == ROPE_TABLE ? 0
-                           : s.op == ATTEND || s.op == RG_LRU || s.op == ROPE ? 3
+                           : s.op == ATTEND || s.op == ATTEND_WITHIN || s.op == RG_LRU || s.op == ROPE ? 3
                            : s.op == REMEMBER || s.op == GEGLU || s.op == ADD || s.op == MUL ? 2
                                                                                             : 1;
         for (int k = 0; k < 4; k++) {
@@ -100,7 +100,8 @@ Executor *Executor::make(const Kernels *kernels, const Step *steps, int64_t n_st
         const int32_t domain = s.op == REMEMBER ? 0 : buffers[s.out.buffer].domain;
         for (int k = 0; k < inputs; k++)
             if (buffers[s.in[k].buffer].domain != (s.op == TAKE_ROWS ? 0 : domain)) return wrong(i, "rows of another domain");
-        const bool tokens_only = s.op == EMBED || s.op == ROPE_TABLE || s.op == PUT_ROWS || s.op == ATTEND || s.op == CONV1D ||
+        const bool tokens_only = s.op == EMBED || s.op == ROPE_TABLE || s.op == PUT_ROWS || s.op == ATTEND || s.op == ATTEND_WITHIN ||
+                                 s.op == ADD_POSITIONS || s.op == CONV1D ||
                                  s.op == BLOCK_LINEAR || s.op == RG_LRU;
         if (tokens_only && domain)
             return wrong(i, "tokens where rows are wanted");
@@ -153,6 +154,10 @@ Executor *Executor::make(const Kernels *kernels, const Step *steps, int64_t n_st
         case RG_LRU: right = same && layer_of(s.n[0], 1) && layers[s.n[0]].width == width && plain(s.weights[0], width) &&
                              s.in[1].width == width && s.in[2].width == width; break;
         case PUT_ROWS: right = same; break;
+        case LAYER_NORM: right = same && plain(s.weights[0], width) && plain(s.weights[1], width); break;
+        case ADD_POSITIONS: right = same && s.n[0] > 0 && plain(s.weights[0], width * s.n[0]); break;
+        case ATTEND_WITHIN: right = same && s.n[0] > 0 && s.n[0] <= 1 << 20 && s.n[1] > 0 && width % s.n[1] == 0 &&
+                                    width / s.n[1] <= 4096 && s.in[1].width == width && s.in[2].width == width; break;
         }
         if (!right) return wrong(i, "operands that do not fit");
     }
@@ -215,6 +220,8 @@ Executor::Result Executor::run(const Call &call, State &state, Pool &pool, bool 
             if (!step.n[1] || !screen(run, step)) linear(run, step);
         } else if (step.op == ATTEND) {
             attend(run, step);
+        } else if (step.op == ATTEND_WITHIN) {
+            attend_within(run, step);
         } else if (step.op == SOFTCAP) {
             softcap(run, step);
         } else {
@@ -315,6 +322,8 @@ void Executor::rows(Run &run, const Step &s, int64_t row0, int64_t row1) {
         case SCALE:
             for (int64_t i = 0; i < s.out.width; i++) out[i] = a[i] * s.f[0];
             break;
+        case LAYER_NORM: kernels_->layer_norm(a, weight(0), weight(1), s.f[0], s.out.width, out); break;
+        case ADD_POSITIONS: kernels_->add(a, weight(0) + row % s.n[0] * s.out.width, s.out.width, out); break;
         case TAKE_ROWS:
             std::memcpy(out, run.at(*this, s.in[0], call.rows[row]), s.out.width * sizeof(float));
             break;
@@ -457,6 +466,22 @@ void Executor::attend(Run &run, const Step &s) {
             kernels_->merge(whole, next, item.tokens * group, width);
         }
         finish(item, head, whole);
+    });
+}
+
+// Every image's rows, and every head of it, by itself. Rows that make no whole image are none.
+void Executor::attend_within(Run &run, const Step &s) {
+    const int64_t length = s.n[0], heads = s.n[1], head_dim = s.out.width / heads;
+    const size_t scratch = attend_within_scratch_bytes(length, (int32_t)head_dim);
+    for (auto &room : scratch_)
+        if (room.size() < scratch) room.resize(scratch);
+    const auto stride = [&](const Slice &slice) { return (int64_t)buffers_[slice.buffer].width; };
+    run.pool.each(run.count(*this, s.out) / length * heads, [&](int64_t item, int thread) {
+        const int64_t row = item / heads * length, column = item % heads * head_dim;
+        kernels_->attend_within({run.at(*this, s.in[0], row) + column, run.at(*this, s.in[1], row) + column,
+                                 run.at(*this, s.in[2], row) + column, run.at(*this, s.out, row) + column, stride(s.in[0]),
+                                 stride(s.in[1]), stride(s.in[2]), stride(s.out), length, (int32_t)head_dim, s.f[0]},
+                                scratch_[thread].data());
     });
 }
 

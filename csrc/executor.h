@@ -19,7 +19,7 @@ namespace gk {
 enum Op : int32_t {  // numbers are part of packed files: append only
     EMBED = 0, ROPE_TABLE = 1, RMS_NORM = 2, QUANTIZE = 3, LINEAR = 4, ROPE = 5, REMEMBER = 6, ATTEND = 7, GEGLU = 8, GELU = 9,
     ADD = 10, MUL = 11, BIAS = 12, SOFTCAP = 13, TAKE_ROWS = 14, CONV1D = 15, BLOCK_LINEAR = 16, RG_LRU = 17, PUT_ROWS = 18, SCALE = 19,
-    OPS = 20
+    LAYER_NORM = 20, ADD_POSITIONS = 21, ATTEND_WITHIN = 22, OPS = 23
 };
 
 struct Slice {  // columns of a buffer
@@ -96,6 +96,7 @@ private:
     void rows(Run &run, const Step &step, int64_t row0, int64_t row1);
     void linear(Run &run, const Step &step);
     void attend(Run &run, const Step &step);
+    void attend_within(Run &run, const Step &step);
     bool screen(Run &run, const Step &step);
     void softcap(Run &run, const Step &step);
     void recur(Run &run, const Step &step);

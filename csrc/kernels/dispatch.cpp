@@ -4,7 +4,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "attention.h"
+#include "encoder.h"
 
 namespace gk {
 namespace {
@@ -47,6 +47,8 @@ const Kernels *best_kernels() {
 size_t attend_scratch_bytes(int32_t tokens, int32_t group, int32_t head_dim) {
     return portable::scratch_bytes(tokens, group, head_dim);
 }
+
+size_t attend_within_scratch_bytes(int64_t rows, int32_t head_dim) { return portable::within_bytes(rows, head_dim); }
 
 #if !defined(GK_X86)
 const Kernels *avx2_kernels() { return nullptr; }

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "dense.h"
 #include "elementwise.h"
+#include "encoder.h"
 #include "linear.h"
 #include "recurrence.h"
 #include "sketch.h"
@@ -32,6 +33,8 @@ inline Kernels kernels(const char *name) {
     k.attend = attend;
     k.merge = merge;
     k.finish = finish;
+    k.layer_norm = layer_norm;
+    k.attend_within = attend_within;
     k.conv1d = conv1d;
     k.block_linear = block_linear;
     k.rg_lru = rg_lru;

@@ -62,6 +62,16 @@ struct Partial {
     float *sum;  // (tokens * group, head_dim): sum of exp(score - most) * value
 };
 
+// One head of rows that all see one another, of which nothing is remembered: the patches of an image. Row r of each array
+// is at r * its stride.
+struct Within {
+    const float *q, *k, *v;
+    float *out;
+    int64_t q_stride, k_stride, v_stride, out_stride, rows;
+    int32_t head_dim;
+    float scale;
+};
+
 struct Planes;  // of a weight as files have it, before it is laid out for the kernels (weights.h)
 
 struct Kernels {
@@ -100,6 +110,10 @@ struct Kernels {
     void (*merge)(Partial earlier, Partial later, int64_t rows, int64_t head_dim);
     void (*finish)(Partial p, int64_t rows, int64_t head_dim, float *out, int64_t out_stride, int64_t group);
 
+    // encoder.h: the image tower's
+    void (*layer_norm)(const float *x, const float *weight, const float *bias, float eps, int64_t n, float *y);
+    void (*attend_within)(const Within &w, void *scratch);
+
     // recurrence.h
     // causal convolution of T rows; tail: (taps - 1, R) inputs before them (zeros before a sequence), updated in place
     void (*conv1d)(const float *x, int64_t tokens, int64_t width, int64_t stride, const float *weight, const float *bias,
@@ -118,5 +132,6 @@ const Kernels *avx512_kernels();  // needs F, BW, VL, DQ and VNNI
 
 size_t activation_bytes(Kind kind, int64_t tokens, int64_t cols);
 size_t attend_scratch_bytes(int32_t tokens, int32_t group, int32_t head_dim);
+size_t attend_within_scratch_bytes(int64_t rows, int32_t head_dim);
 
 }  // namespace gk

@@ -16,17 +16,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from gemkit import family
 from gemkit.errors import WeightsError
 from gemkit.executors.native import packfile as packs
 from gemkit.executors.native.executor import NativeExecutor
 from gemkit.executors.native.packfile import Pack
+from gemkit.executors.native.tower import NativeTower
 from gemkit.runtime.options import LoadOptions
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.report import Report
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 LIMIT = 32_000_000_000  # bytes of all kept files
 _SPARE = 5_000_000_000  # bytes of disk that are never taken
-_TOWER = ("vision_tower.", "multi_modal_projector.")
 
 
 def load_native(
@@ -51,29 +48,30 @@ def load_native(
     start = time.perf_counter()
     source = fingerprint(checkpoint, options)
     path = cache_folder() / (hashlib.sha256(source.encode()).hexdigest()[:32] + ".gkpack")
-    pack, tower = _kept(path, source), None
+    pack = _kept(path, source)
     if pack is None:
         from gemkit.executors.native.packer import pack as make
-        from gemkit.nn import PaliGemma
         from gemkit.weights.load import load_module
 
         module, report = load_module(checkpoint, **options.storage, progress=progress)
         target = path if _has_room(report.nbytes) else None
-        notes = list(report.notes)
-        decoder: Any = module
-        if isinstance(module, PaliGemma):
-            tower, decoder = TorchTower(module), module.language_model
-        pack = make(decoder, target, source, notes, sees=tower is not None)
+        pack = make(module, target, source, list(report.notes))
         if target is not None:
             _drop_oldest(path)
-    elif checkpoint.vision is not None:
-        from gemkit.weights.load import load_module
-
-        tower = TorchTower(load_module(checkpoint, only=_TOWER, progress=progress)[0])
-    report = Report(nbytes=pack.nbytes + (tower.nbytes if tower else 0), notes=list(pack.notes))
-    native = NativeExecutor(checkpoint.decoder, pack, tower)
+    report = Report(nbytes=pack.nbytes, notes=list(pack.notes))
+    native = executor_of(pack, checkpoint.decoder, checkpoint.vision)
     report.seconds = time.perf_counter() - start
     return native, report
+
+
+def executor_of(pack: Pack, decoder: family.DecoderConfig, vision: family.Vision | None) -> NativeExecutor:
+    """The executor of a packed model, with its image tower if it sees.
+
+    Raises:
+        ModelError: if the packed model cannot run.
+    """
+    tower = None if vision is None else NativeTower(vision, decoder.width, pack)
+    return NativeExecutor(decoder, pack, tower)
 
 
 def fingerprint(checkpoint: Checkpoint, options: LoadOptions) -> str:
@@ -82,8 +80,8 @@ def fingerprint(checkpoint: Checkpoint, options: LoadOptions) -> str:
     for path in sorted({entry.path for entry in checkpoint.reader.entries.values()}):
         status = path.stat()
         files.append((str(path.resolve()), status.st_size, status.st_mtime_ns))
-    decoder = hashlib.sha256(repr(checkpoint.decoder).encode()).hexdigest()
-    return json.dumps([packs.VERSION, files, decoder, options.storage])
+    members = hashlib.sha256(repr((checkpoint.decoder, checkpoint.vision)).encode()).hexdigest()
+    return json.dumps([packs.VERSION, files, members, options.storage])
 
 
 def cache_folder() -> Path:
@@ -144,20 +142,3 @@ def _all(folder: Path) -> list[tuple[float, int, Path]]:
             status = path.stat()
             found.append((status.st_mtime, status.st_size, path))
     return found
-
-
-class TorchTower:
-    """The image tower of a PaliGemma, in torch: what the native executor asks for features."""
-
-    def __init__(self, module: Any):
-        self.vision: family.Vision = module.vision
-        self._tower, self._projector = module.vision_tower, module.multi_modal_projector
-        self.nbytes = sum(p.nbytes for part in (self._tower, self._projector) for p in part.parameters())
-
-    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """(I * P, D) float32, from images of (3, S, S) in -1 to 1."""
-        import torch
-
-        with torch.inference_mode():
-            features = self._projector(self._tower(torch.from_numpy(np.stack(images))))
-        return features.float().numpy()

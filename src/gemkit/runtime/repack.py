@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 from gemkit.executors.native.executor import NativeExecutor
-from gemkit.runtime.pack_cache import TorchTower
+from gemkit.runtime.pack_cache import executor_of
 
 
 class Repacker:
@@ -31,13 +31,10 @@ class Repacker:
         stamps = _stamps(self._module)
         if stamps != self._now:
             from gemkit.executors.native.packer import pack
-            from gemkit.nn import PaliGemma
 
-            sees = isinstance(self._module, PaliGemma)
-            decoder: Any = self._module.language_model if sees else self._module
             changed = {name for name, stamp in stamps.items() if self._then.get(name) != stamp}
-            made = pack(decoder, sees=sees, over=self._first.pack, changed=changed)
-            self._native = NativeExecutor(self._first.decoder, made, TorchTower(self._module) if sees else None)
+            made = pack(self._module, over=self._first.pack, changed=changed)
+            self._native = executor_of(made, self._first.decoder, self._module.vision)
             self._now = stamps
         return self._native
 

@@ -155,12 +155,7 @@ class NativeExecutor:
         self.tower = tower
         self.threads = threads()
         self._library = library()
-        table = np.zeros((len(pack.table), 4), np.int64)
-        for row, entry in zip(table, pack.table, strict=True):
-            row[0] = entry.kind & 0xFFFFFFFF | entry.rows << 32
-            row[1] = entry.cols
-            held = pack.bytes_of(entry)
-            row[2], row[3] = held.ctypes.data, held.nbytes
+        table = pack.pointers()
         layers = np.array([_layer(layer.mixer) for layer in decoder.layers], np.int32)
         arrays = [(np.ascontiguousarray(a).ctypes.data, len(a)) for a in (pack.steps, pack.buffers, table, layers)]
         self._handle = self._library.gk_executor_new(*[part for pair in arrays for part in pair])

@@ -30,31 +30,31 @@ from gemkit.executors.native.lower import (
     plain_weights,
 )
 from gemkit.executors.native.packfile import KINDS, PLAIN, Entry, Pack, Writer
-from gemkit.nn import Decoder
+from gemkit.nn import Decoder, PaliGemma
 from gemkit.program.ir import Weight
-from gemkit.program.trace import trace
+from gemkit.program.trace import trace, trace_tower
 
 dequantize.enable()
 
+_TOWER = ("vision_tower.", "multi_modal_projector.")
+
 
 def pack(
-    module: Decoder,
+    module: Decoder | PaliGemma,
     target: Path | None = None,
     source: str = "",
     notes: Sequence[str] = (),
     *,
-    sees: bool = False,
     over: Pack | None = None,
     changed: Collection[str] = (),
 ) -> Pack:
-    """The packed model of a decoder.
+    """The packed model of a decoder, or of one with its image tower.
 
     Args:
         target: where the file is kept. None, or a place that cannot be written: it is kept nowhere, and its memory is
             given back with the result.
         source: what it was made from; a file that says something else is not this one.
         notes: what a user should know of how the weights were read.
-        sees: image features may take the place of embeddings.
         over: a packed model of the same module, from before it was changed. What has not changed is not packed again.
         changed: names of the weights of `over` that have.
 
@@ -62,13 +62,15 @@ def pack(
         ModelError: if the native executor cannot run the module.
         WeightsError: if there is no room for the file anywhere.
     """
-    lowered = lower(trace(module, sees=sees))
+    tower = lower(trace_tower(module)) if isinstance(module, PaliGemma) else None
+    lowered = lower(trace(_decoder(module), sees=tower is not None))
+    programs = [lowered] if tower is None else [lowered, tower]
     sizes: dict[Any, tuple[int, int, int, int]] = {}
-    for weight in packed_weights(lowered):
+    for weight in packed_weights(*programs):
         kind = _kind(weight)
         rows, cols = weight.shape
         sizes[weight] = kind, rows, cols, library().gk_packed_bytes(kind, rows, cols)
-    for plain in plain_weights(lowered):
+    for plain in plain_weights(*programs):
         count = _floats(plain)
         sizes[plain] = PLAIN, 1, count, 4 * count
     if over is not None:
@@ -78,7 +80,7 @@ def pack(
             if kept.get(plain_name(weight)) == (kind, rows, cols) and of_table not in changed:
                 sizes[weight] = kind, rows, cols, 0
     notes = list(notes)
-    writer = Writer(lowered, sizes, source, notes)
+    writer = Writer(lowered, tower, sizes, source, notes)
     if target is not None:
         try:
             return _written(module, writer, target, over)
@@ -91,7 +93,7 @@ def pack(
         raise WeightsError(f"there is no room for {writer.total:,} bytes of packed weights: {error}") from error
 
 
-def _written(module: Decoder, writer: Writer, target: Path, over: Pack | None) -> Pack:
+def _written(module: Decoder | PaliGemma, writer: Writer, target: Path, over: Pack | None) -> Pack:
     with writer.file(target) as whole, ThreadPoolExecutor(threads()) as pool:
         places = {entry.name: entry for entry in writer.entries}
         for weight, entry in zip(writer.order, writer.entries, strict=True):
@@ -140,9 +142,15 @@ def _sketch(table: Entry, packed: np.ndarray, room: np.ndarray, each: Callable[.
     list(each(part, range(0, tiles, 256)))
 
 
-def _held(module: Decoder, name: str) -> Any:
+def _decoder(module: Decoder | PaliGemma) -> Decoder:
+    return module.language_model if isinstance(module, PaliGemma) else module
+
+
+def _held(module: Decoder | PaliGemma, name: str) -> Any:
+    """A weight by its name in a program: the decoder's are named from the decoder on."""
     path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf)
+    owner = module if name.startswith(_TOWER) else _decoder(module)
+    return getattr(owner.get_submodule(path), leaf)
 
 
 def _floats(plain: Plain) -> int:
@@ -157,7 +165,7 @@ def _floats(plain: Plain) -> int:
             return columns
 
 
-def _values(module: Decoder, plain: Plain) -> np.ndarray:
+def _values(module: Decoder | PaliGemma, plain: Plain) -> np.ndarray:
     match plain:
         case Frequencies(rotated, base, factor):
             return ops.rope_frequencies(rotated, base, factor).numpy()

@@ -2,12 +2,14 @@
 
     8 bytes    GKPACK01
     8 bytes    length of the header
-    header     JSON: what it was made from, steps, buffers, a table of weights with their places
+    header     JSON: what it was made from, steps and buffers of each program, a table of weights with their places
     data       steps, buffers and weights, each at a multiple of 64 bytes
 
 The file is mapped, not read: opening one costs its header, and its pages are shared by all processes. It is a cache:
 what it was made from is in the header, and one that was made from something else, or by another version, is made anew.
 A file is trusted with nothing: every place must be within it, and the executor checks each step before it runs any.
+
+A model that sees has a second program, its image tower's, over the same table of weights.
 
 A packed model can be made over another: of the weights that both have it holds no bytes, and they are read from there.
 """
@@ -40,7 +42,7 @@ from gemkit.executors.native.lower import (
 from gemkit.files import atomic_file
 
 MAGIC = b"GKPACK01"
-VERSION = 1  # of the layout of everything in the file, the weights' included
+VERSION = 2  # of the layout of everything in the file, the weights' included
 ALIGN = 64
 MAX_HEADER = 1 << 26
 STEP_NUMBERS, STEP_SCALARS = 6, 3
@@ -85,8 +87,8 @@ class Pack:
         try:
             self.source: str = header["source"]
             self.notes: list[str] = header["notes"]
-            self.steps = self._array(header["steps"], STEP_WORDS)
-            self.buffers = self._array(header["buffers"], 3)
+            self.steps, self.buffers = self._program(header["decoder"])
+            self.tower = None if header["tower"] is None else self._program(header["tower"])
             self.table = [Entry(*entry) for entry in header["table"]]
         except (KeyError, TypeError, ValueError) as error:
             raise WeightsError(f"{path}: its header is damaged: {error!r}") from None
@@ -120,6 +122,11 @@ class Pack:
         if offset % ALIGN or not 0 <= offset <= offset + nbytes <= len(self._map):
             raise WeightsError(f"{self.path}: {nbytes} bytes at {offset} are not in the file of {len(self._map)}")
 
+    def _program(self, places: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and buffers, as `csrc/executor.h` has them."""
+        steps, buffers = places
+        return self._array(steps, STEP_WORDS), self._array(buffers, 3)
+
     def _array(self, place: Any, columns: int) -> np.ndarray:
         offset, rows = place
         if type(offset) is not int or type(rows) is not int or not 0 < rows < 1 << 20:
@@ -134,6 +141,15 @@ class Pack:
             return below.bytes_of(other)
         return np.frombuffer(self._map, np.uint8, entry.nbytes, entry.offset)
 
+    def pointers(self) -> np.ndarray:
+        """The table as `csrc/executor.h` has it, (entries, 4) int64: kind and rows, columns, address, bytes. The pack
+        must outlive whoever reads there."""
+        table = np.zeros((len(self.table), 4), np.int64)
+        for row, entry in zip(table, self.table, strict=True):
+            held = self.bytes_of(entry)
+            row[:] = entry.kind & 0xFFFFFFFF | entry.rows << 32, entry.cols, held.ctypes.data, held.nbytes
+        return table
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights, wherever they are."""
@@ -143,19 +159,28 @@ class Pack:
 class Writer:
     """Writes a packed model. The weights' bytes are filled in place, one weight at a time, by whoever packs them."""
 
-    def __init__(self, lowered: Lowered, sizes: dict[Any, tuple[int, int, int, int]], source: str, notes: list[str]):
+    def __init__(
+        self,
+        lowered: Lowered,
+        tower: Lowered | None,
+        sizes: dict[Any, tuple[int, int, int, int]],
+        source: str,
+        notes: list[str],
+    ):
         """
         Args:
+            lowered, tower: the decoder's program and the image tower's, if there is one.
             sizes: of each weight (kind, rows, cols, bytes).
         """
-        self.order = [*packed_weights(lowered), *plain_weights(lowered)]
+        programs = [lowered] if tower is None else [lowered, tower]
+        self.order = [*packed_weights(*programs), *plain_weights(*programs)]
         numbers = {weight: i for i, weight in enumerate(self.order)}
-        steps, buffers = _encoded_steps(lowered, numbers), _encoded_buffers(lowered)
+        arrays = [array for p in programs for array in (_encoded_steps(p, numbers), _encoded_buffers(p))]
         self.entries: list[Entry] = []
         # the header's own length decides where the data begin, so places are counted from there and moved at the end
         at = 0
         places = []
-        for array in (steps, buffers):
+        for array in arrays:
             places.append((at, len(array)))
             at = _aligned(at + array.nbytes)
         for weight in self.order:
@@ -167,14 +192,14 @@ class Writer:
 
         def header(base: int) -> bytes:
             moved = [(e.name, e.kind, e.rows, e.cols, e.offset + base, e.nbytes) for e in self.entries]
-            (s, s_rows), (b, b_rows) = places
-            described = {"steps": [s + base, s_rows], "buffers": [b + base, b_rows], "table": moved}
+            of_program = [[start + base, rows] for start, rows in places]
+            described = {"decoder": of_program[:2], "tower": of_program[2:] or None, "table": moved}
             return json.dumps({"version": VERSION, "source": source, "notes": notes, **described}).encode()
 
         self.base = _aligned(16 + len(header(1 << 40)))
         text = header(self.base)
         self.head = MAGIC + len(text).to_bytes(8, "little") + text
-        self._arrays = [(place[0], array) for place, array in zip(places, (steps, buffers), strict=True)]
+        self._arrays = [(place[0], array) for place, array in zip(places, arrays, strict=True)]
 
     @contextlib.contextmanager
     def file(self, target: Path) -> Iterator[np.ndarray]:
