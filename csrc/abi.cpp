@@ -43,7 +43,7 @@ bool keep_on() {
 
 }  // namespace
 
-GK_API int32_t gk_version() { return 3; }
+GK_API int32_t gk_version() { return 4; }
 
 // Why the last call of this thread failed.
 GK_API const char *gk_error() { return message.c_str(); }
@@ -140,8 +140,11 @@ GK_API int32_t gk_run(gk::Executor *executor, gk::State *state, int32_t threads,
     return run(executor, *state, threads, call, stop);
 }
 
-// An image tower: what it sees of each patch, from its pixels, row by row. Nothing is remembered. Returns as gk_run.
-GK_API int32_t gk_encode(gk::Executor *executor, int32_t threads, const float *patches, int64_t n_patches, float *out) {
+// An image tower: the features of each patch, (n_patches, features), from its pixels, (n_patches, pixels). Nothing is
+// remembered. Returns as gk_run, or -1 if the program is another.
+GK_API int32_t gk_encode(gk::Executor *executor, int32_t threads, const float *patches, int64_t n_patches, int64_t pixels,
+                         float *out, int64_t features) {
+    if (!executor->encodes(pixels, features)) return -1;
     std::vector<int64_t> rows(n_patches);
     for (int64_t i = 0; i < n_patches; i++) rows[i] = i;
     gk::State none(nullptr, 0, 1, 0);

@@ -170,6 +170,14 @@ Executor *Executor::make(const Kernels *kernels, const Step *steps, int64_t n_st
     return made;
 }
 
+bool Executor::encodes(int64_t in, int64_t out) const {
+    for (const Step &s : steps_)
+        if (s.op == EMBED || s.op == ROPE_TABLE || (s.op == PUT_ROWS && s.out.width != in)) return false;
+    for (const Buffer &buffer : buffers_)
+        if (buffer.kind == 2 && (buffer.width != out || buffer.domain)) return false;
+    return layers_.empty();
+}
+
 bool Executor::layout(int64_t tokens, int64_t rows) {
     size_t total = 0;
     offsets_.assign(buffers_.size(), 0);

@@ -90,6 +90,9 @@ public:
 
     const std::vector<Layer> &layers() const { return layers_; }
 
+    // Whether it is a program without tokens, from rows of `in` floats (`features`) to rows of `out` (`logits`).
+    bool encodes(int64_t in, int64_t out) const;
+
 private:
     struct Run;
     void region(Run &run, size_t first, size_t end);

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gemkit.errors import ModelError
+from gemkit.files import atomic_file
 
 Size = int | str
 Shape = tuple[Size, ...]
@@ -83,8 +84,8 @@ class Work:
     """Memory and arithmetic of a call beyond reading its weights once, by what they grow with.
 
     Args:
-        lookup: of its weight only one row for each row of its input is read.
-        row_flops: operations for each row of its input.
+        lookup: of its weight only one row for each row of its result is read.
+        row_flops: operations for each row of its result.
         key_bytes: bytes of the state for each key that is seen.
         pair_flops: operations for each pair of a query and a key that it sees.
         window: keys visible to a query; None: all before it.
@@ -151,9 +152,7 @@ class Node:
     def cost(self, tokens: int = 1, rows: int = 1, context: int = 0) -> Cost:
         """What the call moves and computes, for `tokens` new tokens of one sequence that has `context` in all."""
         work = self.work
-        x = next(self.values(), None)
-        open_axis = x.shape[0] if x is not None and x.shape and isinstance(x.shape[0], str) else None
-        given = {"T": tokens, "R": rows}.get(open_axis or "", 1)
+        given = {"T": tokens, "R": rows}.get(str(self.result.shape[0]), 1)
         weight_bytes = sum(weight.nbytes // (weight.shape[0] if work.lookup else 1) for weight in self.weights())
         if work.length is not None:
             seen, pairs = 0, tokens * work.length
@@ -232,7 +231,8 @@ class Program:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the JSON form to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        with atomic_file(path) as file:
+            file.write(self.to_json().encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Program:

@@ -19,7 +19,7 @@ from gemkit.errors import ConfigError, ModelError
 
 LIBRARY = "libgemkit_native.so"
 _ISAS = ("avx512", "avx2", "portable")
-_ABI = 3
+_ABI = 4
 
 
 @cache
@@ -71,7 +71,7 @@ def _declare(loaded: ctypes.CDLL) -> None:
         ("gk_executor_new", pointer, [pointer, i64] * 4),
         ("gk_read_limit", ctypes.c_double, [i32]),
         ("gk_executor_free", None, [pointer]),
-        ("gk_encode", i32, [pointer, i32, pointer, i64, pointer]),
+        ("gk_encode", i32, [pointer, i32, pointer, i64, i64, pointer, i64]),
         ("gk_state_new", pointer, [pointer, i64, i64]),
         ("gk_state_free", None, [pointer]),
         ("gk_state_rollback", i32, [pointer, i64, i64]),

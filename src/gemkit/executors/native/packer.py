@@ -80,12 +80,12 @@ def pack(
             if kept.get(plain_name(weight)) == (kind, rows, cols) and of_table not in changed:
                 sizes[weight] = kind, rows, cols, 0
     notes = list(notes)
-    writer = Writer(lowered, tower, sizes, source, notes)
     if target is not None:
         try:
-            return _written(module, writer, target, over)
+            return _written(module, Writer(lowered, tower, sizes, source, notes), target, over)
         except OSError as error:
             notes.append(f"the packed weights could not be kept at {target}: {error.strerror or error}")
+    writer = Writer(lowered, tower, sizes, source, notes)
     try:
         with tempfile.TemporaryDirectory(prefix="gemkit-") as folder:
             return _written(module, writer, Path(folder) / "model", over)  # stays mapped when its name is gone

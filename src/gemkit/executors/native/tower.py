@@ -15,7 +15,7 @@ from gemkit.executors.native.library import library, threads
 from gemkit.executors.native.packfile import Pack
 from gemkit.family import Vision
 
-_DONE, _NO_MEMORY = 0, 2
+_MISFIT, _DONE, _NO_MEMORY = -1, 0, 2
 
 
 class NativeTower:
@@ -51,14 +51,15 @@ class NativeTower:
         for image in images:
             if image.shape != (3, size, size):
                 raise ConfigError(
-                    f"an image of shape {image.shape}: this tower sees (3, {size}, {size}); resize to {size} x {size}, "
-                    "or load the member of the other resolution"
+                    f"pixels of shape {image.shape}: this tower sees (images, 3, {size}, {size}); resize to "
+                    f"{size} x {size}, or load the member of the other resolution"
                 )
         patches = patches_of(np.stack(images), self.vision.patch_size)
         features = np.empty((len(patches), self.width), np.float32)
-        result = self._library.gk_encode(
-            self._handle, threads(), patches.ctypes.data, len(patches), features.ctypes.data
-        )
+        given, made = (patches.ctypes.data, *patches.shape), (features.ctypes.data, self.width)
+        result = self._library.gk_encode(self._handle, threads(), *given, *made)
+        if result == _MISFIT:
+            raise ModelError(f"the image tower of {self._pack.path} is another than the model's")
         if result == _NO_MEMORY:
             raise ModelError(f"memory ran out for {len(images)} images: show fewer at once")
         assert result == _DONE, f"an exception of a signal handler is raised by the call itself, not told by {result}"
