@@ -83,7 +83,7 @@ def test_the_table_is_the_house():
         ("ops", "import gemkit.nn"),
         ("nn", "def f():\n    from gemkit import weights"),
         ("generate", "if TYPE_CHECKING:\n    from gemkit.ops import linear"),
-        ("gemma", "import gemkit.cli.common"),
+        ("gemma", "import gemkit.cli.options"),
         ("errors", "from gemkit.family import get"),
         ("weights", "from gemkit import __version__"),
     ],

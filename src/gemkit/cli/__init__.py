@@ -32,7 +32,7 @@ from gemkit.cli import (
     show,
     tune,
 )
-from gemkit.cli.common import say
+from gemkit.cli.output import say
 from gemkit.errors import GemkitError
 
 # Threads that spin while they wait cost everyone a busy machine: on two cores with other work, a token took 5 s with

@@ -5,17 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gemkit.cli.common import (
-    add_model,
-    add_output,
-    add_sampling,
-    conclude,
-    options,
-    print_json,
-    result_json,
-    verb,
-    write_stream,
-)
+from gemkit.cli.options import add_model, add_output, add_sampling, options, verb
+from gemkit.cli.output import conclude, print_json, result_json, write_stream
 from gemkit.cli.pictures import add_image, load_image_model, read_all
 from gemkit.errors import ConfigError
 

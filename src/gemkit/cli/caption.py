@@ -7,7 +7,8 @@ import sys
 import time
 from typing import Any
 
-from gemkit.cli.common import add_model, add_sampling, count, options, print_json, result_json, rewrite, say, verb
+from gemkit.cli.options import add_model, add_sampling, options, verb
+from gemkit.cli.output import count, print_json, result_json, rewrite, say
 from gemkit.cli.pictures import add_image, load_image_model
 from gemkit.errors import GemkitError
 

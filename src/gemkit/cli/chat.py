@@ -7,19 +7,8 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from gemkit.cli.common import (
-    add_model,
-    add_output,
-    add_sampling,
-    conclude,
-    load_model,
-    options,
-    print_json,
-    result_json,
-    say,
-    verb,
-    write_stream,
-)
+from gemkit.cli.options import add_model, add_output, add_sampling, load_model, options, verb
+from gemkit.cli.output import conclude, print_json, result_json, say, write_stream
 from gemkit.errors import GemkitError, TextError
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ import textwrap
 from itertools import groupby
 from typing import Any
 
-from gemkit.cli.common import say, verb
+from gemkit.cli.options import verb
+from gemkit.cli.output import say
 
 EXAMPLES = """\
   gemkit compare gemma-2b gemma-7b               what differs, and what it costs

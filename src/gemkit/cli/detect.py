@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gemkit.cli.common import verb
+from gemkit.cli.options import verb
 from gemkit.cli.pictures import add_find, find
 
 _EXAMPLES = """\

@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from gemkit import __version__
-from gemkit.cli.common import print_json, verb
+from gemkit.cli.options import verb
+from gemkit.cli.output import print_json
 
 if TYPE_CHECKING:
     from gemkit.family import Member

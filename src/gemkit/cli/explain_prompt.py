@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from gemkit.cli.common import add_model, count, print_json, printable, read_text, say, verb
+from gemkit.cli.options import add_model, read_text, verb
+from gemkit.cli.output import count, print_json, printable, say
 from gemkit.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -5,21 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gemkit.cli.common import (
-    add_model,
-    add_output,
-    add_sampling,
-    conclude,
-    load_model,
-    options,
-    print_json,
-    read_text,
-    result_json,
-    say,
-    verb,
-    write,
-    write_stream,
-)
+from gemkit.cli.options import add_model, add_output, add_sampling, load_model, options, read_text, verb
+from gemkit.cli.output import conclude, print_json, result_json, say, write, write_stream
 from gemkit.errors import ConfigError
 
 _EXAMPLES = """\

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gemkit.cli.common import add_output, load_model, print_json, say, verb
+from gemkit.cli.options import add_output, load_model, verb
+from gemkit.cli.output import print_json, say
 from gemkit.errors import ConfigError
 
 _EXAMPLES = """\

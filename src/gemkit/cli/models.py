@@ -7,7 +7,8 @@ import json
 from itertools import groupby
 from typing import Any
 
-from gemkit.cli.common import say, verb
+from gemkit.cli.options import verb
+from gemkit.cli.output import say
 
 EXAMPLES = """\
   gemkit models           every member, its size and what it answers to

@@ -8,18 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemkit.cli.common import (
-    add_model,
-    add_output,
-    add_sampling,
-    conclude,
-    load_model,
-    options,
-    print_json,
-    printable,
-    result_json,
-    say,
-)
+from gemkit.cli.options import add_model, add_output, add_sampling, load_model, options
+from gemkit.cli.output import conclude, print_json, printable, result_json, say
 from gemkit.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gemkit.cli.common import add_output, load_model, print_json, read_text, say, verb
+from gemkit.cli.options import add_output, load_model, read_text, verb
+from gemkit.cli.output import print_json, say
 from gemkit.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -5,19 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gemkit.cli.common import (
-    BEYOND_CONTEXT,
-    add_model,
-    add_output,
-    count,
-    load_model,
-    logprob_json,
-    print_json,
-    printable,
-    read_text,
-    say,
-    verb,
-)
+from gemkit.cli.options import BEYOND_CONTEXT, add_model, add_output, load_model, read_text, verb
+from gemkit.cli.output import count, logprob_json, print_json, printable, say
 from gemkit.errors import ConfigError
 
 _EXAMPLES = """\

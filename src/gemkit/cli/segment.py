@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gemkit.cli.common import say, verb
+from gemkit.cli.options import verb
+from gemkit.cli.output import say
 from gemkit.cli.pictures import add_find, find
 
 _EXAMPLES = """\

@@ -7,7 +7,8 @@ import json
 from dataclasses import asdict, replace
 from typing import Any
 
-from gemkit.cli.common import say, verb
+from gemkit.cli.options import verb
+from gemkit.cli.output import say
 
 EXAMPLES = """\
   gemkit show gemma-7b                     what it is, what it costs, its modules

@@ -7,7 +7,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from gemkit.cli.common import Progress, print_json, rewrite, say, verb
+from gemkit.cli.options import verb
+from gemkit.cli.output import Progress, print_json, rewrite, say
 from gemkit.errors import ConfigError
 from gemkit.train import OBJECTIVES
 
