@@ -61,7 +61,7 @@ def main() -> None:
     points: list[tuple[int, int, int]] = []
     start = time.perf_counter()
     for done in range(1, tokens + 1):
-        token = int(np.argmax(executor.run([Chunk(0, [token])], state)))
+        token = int(np.argmax(executor.run([Chunk(0, [token])], state).rows[0]))
         if done % STEP == 0:
             rate = STEP / (time.perf_counter() - start)
             points.append((done, resident(), state.nbytes))

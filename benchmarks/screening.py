@@ -124,8 +124,8 @@ def survivors(native, ids: list[list[int]], sampling: Sampling) -> dict[str, int
         state = native.new_state(1)
         native.run([Chunk(0, one[:4])], state)
         for i in range(4, min(len(one), 64)):
-            native.run([Chunk(0, [one[i]], filter=logits_filter(sampling, one[: i + 1]))], state)
-            counts.append(int(native.computed[0]))
+            outputs = native.run([Chunk(0, [one[i]], filter=logits_filter(sampling, one[: i + 1]))], state)
+            counts.append(int(outputs.computed[0]))
     full = sum(count == native.decoder.vocab_size for count in counts)
     ordered = sorted(counts)
     return {

@@ -143,7 +143,7 @@ class Bare(Engine):
         self._slots, self._tokens = [1], [2]
 
     def _best(self, chunks: list[Any]) -> list[int]:
-        self._tokens = self._executor.run(chunks, self._state).argmax(-1).tolist()
+        self._tokens = [int(row.argmax()) for row in self._executor.run(chunks, self._state).rows]
         return self._tokens
 
     def _next_of(self, slot: int, ids: list[int]) -> Any:

@@ -25,6 +25,7 @@ import numpy as np
 
 from gemkit import family, images
 from gemkit.weights.checkpoint import find
+from support.outputs import dense
 
 MEMBERS = ("gemma-2b", "codegemma-2b", "gemma-2-2b", "recurrentgemma-2b", "paligemma-3b-pt-224")
 PROMPT, STEPS = 32, 8  # tokens computed at once, then one by one from what is remembered
@@ -105,9 +106,9 @@ def our_logits(folder: Path, ids: list[int], shown: np.ndarray | None, out: Path
         executor = TorchExecutor(load_module(checkpoint, dtype="float32")[0])
     state = executor.new_state(1)
     prompt, answer = ids[:-STEPS], ids[-STEPS:]
-    seen = {} if shown is None else {"prefix": len(prompt), "images": [shown]}
-    rows = [executor.run([Chunk(0, prompt, rows=PROMPT, **seen)], state)]
-    rows += [executor.run([Chunk(0, [token])], state) for token in answer]
+    seen = {} if shown is None else {"spans": [(0, len(prompt))], "images": [shown]}
+    rows = [dense(executor, [Chunk(0, prompt, rows=PROMPT, **seen)], state)]
+    rows += [dense(executor, [Chunk(0, [token])], state) for token in answer]
     np.save(out, np.concatenate(rows))
 
 

@@ -129,7 +129,9 @@ def exercise(executor, less: int) -> None:
     state = executor.new_state(3, room=8)
     long, short = ids[: 136 // less], ids[: 76 // less]
     prefix = 0 if recurs else 68 // less
-    executor.run([Chunk(0, long, rows=3), Chunk(1, ids[:1]), Chunk(2, short, prefix=prefix)], state)
+    executor.run(
+        [Chunk(0, long, rows=3), Chunk(1, ids[:1]), Chunk(2, short, spans=[(0, prefix)] if prefix else [])], state
+    )
     executor.run([Chunk(0, ids[130:131]), Chunk(2, ids[77:80], rows=2)], state)
     mark = state.mark(0)
     executor.run([Chunk(0, ids[131:136], rows=5)], state)

@@ -10,9 +10,10 @@
     ├── DataError           a file of training examples that is broken, or a record that has not the form of the others
     ├── ImageError          a picture that cannot be read, or what was found in one and contradicts it
     ├── ContextError        more tokens than the model was trained to see
-    ├── StateError          a state used with another model, out of order, or rolled back too far
+    ├── StateError          a state or snapshot of another model, used out of order, or damaged
     ├── TrainingError       a run that cannot go on: a loss that is not finite, a checkpoint of another run
     │   └── NoSpaceError        a checkpoint that does not fit on the disk; the run itself can go on
+    ├── Stopped             a call that was ended by its stop flag
     └── MissingExtraError   an optional part of gemkit that is not installed
 
 Messages name the thing, the value and the way out. The command line prints the message and exits with 1.
@@ -66,7 +67,7 @@ class ContextError(GemkitError, ValueError):
 
 
 class StateError(GemkitError):
-    """A state used with another model, out of order, or rolled back too far."""
+    """A state or a snapshot of another model, used out of order, or damaged."""
 
 
 class TrainingError(GemkitError):
@@ -76,6 +77,10 @@ class TrainingError(GemkitError):
 
 class NoSpaceError(TrainingError):
     """A checkpoint that does not fit on the disk. What was there before is untouched, and the run can go on."""
+
+
+class Stopped(GemkitError):
+    """A call that was ended by its stop flag. What it was to compute did not happen."""
 
 
 class MissingExtraError(GemkitError, ImportError):

@@ -466,10 +466,10 @@ def test_arrays_of_another_resolution_are_refused(model):
     state = model.executor.new_state(1)
     ids = [model.vision.image_token] * 16 + [model.tokenizer.bos]
     with pytest.raises(ConfigError, match=r"this tower sees \(images, 3, 56, 56\)"):
-        model.executor.run([Chunk(0, ids, 1, 17, [np.zeros((3, 224, 224), np.float32)])], state)
+        model.executor.run([Chunk(0, ids, 1, [(0, 17)], [np.zeros((3, 224, 224), np.float32)])], state)
     one, other = np.zeros((3, 56, 56), np.float32), np.zeros((3, 224, 224), np.float32)
     with pytest.raises(ConfigError, match=r"shapes \[\(3, 56, 56\), \(3, 224, 224\)\] in one batch"):
-        model.executor.run([Chunk(0, [*ids[:-1], *ids], 1, 33, [one, other])], state)
-    assert state.lengths == [0]
+        model.executor.run([Chunk(0, [*ids[:-1], *ids], 1, [(0, 33)], [one, other])], state)
+    assert state.lengths == {0: 0}
     with pytest.raises(ImageError):
         model.caption(np.zeros((2, 2, 7), np.uint8))

@@ -57,7 +57,7 @@ def our_logits(ours):
     asked = given(ours)
     if asked["pixels"] is None:
         return ours(Batch.of([asked["ids"]]))
-    return ours(Batch.of([asked["ids"]], prefixes=[PREFIX], image_rows=range(PATCHES)), pixels_ICSS=asked["pixels"])
+    return ours(Batch.of([asked["ids"]], spans=[(0, PREFIX)], image_rows=range(PATCHES)), pixels_ICSS=asked["pixels"])
 
 
 def their_logits(theirs, ours):

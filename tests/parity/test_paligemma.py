@@ -47,7 +47,7 @@ def ids(*lengths: int, shown: int = 1, seed: int = 1) -> list[torch.Tensor]:
 
 
 def one(sequence: torch.Tensor, prefix: int, shown: int = 1) -> Batch:
-    return Batch.of([sequence], prefixes=[prefix], image_rows=range(shown * PATCHES))
+    return Batch.of([sequence], spans=[(0, prefix)] if prefix else [], image_rows=range(shown * PATCHES))
 
 
 def logits_of(theirs, sequence, prefix, pixels):
@@ -92,7 +92,7 @@ def test_a_ragged_batch_of_images_and_text_matches_each_alone(pair):
     at = len(first) + len(second)
     batch = Batch.of(
         [first, second, third],
-        prefixes=[PATCHES + 5, 0, PATCHES + 2],
+        spans=[(0, PATCHES + 5), (at, at + PATCHES + 2)],
         image_rows=[*range(PATCHES), *range(at, at + PATCHES)],
     )
     got = ours(batch, pixels_ICSS=pixels).split([len(first), len(second), len(third)])
@@ -122,7 +122,8 @@ def test_cached_decode_matches(pair):
         expected.append(torch.stack(rows))
     state = ours.new_state(2)
     shown = [*range(PATCHES), *range(prefixes[0], prefixes[0] + PATCHES)]
-    batch = Batch.of([s[:p] for s, p in zip(sequences, prefixes, strict=True)], prefixes=prefixes, image_rows=shown)
+    spans = [(0, prefixes[0]), (prefixes[0], sum(prefixes))]
+    batch = Batch.of([s[:p] for s, p in zip(sequences, prefixes, strict=True)], spans=spans, image_rows=shown)
     last = torch.tensor([prefixes[0] - 1, sum(prefixes) - 1])
     got = [[row] for row in ours(batch, state, last, images(2))]
     while live := [i for i, s in enumerate(sequences) if state.lengths[i] < len(s)]:
@@ -131,7 +132,6 @@ def test_cached_decode_matches(pair):
             [sequences[i][at : at + 1] for i, at in zip(live, offsets, strict=True)],
             offsets=offsets,
             slots=live,
-            prefixes=[prefixes[i] for i in live],
         )
         for i, row in zip(live, ours(step, state), strict=True):
             got[i].append(row)

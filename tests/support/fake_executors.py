@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gemkit.executors.interface import Chunk, Outputs, span_rows
 from gemkit.family import DecoderConfig, Global, Mlp, repeat
-from gemkit.generate import Chunk
 
 BOS, END = 0, 1
 # A vocabulary whose pieces overlap, with a character that takes two tokens (bytes c3 a9 are "é").
@@ -62,7 +62,7 @@ class HashModel:
         rng = np.random.default_rng(history)
         return 3 * rng.standard_normal(self.decoder.vocab_size, dtype=np.float32)
 
-    def run(self, chunks: Sequence[Chunk], state: FakeState) -> np.ndarray:
+    def run(self, chunks: Sequence[Chunk], state: FakeState) -> Outputs:
         assert len({chunk.slot for chunk in chunks}) == len(chunks)
         self.calls.append(list(chunks))
         rows = []
@@ -70,14 +70,14 @@ class HashModel:
             assert chunk.ids
             assert 0 <= chunk.rows <= len(chunk.ids)
             held = len(state.histories[chunk.slot])
-            assert held >= chunk.prefix or (held == 0 and len(chunk.ids) >= chunk.prefix)  # never cut
+            span_rows([chunk], dict(enumerate(state.lengths)))  # none is cut
             assert not (held and len(chunk.images))  # shown once
             for at, i in enumerate(chunk.ids):
                 state.histories[chunk.slot].append(i)
                 if at >= len(chunk.ids) - chunk.rows:
                     rows.append(self.logits(state.histories[chunk.slot]))
             self.longest = max(self.longest, len(state.histories[chunk.slot]))
-        return np.array(rows, np.float32).reshape(-1, self.decoder.vocab_size)
+        return Outputs(rows, np.full(len(rows), self.decoder.vocab_size))
 
 
 class Script(HashModel):

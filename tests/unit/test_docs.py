@@ -17,6 +17,7 @@ from gemkit.train import objectives
 from gemkit.train.experiment import Experiment, to_tables
 from gemkit.weights.checkpoint import SCORE, find
 from gemkit.weights.maps import name_map
+from support.outputs import dense
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -233,7 +234,7 @@ def test_the_token_walk(model, calls):
     assert f"the one id {tokenizer.id('<start_of_turn>')}" in page
 
     state = model.executor.new_state(1)
-    logits = model.executor.run([Chunk(0, prompt.ids)], state)
+    logits = dense(model.executor, [Chunk(0, prompt.ids)], state)
     table = rows(page, r"(\d+) \| `ops\.(\w+)` \|[^|]*\|[^|]*\| \(([\d, ]+)\) \| ([\d,]+) \|(?: ([\d,]+))?")
     places = [int(place) for place, *_ in table]
     assert places == [*range(1, 27), *range(len(calls) - 2, len(calls) + 1)]
@@ -258,7 +259,7 @@ def test_the_token_walk(model, calls):
 
     drawn = [sample(logits[0], GREEDY)]
     for _ in range(2):
-        drawn.append(sample(model.executor.run([Chunk(0, drawn[-1:])], state)[0], GREEDY))
+        drawn.append(sample(dense(model.executor, [Chunk(0, drawn[-1:])], state)[0], GREEDY))
     assert f"turns {drawn[0]} into the bytes {tokenizer.bytes(drawn[0]).hex(' ')}" in page
     assert "ids are {} (`{}`) and {} (`{}`)".format(
         *(x for i in drawn[1:] for x in (i, tokenizer.piece(i)))

@@ -138,7 +138,7 @@ def _profile(args: argparse.Namespace) -> int:
     for name, tokens, repeats in (("prompt", context, 1), ("token", 1, 16)):
         seconds = np.zeros(len(lowered.steps))
         for _ in range(repeats):
-            runner.run([Chunk(0, ids[:tokens])], state, seconds)
+            runner.run([Chunk(0, ids[:tokens])], state, seconds=seconds)
         times[name] = profile.profile(lowered, seconds / repeats, tokens, 1, context)
     if args.json:
         record = {name: [asdict(step) for step in steps] for name, steps in times.items()}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from gemkit import family
-from gemkit.executors.interface import Chunk, check_ids, image_rows
+from gemkit.executors.interface import Chunk, Output, Outputs, StopFlag, check_ids, image_rows, span_rows
 from gemkit.executors.native import dequantize
 from gemkit.nn import Batch, Decoder, PaliGemma, State
 from gemkit.ops import attention_kernel
@@ -34,20 +35,19 @@ class TorchExecutor:
         kernel, reason = attention_kernel(next((m.softcap for m in self.decoder.attention if m.softcap), None))
         return f"on {self.device}; attention {kernel}: {reason}"
 
-    def new_state(self, slots: int, room: int = 0) -> State:
+    def new_state(self, slots: int = 0, room: int = 0) -> Any:
         return self.module.new_state(slots, room)
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk], state: State) -> np.ndarray:
+    def run(
+        self, chunks: Sequence[Chunk], state: State, *, output: Output = "logits", stop: StopFlag | None = None
+    ) -> Outputs:
         """Compute the chunks, which continue what `state` remembers of their slots.
-
-        Returns:
-            float32 logits (R, V): for each chunk in order, those of its last `rows` tokens.
 
         Raises:
             TextError: if a token id is outside the vocabulary.
             ConfigError: if images and the placeholders among the ids do not match, images are of another resolution
-                than the tower, or a chunk cuts its prefix.
+                than the tower, or a chunk cuts a span.
         """
         check_ids([token for chunk in chunks for token in chunk.ids], self.decoder)
         slots = [chunk.slot for chunk in chunks]
@@ -55,7 +55,7 @@ class TorchExecutor:
             [chunk.ids for chunk in chunks],
             offsets=[state.lengths[slot] for slot in slots],
             slots=slots,
-            prefixes=[chunk.prefix for chunk in chunks],
+            spans=span_rows(chunks, state.lengths),
             image_rows=image_rows(chunks, self.module.vision),
             device=self.device,
         )
@@ -68,4 +68,5 @@ class TorchExecutor:
             logits_RV = self.module(batch, state, rows, pixels_ICSS=pixels_ICSS)
         else:
             logits_RV = self.module(batch, state, rows)
-        return logits_RV.float().cpu().numpy()
+        logits = logits_RV.float().cpu().numpy()
+        return Outputs(list(logits), np.full(len(logits), self.decoder.vocab_size))

@@ -82,6 +82,12 @@ class Attention:
     def kind(self) -> Literal["global", "sliding"]:
         return "global" if self.window is None else "sliding"
 
+    @property
+    def visible(self) -> tuple[int | None, int | None]:
+        """(before, after): tokens that a token sees before and after itself; None: all of them."""
+        side = None if self.window is None else self.window - 1
+        return side, {"past": 0, "both": side, "all": None}[self.reach]
+
     def __str__(self) -> str:
         return "global" if self.window is None else f"sliding {self.window}"
 

@@ -11,11 +11,12 @@ from collections import abc
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from gemkit.errors import ConfigError, ContextError, StateError
-from gemkit.executors.interface import Executor, S, State
+from gemkit.executors.interface import Executor, Outputs, State
 from gemkit.generate.policy import Plan, Policy, PromptsFirst
 from gemkit.generate.request import Request, TextStream
 from gemkit.generate.result import Event, Result, Score, TokenLogprob
@@ -25,7 +26,7 @@ from gemkit.generate.speculate import SpeculationController, draft_limit, room_f
 
 
 def step(
-    executor: Executor[S], state: S, plan: Plan, *, speculation: SpeculationController | None = None
+    executor: Executor, state: State, plan: Plan, *, speculation: SpeculationController | None = None
 ) -> Generator[Event, None, None]:
     """Advance the sequences of a plan by one call, all of whose slots are in `state`; events come as tokens are drawn.
 
@@ -44,9 +45,9 @@ def step(
     try:
         chunks = [sequence.chunk(tokens, most) for sequence, tokens in plan]
         run = decoding.timed(executor.run) if decoding else executor.run
-        logits_RV, row = run(chunks, state), 0
+        logits_RV, row = _dense(run(chunks, state)), 0
         for (sequence, _), chunk in zip(plan, chunks, strict=True):
-            yield from sequence.accept([*logits_RV[row : row + chunk.rows]])
+            yield from sequence.accept(logits_RV[row : row + chunk.rows])
             row += chunk.rows
     finally:
         for sequence, _ in plan:
@@ -56,11 +57,11 @@ def step(
 
 
 def generate(
-    executor: Executor[S],
+    executor: Executor,
     requests: abc.Sequence[Request],
     *,
     text_stream: Callable[[], TextStream] | None = None,
-    state: S | None = None,
+    state: State | None = None,
     chunk: int = 512,
     policy: Policy | None = None,
     beyond_context: bool = False,
@@ -103,7 +104,8 @@ def generate(
     slots = _slots(requests, state)
     most, room = draft_limit(speculate), room_for(speculate)
     state = executor.new_state(max(1, len(requests)), room) if state is None else state
-    if room and state.room < room:
+    held: Any = state
+    if room and held.room < room:
         raise StateError(f"speculate={most} takes back up to {room} tokens: make the state with room={room} or more")
     limit = None if beyond_context else executor.decoder.max_context
     sequences: list[Sequence] = []
@@ -115,8 +117,8 @@ def generate(
 
 
 def _run(
-    executor: Executor[S],
-    state: S,
+    executor: Executor,
+    state: State,
     sequences: abc.Sequence[Sequence],
     policy: Policy,
     speculation: SpeculationController | None,
@@ -137,14 +139,14 @@ def _run(
                 yield sequence.finish("interrupted")
 
 
-def complete(executor: Executor[S], requests: abc.Sequence[Request], **options) -> list[Result]:
+def complete(executor: Executor, requests: abc.Sequence[Request], **options) -> list[Result]:
     """`generate` to its end: the result of each request, in their order. Takes the same options."""
     results = {e.request: e.result for e in generate(executor, requests, **options) if e.result is not None}
     return [results[i] for i in range(len(requests))]
 
 
 def score(
-    executor: Executor[S],
+    executor: Executor,
     ids: abc.Sequence[int],
     *,
     top: int = 0,
@@ -183,10 +185,14 @@ def score(
         tokens = sequence.fit(until - at) or sequence.unit
         first = min(position for position in predicted if position > at)
         rows = max(0, at + tokens + 1 - first)
-        logits = executor.run([replace(sequence.chunk(tokens), rows=rows)], state)
+        logits = _dense(executor.run([replace(sequence.chunk(tokens), rows=rows)], state))
         for position, logits_V in enumerate(logits, first):
             entries[position] = token_logprob(logits_V, int(ids[position]), top)
     return Score(tuple(entries))
+
+
+def _dense(outputs: Outputs) -> list[np.ndarray]:
+    return [row for row in outputs.rows if isinstance(row, np.ndarray)]
 
 
 def _slots(requests: abc.Sequence[Request], state: State | None) -> list[int]:

@@ -21,9 +21,8 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from gemkit.errors import ConfigError
+from gemkit.executors.interface import Outputs
 
 DRAFT = 8  # tokens at most, where the caller says no number
 _CONTEXTS = 3, 2  # so many last ids must have been there before; the longest match is tried first
@@ -139,17 +138,17 @@ class SpeculationController:
         """How many tokens each sequence may draft in the next step."""
         return self._most if len(self._plain) >= _ENOUGH and not self._wait else 0
 
-    def timed(self, run: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    def timed(self, run: Callable[..., Outputs]) -> Callable[..., Outputs]:
         """`Executor.run` of a step that decodes, with an eye on the clock."""
 
-        def timed(chunks: Sequence[Any], state: Any) -> np.ndarray:
+        def timed(chunks: Sequence[Any], state: Any) -> Outputs:
             if len(chunks) != self._sequences:
                 self._sequences = len(chunks)
                 self._plain.clear()
             start = time.perf_counter()
-            logits_RV = run(chunks, state)
+            outputs = run(chunks, state)
             self._step = time.perf_counter() - start, sum(len(chunk.ids) for chunk in chunks)
-            return logits_RV
+            return outputs
 
         return timed
 

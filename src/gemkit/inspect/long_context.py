@@ -132,11 +132,13 @@ class Depths:
 
     def decode(self, count: int) -> None:
         """Generate `count` tokens, each the likeliest."""
+        import numpy as np
+
         from gemkit.executors.interface import Chunk
 
         for _ in range(count):
-            logits = self.executor.run([Chunk(0, [self._next])], self.state)
-            self._next = int(logits[0].argmax())
+            (logits_V,) = self.executor.run([Chunk(0, [self._next])], self.state).rows
+            self._next = int(np.argmax(logits_V))
 
     def deepen(self, depth: int, decode_all: bool) -> int:
         """Bring the sequence to `depth` tokens and warm up there; bytes that the state then holds."""

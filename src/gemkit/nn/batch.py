@@ -28,12 +28,12 @@ class Batch:
     starts: Tensor  # (B + 1,) int64, CPU: sequence b is rows starts[b] to starts[b + 1]
     offsets: Tensor  # (B,) int64, CPU: the position of each sequence's first row
     slots: Tensor  # (B,) int64, CPU: where each sequence is remembered in a State
-    prefixes: Tensor  # (B,) int64, CPU: tokens from position 0 on that all see one another; 0 where all is causal
+    spans: Tensor  # (M, 2) int64, CPU: rows spans[m, 0] to spans[m, 1], of one sequence, see one another
     image_rows: Tensor  # (E,) int64: the rows that image features take the place of, in the order of the features
 
     def __post_init__(self):
         """Raises: ConfigError, if the boundaries do not cut the tokens into sequences of at least one, or cut a
-        prefix."""
+        span, or spans overlap or do not ascend."""
         starts, rows = self.starts, len(self.tokens)
         if len(starts) < 2 or starts[0] != 0 or starts[-1] != rows or not (starts[1:] > starts[:-1]).all():
             raise ConfigError(f"starts={starts.tolist()} must rise from 0 to the number of tokens, {rows}")
@@ -42,15 +42,15 @@ class Batch:
                 f"{rows} tokens in {len(starts) - 1} sequences, but {len(self.positions)} positions, "
                 f"{len(self.offsets)} offsets and {len(self.slots)} slots: must agree"
             )
-        if len(self.prefixes) != len(self.offsets):
-            raise ConfigError(f"{len(self.offsets)} sequences and {len(self.prefixes)} prefixes: must agree")
-        if not (within := self.offsets < self.prefixes).any():  # nearly always: then nothing more is computed
+        if not len(self.spans):  # nearly always: then nothing more is computed
             return
-        ends = self.offsets + starts[1:] - starts[:-1]
-        if (within & ((self.offsets > 0) | (ends < self.prefixes))).any():
+        begins, ends = self.spans.T.contiguous()
+        if not (begins[0] >= 0 and ends[-1] <= rows and (begins < ends).all() and (ends[:-1] <= begins[1:]).all()):
+            raise ConfigError(f"spans={self.spans.tolist()} must be rows of the {rows}, ascending and disjoint")
+        if (torch.searchsorted(starts, begins, right=True) != torch.searchsorted(starts, ends)).any():
             raise ConfigError(
-                f"prefixes={self.prefixes.tolist()} are cut by tokens from positions {self.offsets.tolist()} to "
-                f"{ends.tolist()}: a prefix is computed whole, in one batch, for each of its tokens sees all others"
+                f"spans={self.spans.tolist()} are cut by the borders of sequences {starts.tolist()}: a span is "
+                "computed whole, in one sequence, for each of its tokens sees all others"
             )
 
     @classmethod
@@ -60,7 +60,7 @@ class Batch:
         *,
         offsets: Sequence[int] | None = None,
         slots: Sequence[int] | None = None,
-        prefixes: Sequence[int] | None = None,
+        spans: Sequence[tuple[int, int]] = (),
         image_rows: Sequence[int] | Tensor = (),
         device: torch.device | str | None = None,
     ) -> Batch:
@@ -70,12 +70,10 @@ class Batch:
             sequences: the new token ids of each.
             offsets: position of each one's first token (default: all 0).
             slots: state slot of each (default: 0, 1, 2, ...).
-            prefixes: how many tokens of each, from its position 0 on, see one another (default: none). It goes on
-                being true of tokens that come after.
+            spans: (first, end) rows, counted over all sequences, that see one another whatever a layer's window.
             image_rows: which of all rows take image features instead of their token's embedding.
         """
         offsets = [0] * len(sequences) if offsets is None else offsets
-        prefixes = [0] * len(sequences) if prefixes is None else prefixes
         slots = range(len(sequences)) if slots is None else slots
         if not sequences or any(len(ids) == 0 for ids in sequences):
             raise ConfigError("a batch needs at least one sequence, and each at least one token")
@@ -98,7 +96,7 @@ class Batch:
             starts,
             firsts,
             torch.tensor(list(slots)),
-            torch.tensor(list(prefixes), dtype=torch.int64),
+            torch.tensor(list(spans), dtype=torch.int64).reshape(-1, 2),
             rows.to(device),
         )
 
@@ -109,14 +107,14 @@ class Batch:
         batch = cls.of([range(length)] * rows)
         return replace(batch, tokens=tokens_BT.flatten(), positions=batch.positions.to(tokens_BT.device))
 
-    def spans(self) -> Iterator[tuple[int, int, int, int]]:
+    def sequences(self) -> Iterator[tuple[int, int, int, int]]:
         """(first row, end row, state slot, position of the first row) of each sequence. Waits for no device."""
         starts = self.starts.tolist()
         yield from zip(starts[:-1], starts[1:], self.slots.tolist(), self.offsets.tolist(), strict=True)
 
-    def prefix_lengths(self) -> list[int]:
-        """How many tokens of each sequence, from its position 0 on, see one another."""
-        return self.prefixes.tolist()
+    def span_rows(self) -> list[tuple[int, int]]:
+        """(first row, end row) of each span. Waits for no device."""
+        return [(first, end) for first, end in self.spans.tolist()]
 
     def expect_features(self, features_ED: Tensor | None) -> None:
         """Check that there is a feature for every row that takes one. Waits for no device.
@@ -129,13 +127,13 @@ class Batch:
             raise ConfigError(f"{features} image features for {len(self.image_rows)} image_rows: must agree")
 
     def expect_causal(self) -> None:
-        """Check that no sequence has a prefix, for layers that look back alone.
+        """Check that there are no spans, for layers that look back alone.
 
         Raises:
-            ConfigError: if one has.
+            ConfigError: if there are.
         """
-        if self.prefixes.any():
-            raise ConfigError(f"prefixes={self.prefixes.tolist()}: a recurrent layer cannot see what comes after")
+        if len(self.spans):
+            raise ConfigError(f"spans={self.spans.tolist()}: a recurrent layer cannot see what comes after")
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -143,18 +141,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Patches:
-    """The rows of an image tower: those of one image after those of another, all of an image seeing one another."""
+    """The rows of an image tower: those of one image after those of another, each image a sequence."""
 
     images: int
     per_image: int
 
-    def spans(self) -> Iterator[tuple[int, int, int, int]]:
+    def sequences(self) -> Iterator[tuple[int, int, int, int]]:
         """As of a `Batch` in which each image is a sequence."""
         for image in range(self.images):
             yield image * self.per_image, (image + 1) * self.per_image, image, 0
 
-    def prefix_lengths(self) -> list[int]:
-        return [self.per_image] * self.images
+    def span_rows(self) -> list[tuple[int, int]]:
+        return []
 
 
 # A batch is a tree of seven tensors to torch: a compiled function takes new boundaries as data, not as a new program.

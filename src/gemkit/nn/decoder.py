@@ -38,7 +38,7 @@ class Attention(Module):
     def __init__(self, config: family.DecoderConfig, layer: family.Attention):
         super().__init__()
         d, h = config.width, layer.head_dim
-        self.head_dim, self.scale, self.window, self.softcap = h, layer.scale, layer.window, layer.softcap
+        self.head_dim, self.scale, self.window, self.softcap = h, layer.scale, layer.visible, layer.softcap
         self.q_proj = Linear(d, layer.heads * h)  # not (d, d): head_dim is not width / heads
         self.k_proj = Linear(d, layer.kv_heads * h)
         self.v_proj = Linear(d, layer.kv_heads * h)
@@ -59,7 +59,8 @@ class Attention(Module):
         return self.o_proj(ops.merge_heads(out_TNH))
 
     def extra_repr(self):
-        return "global" if self.window is None else f"sliding, window={self.window}"
+        before, _ = self.window
+        return "global" if before is None else f"sliding, window={before + 1}"
 
 
 class MLP(Module):
@@ -164,9 +165,9 @@ class Decoder(Module):
 
     def _hidden(self, batch: Batch, state: State | None, rows, features_ED):
         """(R, D) or (T, D): the hidden state after the last norm."""
-        spans = list(batch.spans())
+        sequences = list(batch.sequences())
         if state is not None:
-            state.expect(self.config, spans)
+            state.expect(self.config, sequences)
         batch.expect_features(features_ED)
         if self.config.recurrent:
             batch.expect_causal()
@@ -182,7 +183,7 @@ class Decoder(Module):
             table = angles[layer.mixer.rotation] if isinstance(layer.mixer, family.Attention) else None
             x_TD = block(x_TD, batch, table, memory)
         if state is not None:
-            state.advance(spans)
+            state.advance(sequences)
         if rows is not None:
             x_TD = ops.take_rows(x_TD, rows)
         return self.norm(x_TD)

@@ -4,7 +4,7 @@
     ids ─────────────────── embed_tokens ──────────┴─ put in its rows ─ layers ... of language_model
 
 Image features take the rows of their placeholders after the embedding, and are not scaled as embeddings are. Images
-and prompt are the batch's bidirectional prefix; what follows is causal.
+and prompt are a span of the batch, whose tokens see one another; what follows is causal.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     I  images     S  pixels on a side     P  patches of an image     W  width of the tower     T  rows: I * P
 
 The patches of one image after those of another are rows of one ragged batch (`batch.Patches`), each image a sequence
-that is all prefix: every patch sees every patch of its image. The pooling head of SigLIP is no part of it.
+and its attention reaches all of it: every patch sees every patch of its image. The pooling head of SigLIP is no part of it.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class EncoderAttention(Module):
         q_TNH = ops.split_heads(self.q_proj(x_TW), self.head_dim)
         k_TNH = ops.split_heads(self.k_proj(x_TW), self.head_dim)
         v_TNH = ops.split_heads(self.v_proj(x_TW), self.head_dim)
-        return self.out_proj(ops.merge_heads(ops.attention(q_TNH, k_TNH, v_TNH, patches, scale=self.scale)))
+        out_TNH = ops.attention(q_TNH, k_TNH, v_TNH, patches, scale=self.scale, window=(None, None))
+        return self.out_proj(ops.merge_heads(out_TNH))
 
 
 class EncoderMLP(Module):

@@ -256,7 +256,7 @@ class State:
         if slots < 1 or room < 0:
             raise StateError(f"slots={slots} must be at least 1, and room={room} at least 0")
         self.decoder = decoder
-        self.lengths = [0] * slots  # tokens remembered in each slot: layers may hold fewer
+        self.lengths = dict.fromkeys(range(slots), 0)  # tokens remembered in each slot: layers may hold fewer
         self.layers: list[Any] = [_entry(layer.mixer, slots, room) for layer in decoder.layers]
         self.room = room
 
@@ -338,7 +338,7 @@ class State:
         target = Path(path).expanduser()
         tensors = {
             f"{slot}.{i}.{name}": tensor
-            for slot, length in enumerate(self.lengths)
+            for slot, length in self.lengths.items()
             if length
             for i, entry in enumerate(self.layers)
             for name, tensor in entry.dump(slot, length).items()
@@ -346,7 +346,7 @@ class State:
         manifest = {
             "version": _VERSION,
             "decoder": _fingerprint(self.decoder),
-            "lengths": self.lengths,
+            "lengths": list(self.lengths.values()),
             "room": self.room,
         }
         try:

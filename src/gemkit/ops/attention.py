@@ -1,9 +1,9 @@
 """Attention over a ragged batch, in tiles: no (T, S) mask is ever built.
 
-Each sequence is attended on its own, `_TILE` queries at a time, against only the keys that this tile may see: those up
-to its last query, from the first one in the window of its first query. The queries of a prefix see all of the prefix,
-and its border is a border between tiles, so that these need no mask at all. Grouped heads are folded into the rows of
-the queries, so that a key/value head is read once for all the query heads it serves and never repeated in memory.
+Each sequence is attended on its own, `_TILE` queries at a time, against only the keys that this tile may see: from the
+first one that its first query sees to the last one that its last query sees. The borders of a span are borders between
+tiles, so that the queries of one without a window need no mask at all. Grouped heads are folded into the rows of the
+queries, so that a key/value head is read once for all the query heads it serves and never repeated in memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import pairwise
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gemkit.errors import StateError
 from gemkit.ops.basic import wide
 from gemkit.ops.symbolic import op
 
@@ -32,12 +34,12 @@ _SHORT = 256
 class Sequences(Protocol):
     """What attention needs to know of a batch (`nn.batch.Batch` is one)."""
 
-    def spans(self) -> Iterator[tuple[int, int, int, int]]:
+    def sequences(self) -> Iterator[tuple[int, int, int, int]]:
         """(first row, end row, state slot, position of the first row) of each sequence."""
         ...
 
-    def prefix_lengths(self) -> Sequence[int]:
-        """How many tokens of each sequence, from its position 0 on, see one another: all of them are in one span."""
+    def span_rows(self) -> Sequence[tuple[int, int]]:
+        """(first row, end row) of each span of tokens that see one another, ascending; each is in one sequence."""
         ...
 
 
@@ -59,6 +61,8 @@ def attention_kernel(softcap: float | None) -> tuple[str, str]:
         return "sdpa", "torch's fused kernel: no soft cap on the scores"
     return "explicit", "the scores are soft-capped, which torch's fused kernel cannot express"
 
+
+Window = tuple[int | None, int | None]  # tokens that a query sees before and after itself; None: all
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,13 +87,13 @@ def opaque(op: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _cost(q_TNH: Any, k_TKH: Any, batch: Any, window: int | None, **_: Any) -> dict[str, int | None]:
+def _cost(q_TNH: Any, k_TKH: Any, batch: Any, window: Window, **_: Any) -> dict[str, int | None]:
     """Keys and values are remembered in 2 bytes a number; a score and a weighted value are 2 operations each."""
     _, heads, width = q_TNH.shape
     return {
         "key_bytes": 2 * 2 * k_TKH.shape[1] * width,
         "pair_flops": 4 * heads * width,
-        "window": window,
+        "window": None if window[0] is None else window[0] + 1,
         "length": getattr(batch, "per_image", None),
     }
 
@@ -104,22 +108,29 @@ def attention(
     memory: Memory | None = None,
     *,
     scale: float,
-    window: int | None = None,
+    window: Window = (None, 0),
     softcap: float | None = None,
 ) -> Tensor:
     """Attention of every sequence of a ragged batch over itself and what it remembers, as (T, N, H).
 
-    A query sees a key at or before its own position, within the window; and if both are in the sequence's prefix it
-    sees it in any case, which neither order nor window takes away.
+    A query sees the keys of its window, and all keys of the span that it is in, if it is in one: the two masks are
+    joined by OR.
 
     Args:
         q_TNH, k_TKH, v_TKH: queries, keys and values of the new tokens, already rotated. K divides N; query head n
             uses key/value head n // (N / K).
-        batch: the boundaries, and how long a prefix is.
+        batch: the boundaries of sequences and spans.
         memory: what the layer remembers; the new keys and values are appended to it. None: nothing came before.
         scale: multiplies the scores.
-        window: tokens visible to a query after the prefix, itself included. None: all up to it.
+        window: (before, after): tokens that a query sees before and after itself; None: all of them. (None, 0) is
+            causal attention, (w - 1, 0) a causal window of w tokens, (None, None) attention of all to all.
         softcap: bounds the scores, before the mask.
+
+    Raises:
+        StateError: if a sequence goes on from what `memory` holds while its window reaches after the query: the tokens
+            that are remembered have not seen these.
+
+    Source: the joined masks are those of Hugging Face's Gemma 3 and PaliGemma, `or_masks` in `masking_utils.py`.
     """
     fused = attention_kernel(softcap)[0] == "sdpa"
     trained = memory is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q_TNH, k_TKH, v_TKH))
@@ -130,12 +141,16 @@ def attention(
     for run, q, k, v in zip(runs, q_TNH.split(rows), k_TKH.split(rows), v_TKH.split(rows), strict=True):
         before = 0  # keys in front of the first query's own
         if memory is not None:
+            if run.position and window[1] != 0:
+                raise StateError(
+                    f"slot {run.slot} goes on at position {run.position}, but its tokens see those after them: compute "
+                    "the sequence whole, in an empty slot"
+                )
             memory.append(run.slot, run.position, k, v)
             k, v, start = memory.read(run.slot)
             before = run.position - start
         q_BTNH, k_BSKH, v_BSKH = (x.unflatten(0, (run.sequences, -1)) for x in (q, k, v))
-        within = run.prefix if run.position == 0 else 0  # queries of the prefix: all of them, or none
-        tiles = partial(_tiles, within, run.length, before, window, q.device)
+        tiles = partial(_tiles, run.length, before, window, run.spans, q.device)
         # torch's fused gradient is slow on a CPU: 46 ms where this takes 31 (512 tokens, 4 heads of 256, two cores)
         if trained and (q.device.type == "cpu" or not fused):
             out_BTNH: Any = _Attention.apply(q_BTNH, k_BSKH, v_BSKH, tiles, scale, softcap)
@@ -154,22 +169,26 @@ class _Run:
     length: int
     slot: int
     position: int
-    prefix: int
+    spans: list[tuple[int, int]]  # rows, counted from the sequence's first
 
 
 def _runs(batch: Sequences, alone: bool) -> Iterator[_Run]:
     """Short sequences together where neighbours are alike, as the images of a tower are; a long one fills a tile by
     itself. With `alone` each is a run of one."""
     run: _Run | None = None
-    for (first, end, slot, position), prefix in zip(batch.spans(), batch.prefix_lengths(), strict=True):
-        length = end - first
+    left = list(reversed(batch.span_rows()))
+    for first, end, slot, position in batch.sequences():
+        length, spans = end - first, []
+        while left and left[-1][1] <= end:
+            start, until = left.pop()
+            spans.append((start - first, until - first))
         if run is not None:
-            alike = (length, position, prefix) == (run.length, run.position, run.prefix)
+            alike = (length, position, spans) == (run.length, run.position, run.spans)
             if alike and not alone and length <= _SHORT:
                 run.sequences += 1
                 continue
             yield run
-        run = _Run(1, length, slot, position, prefix)
+        run = _Run(1, length, slot, position, spans)
     if run is not None:
         yield run
 
@@ -177,22 +196,33 @@ def _runs(batch: Sequences, alone: bool) -> Iterator[_Run]:
 Tile = tuple[slice, slice, Tensor | None]  # queries, the keys that they may see, which of these each does see
 
 
-def _tiles(within: int, queries: int, before: int, window: int | None, device: torch.device) -> Iterator[Tile]:
-    """`_TILE` queries at a time, none of them over the end of the prefix.
+def _tiles(
+    queries: int, offset: int, window: Window, spans: Sequence[tuple[int, int]], device: torch.device
+) -> Iterator[Tile]:
+    """`_TILE` queries at a time, none of them over a border of a span.
 
     Args:
-        within: queries of the prefix.
-        before: keys in front of the first query's own.
+        offset: keys in front of the first query's own.
+        spans: (first, end) queries that see one another.
     """
-    for begin, end in ((0, within), (within, queries)):
+    before, after = window
+    borders = sorted({0, queries, *(border for span in spans for border in span)})
+    for begin, end in pairwise(borders):
+        span = (offset + begin, offset + end) if (begin, end) in spans else None
+
+        def seen(key: int, span: tuple[int, int] | None = span) -> tuple[int, int]:
+            """(first, end) of the keys that the query of this key sees: they follow one another, as a span holds it."""
+            first = 0 if before is None else max(0, key - before)
+            until = offset + queries if after is None else min(offset + queries, key + after + 1)
+            return (first, until) if span is None else (min(first, span[0]), max(until, span[1]))
+
         for t in range(begin, end, _TILE):
-            until = min(t + _TILE, end)
-            if t < within:
-                yield slice(t, until), slice(0, within), None
-                continue
-            last = before + until  # one past the last key that this tile may see
-            lo = 0 if window is None else max(0, before + t - window + 1)
-            yield slice(t, until), slice(lo, last), _visible(until - t, before + t - lo, last - lo, window, device)
+            last = min(t + _TILE, end) - 1
+            (lo, first_hi), (last_lo, hi) = seen(offset + t), seen(offset + last)
+            visible = None
+            if (lo, first_hi) != (last_lo, hi):
+                visible = _visible(range(offset + t, offset + last + 1), range(lo, hi), window, span, device)
+            yield slice(t, last + 1), slice(lo, hi), visible
 
 
 def _by_tiles(
@@ -213,12 +243,20 @@ def _by_tiles(
     return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
 
 
-def _visible(queries: int, offset: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """True where query t, at key index `offset + t`, may attend, (T, S); None where it may everywhere."""
-    if queries == 1:  # its keys were cut at the window and at itself
-        return None
-    age_TS = torch.arange(offset, offset + queries, device=device)[:, None] - torch.arange(keys, device=device)
-    return (age_TS >= 0) if window is None else (age_TS >= 0) & (age_TS < window)
+def _visible(queries: range, keys: range, window: Window, span: tuple[int, int] | None, device: torch.device) -> Tensor:
+    """True where a query may attend to a key, (T, S). All are numbered as keys; the queries are all in `span`, or in
+    none."""
+    before, after = window
+    at_S = torch.arange(keys.start, keys.stop, device=device)
+    age_TS = torch.arange(queries.start, queries.stop, device=device)[:, None] - at_S
+    visible_TS = torch.ones_like(age_TS, dtype=torch.bool)
+    if after is not None:
+        visible_TS &= age_TS >= -after
+    if before is not None:
+        visible_TS &= age_TS <= before
+    if span is not None:
+        visible_TS |= (at_S >= span[0]) & (at_S < span[1])
+    return visible_TS
 
 
 def _fold(q_BTNH: Tensor, kv_heads: int) -> Tensor:

@@ -68,7 +68,7 @@ def causal_conv1d(
     or zeros.
     """
     back = weight_RC.shape[1] - 1
-    spans = list(batch.spans())
+    spans = list(batch.sequences())
     parts: list[Tensor] = []  # of each sequence, the rows before it and its own
     for first, end, slot, _ in spans:
         before_CR = None if memory is None else memory.tail(slot)
@@ -114,7 +114,7 @@ def rg_lru(
         input_gate_TR, recurrent_gate_TR: before their sigmoids.
         memory: the hidden state of each sequence, read and then replaced.
     """
-    spans = list(batch.spans())
+    spans = list(batch.sequences())
     remembered = [None if memory is None else memory.hidden(slot) for _, _, slot, _ in spans]
     fresh = _rows([first for (first, *_), h_R in zip(spans, remembered, strict=True) if h_R is None], x_TR)
     going_on = _rows([first for (first, *_), h_R in zip(spans, remembered, strict=True) if h_R is not None], x_TR)

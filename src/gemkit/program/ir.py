@@ -295,7 +295,8 @@ def line(node: Node) -> str:
     for name, operand in node.operands.items():
         if operand is None or operand == BATCH:
             continue
-        plain = isinstance(operand, Value | Weight | Memory | tuple)
+        arrays = operand if isinstance(operand, tuple) else (operand,)
+        plain = all(isinstance(array, Value | Weight | Memory) for array in arrays)
         given.append(shown(operand) if plain else f"{name}={operand}")
     results = ", ".join(map(str, node.results))
     shape = ", ".join(map(str, node.result.shape))

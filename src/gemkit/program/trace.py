@@ -150,7 +150,7 @@ class _SymbolicBatch(Batch):
         self.symbols["features"] = self.recorder.new(("E", width), "float32")
         return self.symbols["features"]
 
-    def spans(self):
+    def sequences(self):
         return iter(())
 
     def expect_features(self, features_ED: Any) -> None: ...

@@ -76,7 +76,7 @@ class Rows:
         ]
         batch = Batch.of(
             [torch.from_numpy(example.ids) for example in examples],
-            prefixes=[example.prefix for example in examples],
+            spans=[(start, start + e.prefix) for start, e in zip(starts, examples, strict=False) if e.prefix],
             image_rows=torch.from_numpy(np.concatenate(image_rows)) if image_rows else (),
             device=device,
         )

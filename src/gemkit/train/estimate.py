@@ -269,14 +269,14 @@ class _KnownBatch(Batch):
     def __post_init__(self) -> None:
         pass
 
-    def spans(self) -> Iterator[tuple[int, int, int, int]]:
+    def sequences(self) -> Iterator[tuple[int, int, int, int]]:
         first = 0
         for slot, length in enumerate(self.lengths):
             yield first, first + length, slot, 0
             first += length
 
-    def prefix_lengths(self) -> list[int]:
-        return [self.seen_whole] * len(self.lengths)
+    def span_rows(self) -> list[tuple[int, int]]:
+        return [(first, first + self.seen_whole) for first, *_ in self.sequences() if self.seen_whole]
 
     def expect_features(self, features_ED: Tensor | None) -> None:
         pass

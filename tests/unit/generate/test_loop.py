@@ -77,7 +77,8 @@ def test_batch_and_chunks_change_nothing(batch, chunk):
     assert [outcome(r) for r in together] == [outcome(r) for r in alone]
     prompt_steps = [call for call in model.calls if any(len(c.ids) > 1 for c in call)]
     for call in prompt_steps:  # a longer span is a call of its own
-        assert sum(len(c.ids) for c in call) <= chunk or [len(c.ids) for c in call] == [call[0].prefix]
+        sizes, spans = [len(c.ids) for c in call], call[0].spans
+        assert sum(sizes) <= chunk or sizes == [end - start for start, end in spans]
 
 
 @given(requests, st.data())
@@ -406,11 +407,11 @@ def test_a_span_is_never_cut_and_waits_for_room():
         Request([BOS], max_tokens=1),
     ]
     results = complete(model, batch, chunk=5)
-    steps = [[(c.slot, len(c.ids), c.rows, c.prefix, len(c.images)) for c in call] for call in model.calls]
+    steps = [[(c.slot, len(c.ids), c.rows, len(c.images), *c.spans) for c in call] for call in model.calls]
     assert steps == [
-        [(0, 3, 1, 0, 0), (3, 1, 1, 0, 0)],
-        [(1, 8, 0, 8, 1)],
-        [(1, 2, 1, 0, 0), (2, 3, 1, 3, 0)],
+        [(0, 3, 1, 0), (3, 1, 1, 0)],
+        [(1, 8, 0, 1, (0, 8))],
+        [(1, 2, 1, 0, (0, 8)), (2, 3, 1, 0, (0, 3))],
     ]
     assert [r.finish_reason for r in results] == ["length"] * 4
 

@@ -182,7 +182,7 @@ def test_a_compiled_image_model_gives_the_same_numbers():
     with torch.no_grad():
         for images, prefix in ((1, 5), (2, 9), (1, 4)):
             rows = range(4 * images)
-            batch = Batch.of([[63] * len(rows) + [1, 2, 3]], prefixes=[prefix], image_rows=rows)
+            batch = Batch.of([[63] * len(rows) + [1, 2, 3]], spans=[(0, prefix)], image_rows=rows)
             pixels = torch.randn(images, 3, 4, 4)
             torch.testing.assert_close(compiled(batch, pixels_ICSS=pixels), module(batch, pixels_ICSS=pixels))
 
@@ -194,14 +194,14 @@ def test_image_features_are_where_the_batch_says_and_unscaled():
     module.language_model.layers[0].register_forward_pre_hook(lambda _, args: got.append(args[0]))
     pixels = torch.randn(2, 3, 4, 4)
     rows = [5, 6, 7, 8, 0, 1, 2, 3]  # of the first image, which the second sequence shows, then of the second
-    module(Batch.of([[63] * 4 + [7], [63] * 4 + [9]], prefixes=[5, 5], image_rows=rows), pixels_ICSS=pixels)
+    module(Batch.of([[63] * 4 + [7], [63] * 4 + [9]], spans=[(0, 5), (5, 10)], image_rows=rows), pixels_ICSS=pixels)
     assert torch.equal(got[0][rows], module.image_features(pixels))
     assert torch.equal(got[0][[4, 9]], module.embed_tokens(torch.tensor([7, 9])))
 
 
 def test_what_an_image_model_refuses():
     module = tiny_paligemma()
-    batch = Batch.of([[63] * 4], prefixes=[4], image_rows=range(4))
+    batch = Batch.of([[63] * 4], spans=[(0, 4)], image_rows=range(4))
     with pytest.raises(ConfigError, match=r"this tower sees \(images, 3, 4, 4\)"):
         module(batch, pixels_ICSS=torch.zeros(1, 3, 6, 6))
     with pytest.raises(ConfigError, match="8 image features for 4 image_rows"):
@@ -212,4 +212,4 @@ def test_what_an_image_model_refuses():
         nn.PaliGemma(tiny_config(vocab_size=63), TINY_TOWER)
     recurrent = nn.Decoder(tiny_config(layers=layers(family.Recurrent(32, num_blocks=2))))
     with pytest.raises(ConfigError, match="a recurrent layer cannot see what comes after"):
-        recurrent(Batch.of([[1, 2]], prefixes=[2]))
+        recurrent(Batch.of([[1, 2]], spans=[(0, 2)]))

@@ -14,7 +14,7 @@ from gemkit.errors import ConfigError
 from gemkit.executors.torch import TorchExecutor
 from gemkit.family import Global, Mlp, Sliding, Vision, repeat
 from gemkit.generate import Chunk, Request, complete, generate, score
-from gemkit.nn import Batch
+from support.outputs import dense
 
 WINDOW = 5
 HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 8, "scale": 8**-0.5, "softcap": 20.0}
@@ -45,8 +45,12 @@ def image(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).uniform(-1, 1, (3, 6, 6)).astype(np.float32)
 
 
+def _span(prefix: int) -> list[tuple[int, int]]:
+    return [(0, prefix)] if prefix else []
+
+
 def feed(state: nn.State, ids: list[int], prefix: int, images=(), slot: int = 0) -> torch.Tensor:
-    return torch.from_numpy(EXECUTOR.run([Chunk(slot, ids, len(ids), prefix, images)], state))
+    return torch.from_numpy(dense(EXECUTOR, [Chunk(slot, ids, len(ids), _span(prefix), images)], state))
 
 
 def whole(ids: list[int], prefix: int, images=()) -> torch.Tensor:
@@ -99,11 +103,11 @@ def test_a_saved_prefix_goes_on(tmp_path_factory, prompt, answer):
 @given(first=prompts, second=prompts, causal=text)
 def test_a_batch_of_images_and_text_equals_each_alone(first, second, causal):
     chunks = [
-        Chunk(2, first, len(first), len(first), [image(1)]),
+        Chunk(2, first, len(first), _span(len(first)), [image(1)]),
         Chunk(0, causal, len(causal)),
-        Chunk(1, second, len(second), len(second), [image(2)]),
+        Chunk(1, second, len(second), _span(len(second)), [image(2)]),
     ]
-    got = torch.from_numpy(EXECUTOR.run(chunks, MODULE.new_state(3)))
+    got = torch.from_numpy(dense(EXECUTOR, chunks, MODULE.new_state(3)))
     parts = got.split([len(first), len(causal), len(second)])
     assert_same(parts[0], whole(first, len(first), [image(1)]))
     assert_same(parts[1], whole(causal, 0))
@@ -154,7 +158,7 @@ def test_an_interrupted_prefix_is_computed_anew():
         events = list(generate(EXECUTOR, [request], state=state))
         handle.remove()
         assert events[-1].result.finish_reason == "interrupted"
-        assert state.lengths == [0]
+        assert state.lengths == {0: 0}
         (result,) = complete(EXECUTOR, [request], state=state)
         assert result.ids == expected.ids
 
@@ -166,8 +170,7 @@ def test_images_and_placeholders_must_match():
     with pytest.raises(ConfigError, match="2 images of 9 patches each, and 9 placeholders"):
         feed(state, [63] * 9 + [1], 9, [image(), image()])
     with pytest.raises(ConfigError, match="without an image tower"):
-        text_only.run([Chunk(0, [63], 1, 1, [image()])], text_only.new_state(1))
-    with pytest.raises(ConfigError, match=r"are cut by tokens from positions \[0\] to \[9\]"):
+        text_only.run([Chunk(0, [63], 1, [(0, 1)], [image()])], text_only.new_state(1))
+    with pytest.raises(ConfigError, match=r"the span of tokens 0 to 10 is cut by a chunk of those from 0 to 9"):
         feed(state, [63] * 9, 10, [image()])
-    assert state.lengths == [0]
-    Batch.of([[1]], offsets=[9], prefixes=[9])  # what comes after one is no part of it
+    assert state.lengths == {0: 0}

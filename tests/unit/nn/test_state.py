@@ -81,7 +81,7 @@ def test_chunks_of_any_sizes_equal_the_whole(ids, cuts):
         got.append(feed(state, ids[at : at + size]))
         at += size
     assert_same(torch.cat(got), whole(ids))
-    assert state.lengths == [len(ids)]
+    assert state.lengths == {0: len(ids)}
 
 
 @given(batch=st.lists(sequences, min_size=1, max_size=4), order=st.randoms(use_true_random=False))
@@ -249,7 +249,7 @@ def test_sliding_layers_stay_small_and_global_ones_grow():
     row = 2 * HEADS["kv_heads"] * HEADS["head_dim"] * 4
     assert max(sizes) <= 2 * WINDOW * row
     state.free(0)
-    assert (state.nbytes, state.lengths) == (0, [0])
+    assert (state.nbytes, state.lengths) == (0, {0: 0})
 
 
 def test_after_a_long_chunk_a_sliding_layer_shrinks_again():
@@ -271,7 +271,7 @@ def test_an_interrupted_step_never_was(monkeypatch, tmp_path, length):
         patch.setattr(MODULE.layers[2].mlp, "forward", lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             feed(state, ids[20:] if length == 20 else ids[length : length + 5])
-    assert state.lengths == [length, 0]
+    assert state.lengths == {0: length, 1: 0}
     state.fork(0, 1)
     again = nn.State.load(state.save(tmp_path / "state"), CONFIG)
     for each, slot in ((state, 0), (state, 1), (again, 0)):
@@ -283,11 +283,11 @@ def test_recurrent_layers_never_grow():
     state = module.new_state()
     sizes = set()
     for chunk in (1, 2, 300, 5):
-        module(Batch.of([[1] * chunk], offsets=state.lengths), state)
+        module(Batch.of([[1] * chunk], offsets=[state.lengths[0]]), state)
         sizes.add(state.nbytes)
     assert sizes == {(32 + 3 * 32) * 4}
     state.free(0)
-    assert (state.nbytes, state.lengths) == (0, [0])
+    assert (state.nbytes, state.lengths) == (0, {0: 0})
 
 
 def test_rolling_back_too_far_is_refused_and_changes_nothing():
@@ -354,14 +354,18 @@ def test_batches_that_cannot_be(arguments, message):
         ({"starts": [0]}, "must rise"),
         ({"starts": [0, 3]}, "1 sequences, but 3 positions, 2 offsets and 2 slots"),
         ({"positions": [0, 1]}, "2 positions"),
-        ({"prefixes": [0]}, "2 sequences and 1 prefixes"),
-        ({"prefixes": [3, 0]}, r"prefixes=\[3, 0\] are cut by tokens from positions \[0, 0\] to \[2, 1\]"),
-        ({"prefixes": [0, 3], "offsets": [0, 2]}, r"from positions \[0, 2\] to \[2, 3\]"),
+        ({"spans": [[1, 3]]}, r"spans=\[\[1, 3\]\] are cut by the borders of sequences \[0, 2, 3\]"),
+        ({"spans": [[0, 1], [1, 3]]}, "are cut by the borders"),
+        ({"spans": [[2, 4]]}, r"spans=\[\[2, 4\]\] must be rows of the 3, ascending and disjoint"),
+        ({"spans": [[-1, 1]]}, "ascending and disjoint"),
+        ({"spans": [[1, 1]]}, "ascending and disjoint"),
+        ({"spans": [[0, 2], [1, 2]]}, "ascending and disjoint"),
+        ({"spans": [[2, 3], [0, 1]]}, "ascending and disjoint"),
     ],
 )
 def test_boundaries_that_cannot_be(change, message):
     fields = {"tokens": [7, 8, 9], "positions": [0, 1, 0], "starts": [0, 2, 3]}
-    fields |= {"offsets": [0, 0], "slots": [0, 1], "prefixes": [0, 0], "image_rows": [], **change}
+    fields |= {"offsets": [0, 0], "slots": [0, 1], "spans": [], "image_rows": [], **change}
     with pytest.raises(ConfigError, match=message):
         Batch(**{name: torch.tensor(values) for name, values in fields.items()})
 
@@ -370,7 +374,7 @@ def test_a_batch_lays_sequences_end_to_end():
     batch = Batch.of([[7, 8, 9], [5]], offsets=[0, 4], slots=[2, 0])
     assert batch.tokens.tolist() == [7, 8, 9, 5]
     assert batch.positions.tolist() == [0, 1, 2, 4]
-    assert list(batch.spans()) == [(0, 3, 2, 0), (3, 4, 0, 4)]
+    assert list(batch.sequences()) == [(0, 3, 2, 0), (3, 4, 0, 4)]
     assert len(batch) == 4
 
 

@@ -32,12 +32,12 @@ def test_the_gradient_of_geglu():
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_gradient_of_attention(softcap):
-    """Two sequences, one with a prefix, in several tiles of a window, two query heads on each key/value head."""
+    """Two sequences, one with a span, in several tiles of a window, two query heads on each key/value head."""
     generator = torch.Generator().manual_seed(0)
     given = [torch.randn(150, heads, 3, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)]
     for x in given:
         x.requires_grad_()
-    batch = Batch.of([range(140), range(10)], prefixes=[0, 4])
+    batch = Batch.of([range(140), range(10)], spans=[(140, 144)])
     assert torch.autograd.gradcheck(
-        lambda *qkv: ops.attention(*qkv, batch, scale=0.7, window=5, softcap=softcap), given, fast_mode=True
+        lambda *qkv: ops.attention(*qkv, batch, scale=0.7, window=(4, 0), softcap=softcap), given, fast_mode=True
     )

@@ -82,7 +82,7 @@ def test_a_program_prints_as_the_story_of_a_token():
     assert "= embed(%0, embed_tokens.weight float32 (320, 16), scale=" in text.splitlines()[0]
     assert "attention(" in text
     assert "memory[25]" in text
-    assert "window=8" in text
+    assert "window=(7, 0)" in text
 
 
 def test_what_is_no_op_cannot_be_traced():

@@ -154,7 +154,7 @@ def test_adapters_come_and_go_while_others_ask(folder):
 
     def logits(executor) -> bytes:
         outputs = executor.run([Chunk(0, ids, len(ids))], executor.new_state(1))
-        return np.asarray(outputs).tobytes()
+        return np.stack(outputs.rows).tobytes()
 
     possible = set()
     for strength in (0.0, 1.0):

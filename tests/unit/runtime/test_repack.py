@@ -17,6 +17,7 @@ from gemkit.executors.torch import TorchExecutor
 from gemkit.generate import Chunk
 from gemkit.runtime.repack import Repacker
 from gemkit.text.prompts import next_turn
+from support.outputs import dense
 from support.tiny_models import write
 from unit.executors.native.test_executor import randomised
 
@@ -24,7 +25,7 @@ IDS = [2, 11, 5, 17, 3, 29, 8, 13]
 
 
 def logits(executor) -> np.ndarray:
-    return executor.run([Chunk(0, IDS, len(IDS))], executor.new_state(1))
+    return dense(executor, [Chunk(0, IDS, len(IDS))], executor.new_state(1))
 
 
 def trained(module: nn.Decoder, name: str = "default") -> None:
@@ -151,7 +152,7 @@ def test_a_conversation_goes_on_with_the_changed_model(tmp_path):
     answer = talk.say("And now?")
     assert model.executor.name == "native"
     prompt = next_turn(model.tokenizer, past, "And now?")
-    row = model.executor.run([Chunk(0, [*past, *prompt.ids])], model.executor.new_state(1))[0]
+    row = dense(model.executor, [Chunk(0, [*past, *prompt.ids])], model.executor.new_state(1))[0]
     assert int(row.argmax()) == answer.ids[0]
 
 

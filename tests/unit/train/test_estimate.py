@@ -52,12 +52,12 @@ def measured(name, prepare, *, checkpointing=False) -> tuple[int, int]:
     prepare(module)
     for parameter in filter(lambda p: p.requires_grad, module.parameters()):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    pixels, rows, prefixes = None, [], None
+    pixels, rows, spans = None, [], []
     if module.vision is not None:
         pixels = torch.zeros(2, 3, module.vision.image_size, module.vision.image_size)
         patches = module.vision.num_patches
-        rows, prefixes = torch.arange(2 * patches), [patches] * 2
-    batch = Batch.of([torch.zeros(LENGTH, dtype=torch.int64)] * 2, prefixes=prefixes, image_rows=rows)
+        rows, spans = torch.arange(2 * patches), [(0, patches), (LENGTH, LENGTH + patches)]
+    batch = Batch.of([torch.zeros(LENGTH, dtype=torch.int64)] * 2, spans=spans, image_rows=rows)
     with blocks_again(module, checkpointing), _Meter() as meter:
         x_TD = module(batch, None, torch.arange(2 * LENGTH), pixels, output="hidden")
         kept = meter.now

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemkit import family
-from gemkit.errors import ModelError, StateError
-from gemkit.executors.interface import Chunk, check_ids, check_prefix, image_rows
+from gemkit.errors import ConfigError, ModelError, StateError
+from gemkit.executors.interface import Chunk, Output, Outputs, StopFlag, check_ids, image_rows, span_rows
 from gemkit.executors.native.library import available, library, threads
 from gemkit.executors.native.packfile import Pack
 
@@ -44,7 +44,7 @@ class NativeState:
         self._library = library()
         self._handle = self._library.gk_state_new(executor.handle, slots, room)
         self.decoder = executor.decoder
-        self.lengths = [0] * slots
+        self.lengths = dict.fromkeys(range(slots), 0)
         self.room = room
 
     @property
@@ -97,6 +97,24 @@ class NativeState:
     def nbytes(self) -> int:
         with self._executor.turn:
             return self._library.gk_state_bytes(self._handle)
+
+    def add(self) -> int:
+        raise NotImplementedError
+
+    def unique(self, held: object, /) -> int:
+        raise NotImplementedError
+
+    def needed(self, slot: int, tokens: int) -> int:
+        raise NotImplementedError
+
+    def snapshot(self, slot: int) -> Any:
+        raise NotImplementedError
+
+    def restore(self, snapshot: object, slot: int | None = None, *, keep: int = 0) -> int:
+        raise NotImplementedError
+
+    def load(self, path: Any) -> Any:
+        raise NotImplementedError
 
     def _recurrent(self, slot: int) -> dict[int, np.ndarray]:
         kept = {}
@@ -174,21 +192,26 @@ class NativeExecutor:
         count = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return f"{available()[1]} kernels, {count}; int8 activations, keys and values in float16"
 
-    def new_state(self, slots: int, room: int = 0) -> NativeState:
+    def new_state(self, slots: int = 0, room: int = 0) -> NativeState:
         return NativeState(self, slots, room)
 
-    def run(self, chunks: Sequence[Chunk], state: NativeState, seconds: np.ndarray | None = None) -> np.ndarray:
+    def run(
+        self,
+        chunks: Sequence[Chunk],
+        state: NativeState,
+        *,
+        output: Output = "logits",
+        stop: StopFlag | None = None,
+        seconds: np.ndarray | None = None,
+    ) -> Outputs:
         """Compute the chunks, which continue what `state` remembers of their slots.
 
         Args:
             seconds: (steps,) float64 to which the time of each step is added; the steps then run one by one.
 
-        Returns:
-            float32 logits (R, V): for each chunk in order, those of its last `rows` tokens.
-
         Raises:
             TextError: if a token id is outside the vocabulary.
-            ConfigError: if images and the placeholders among the ids do not match, or a chunk cuts its prefix.
+            ConfigError: if images and the placeholders among the ids do not match, or a chunk cuts a span.
             ModelError: if memory runs out, or keys or values are too large for float16.
         """
         check_ids([token for chunk in chunks for token in chunk.ids], self.decoder)
@@ -202,15 +225,18 @@ class NativeExecutor:
         state: NativeState,
         features: tuple[np.ndarray, np.ndarray],
         seconds: np.ndarray | None,
-    ) -> np.ndarray:
+    ) -> Outputs:
         ids: list[int] = []
         rows: list[int] = []
         spans: list[tuple[int, int, int, int, int]] = []
         for chunk in chunks:
             first = len(ids)
             ids += chunk.ids
-            check_prefix(chunk, state.lengths[chunk.slot])
-            spans.append((first, len(ids), chunk.slot, state.lengths[chunk.slot], chunk.prefix))
+            held = span_rows([chunk], state.lengths)
+            prefix = held[0][1] if held else 0
+            if len(held) > 1 or (held and (held[0][0] or state.lengths[chunk.slot])):
+                raise ConfigError(f"spans={chunk.spans}: the native executor computes one, from the first token on")
+            spans.append((first, len(ids), chunk.slot, state.lengths[chunk.slot], prefix))
             rows += range(len(ids) - chunk.rows, len(ids))
         filters, always = _filters(chunks)
         # arrays of this call alone: another thread that replaced one would free it while the library writes to it
@@ -231,7 +257,6 @@ class NativeExecutor:
             None if seconds is None else seconds.ctypes.data,
             None,
         )
-        self.computed = computed
         if result == _NO_MEMORY:
             raise ModelError(f"memory ran out for {len(ids)} tokens of {len(chunks)} sequences: use smaller chunks")
         if result == _TOO_LARGE:
@@ -242,7 +267,7 @@ class NativeExecutor:
         assert result == _DONE, f"an exception of a signal handler is raised by the call itself, not told by {result}"
         for first, end, slot, position, _ in spans:
             state.lengths[slot] = position + end - first
-        return logits
+        return Outputs(list(logits), computed)
 
     def _features(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
         """What the decoder sees of the images of a call, float32 (E, D), and the rows of their placeholders."""

@@ -26,6 +26,7 @@ from gemkit.generate import Chunk, Sampling
 from gemkit.generate.sampler import logits_filter
 from gemkit.nn.state import KVCache
 from gemkit.ops import Quantized
+from support.outputs import dense
 from support.tiny import WINDOW, tiny, tokens
 
 MEMBERS = ["gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-27b", "gemma-3-1b", "gemma-3-4b", "recurrentgemma-2b"]
@@ -95,7 +96,7 @@ def test_logits_are_those_of_the_modules(pair, halves):
     """4e-3: a key that is rounded to the other side moves by 2**-11, and 46 layers of random weights amplify it."""
     ours, theirs = pair
     chunks = [Chunk(i, sequence, rows=len(sequence)) for i, sequence in enumerate(ids(9 * WINDOW + 30, 7, 1))]
-    got, expected = ours.run(chunks, ours.new_state(3)), theirs.run(chunks, theirs.new_state(3))
+    got, expected = dense(ours, chunks, ours.new_state(3)), dense(theirs, chunks, theirs.new_state(3))
     assert_close(got, expected, 4e-3)
 
 
@@ -115,25 +116,25 @@ def test_quantized_weights_are_multiplied_with_int8_activations(halves):
         if isinstance(getattr(linear, "weight", None), Quantized) and not isinstance(linear, nn.layers.Embedding):
             linear.register_forward_pre_hook(rounded_to_int8)
     (prompt,) = ids(40)
-    got = ours.run([Chunk(0, prompt, rows=40)], ours.new_state(1))
-    expected = theirs.run([Chunk(0, prompt, rows=40)], theirs.new_state(1))
+    got = dense(ours, [Chunk(0, prompt, rows=40)], ours.new_state(1))
+    expected = dense(theirs, [Chunk(0, prompt, rows=40)], theirs.new_state(1))
     assert_close(got, expected, 5e-3)
 
 
 def one_by_one(executor: NativeExecutor, sequence: list[int]) -> np.ndarray:
     state = executor.new_state(1)
-    return np.concatenate([executor.run([Chunk(0, [token])], state) for token in sequence])
+    return np.concatenate([dense(executor, [Chunk(0, [token])], state) for token in sequence])
 
 
 def test_the_same_bits_however_it_is_cut(pair):
     ours, _ = pair
     prompt, other = ids(150, 40)
-    whole = ours.run([Chunk(0, prompt, rows=150)], ours.new_state(1))
+    whole = dense(ours, [Chunk(0, prompt, rows=150)], ours.new_state(1))
     assert np.array_equal(one_by_one(ours, prompt), whole)
     state = ours.new_state(2)
-    parts = [ours.run([Chunk(1, prompt[:70], rows=70), Chunk(0, other, rows=40)], state)]
-    parts += [ours.run([Chunk(0, [1]), Chunk(1, prompt[70:75], rows=5)], state)[1:]]
-    parts += [ours.run([Chunk(1, prompt[75:], rows=75)], state)]
+    parts = [dense(ours, [Chunk(1, prompt[:70], rows=70), Chunk(0, other, rows=40)], state)]
+    parts += [dense(ours, [Chunk(0, [1]), Chunk(1, prompt[70:75], rows=5)], state)[1:]]
+    parts += [dense(ours, [Chunk(1, prompt[75:], rows=75)], state)]
     assert np.array_equal(np.concatenate([parts[0][:70], *parts[1:]]), whole)
 
 
@@ -145,7 +146,7 @@ def test_the_same_bits_with_any_number_of_threads(quantized, monkeypatch):
     for count in (1, 2, 3, 5):
         monkeypatch.setenv("GEMKIT_THREADS", str(count))
         executor = NativeExecutor(module.config, packed)
-        found.append(executor.run([Chunk(0, prompt, rows=200)], executor.new_state(1)))
+        found.append(dense(executor, [Chunk(0, prompt, rows=200)], executor.new_state(1)))
     assert all(np.array_equal(logits, found[0]) for logits in found[1:])
 
 
@@ -156,7 +157,7 @@ def test_every_instruction_set_runs_a_model(isa, tmp_path):
     target = tmp_path / "model"
     packed, (prompt,) = pack(module, target), ids(70)
     here = NativeExecutor(module.config, packed)
-    np.save(tmp_path / "expected.npy", here.run([Chunk(0, prompt, rows=70)], here.new_state(1)))
+    np.save(tmp_path / "expected.npy", dense(here, [Chunk(0, prompt, rows=70)], here.new_state(1)))
     program = """
 import sys
 import numpy as np
@@ -175,7 +176,7 @@ except ConfigError as error:
     sys.exit(0)
 assert (able, which) == (True, sys.argv[2]), which
 executor = NativeExecutor(randomised("gemma-2-2b", quantized=True).config, Pack(folder / "model"))
-logits = executor.run([Chunk(0, ids(70)[0], rows=70)], executor.new_state(1))
+logits = np.stack(executor.run([Chunk(0, ids(70)[0], rows=70)], executor.new_state(1)).rows)
 expected = np.load(folder / "expected.npy")
 assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max(), np.abs(logits - expected).max()
 """
@@ -197,14 +198,14 @@ def test_a_rolled_back_draft_never_was(pair):
     prompt, draft, rest = ids(40, 9, 20)
     plain = ours.new_state(1)
     ours.run([Chunk(0, prompt)], plain)
-    expected = ours.run([Chunk(0, rest, rows=20)], plain)
+    expected = dense(ours, [Chunk(0, rest, rows=20)], plain)
     state = ours.new_state(1, room=9)
     ours.run([Chunk(0, prompt)], state)
     mark = state.mark(0)
     ours.run([Chunk(0, draft)], state)
     state.rollback(mark)
-    assert state.lengths == [40]
-    assert np.array_equal(ours.run([Chunk(0, rest, rows=20)], state), expected)
+    assert state.lengths == {0: 40}
+    assert np.array_equal(dense(ours, [Chunk(0, rest, rows=20)], state), expected)
 
 
 def test_part_of_a_draft_can_be_kept(pair):
@@ -217,7 +218,7 @@ def test_part_of_a_draft_can_be_kept(pair):
     state.rollback(mark, keep=4)
     kept = state.lengths[0] - 40
     assert kept in (0, 4)  # a recurrence can only go back to the mark
-    logits = ours.run([Chunk(0, [*draft[kept:4], 5])], state)
+    logits = dense(ours, [Chunk(0, [*draft[kept:4], 5])], state)
     assert np.array_equal(logits[0], one_by_one(ours, [*prompt, *draft[:4], 5])[-1])
 
 
@@ -227,12 +228,12 @@ def test_forks_go_their_own_ways(pair):
     state = ours.new_state(2)
     ours.run([Chunk(0, prompt)], state)
     state.fork(0, 1)
-    first = ours.run([Chunk(0, a, rows=5), Chunk(1, b, rows=5)], state)
+    first = dense(ours, [Chunk(0, a, rows=5), Chunk(1, b, rows=5)], state)
     for tail, rows in ((a, first[:5]), (b, first[5:])):
         assert np.array_equal(rows, one_by_one(ours, prompt + tail)[70:])
     state.free(0)
-    assert state.lengths == [0, 75]
-    again = ours.run([Chunk(0, prompt), Chunk(1, [3])], state)
+    assert state.lengths == {0: 0, 1: 75}
+    again = dense(ours, [Chunk(0, prompt), Chunk(1, [3])], state)
     assert np.array_equal(again[1], one_by_one(ours, [*prompt, *b, 3])[-1])
 
 
@@ -246,7 +247,7 @@ def test_a_window_that_has_moved_on_cannot_be_gone_back_to():
         ours.run([Chunk(0, part)], state)
     with pytest.raises(StateError, match="room=300"):
         state.rollback(mark)
-    assert state.lengths == [320]
+    assert state.lengths == {0: 320}
 
 
 def test_memory_of_sliding_layers_does_not_grow():
@@ -284,17 +285,19 @@ def test_keys_beyond_float16_are_refused():
     state = ours.new_state(1)
     with pytest.raises(ModelError, match="float16"):
         ours.run([Chunk(0, [1, 2, 3])], state)
-    assert state.lengths == [0]
+    assert state.lengths == {0: 0}
 
 
 def test_a_bidirectional_prefix_is_attended_as_the_modules_do(halves):
     module = randomised("gemma-2-2b")
     ours, theirs = NativeExecutor(module.config, pack(module)), TorchExecutor(module)
-    chunks = [Chunk(i, s, rows=len(s), prefix=p) for i, (s, p) in enumerate(zip(ids(150, 30), (100, 9), strict=True))]
-    got, expected = ours.run(chunks, ours.new_state(2)), theirs.run(chunks, theirs.new_state(2))
+    chunks = [
+        Chunk(i, s, rows=len(s), spans=[(0, p)]) for i, (s, p) in enumerate(zip(ids(150, 30), (100, 9), strict=True))
+    ]
+    got, expected = dense(ours, chunks, ours.new_state(2)), dense(theirs, chunks, theirs.new_state(2))
     assert_close(got, expected, 4e-3)
     with pytest.raises(ConfigError, match="cut"):
-        ours.run([Chunk(0, [1, 2], prefix=3)], ours.new_state(1))
+        ours.run([Chunk(0, [1, 2], spans=[(0, 3)])], ours.new_state(1))
 
 
 # ---------------------------------------------------------------- the screened head
@@ -335,9 +338,10 @@ def test_screening_leaves_every_wanted_row_as_it_is(wide, sampling):
     for i, token in enumerate(prompt):
         history = prompt[: i + 1]
         some = logits_filter(sampling, history)
-        logits = wide.run([Chunk(0, [token], filter=some)], state)[0]
-        screened += wide.computed[0] < len(logits)
-        expected = wide.run([Chunk(0, [token])], full)[0]
+        outputs = wide.run([Chunk(0, [token], filter=some)], state)
+        logits = outputs.rows[0]
+        screened += outputs.computed[0] < len(logits)
+        expected = dense(wide, [Chunk(0, [token])], full)[0]
         shown = logits != -np.inf
         assert np.array_equal(logits[shown], expected[shown])
         counted = expected.copy()
@@ -418,10 +422,10 @@ def _packed():
 def test_a_child_of_a_fork_computes(pair):
     ours, _ = pair
     (prompt,) = ids(30)
-    expected = ours.run([Chunk(0, prompt)], ours.new_state(1))
+    expected = dense(ours, [Chunk(0, prompt)], ours.new_state(1))
     child = os.fork()
     if child == 0:
-        same = np.array_equal(ours.run([Chunk(0, prompt)], ours.new_state(1)), expected)
+        same = np.array_equal(dense(ours, [Chunk(0, prompt)], ours.new_state(1)), expected)
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -429,11 +433,11 @@ def test_a_child_of_a_fork_computes(pair):
 def test_threads_of_python_take_turns(pair):
     ours, _ = pair
     prompts = ids(60, 61, 62, 63)
-    expected = [ours.run([Chunk(0, p)], ours.new_state(1)) for p in prompts]
+    expected = [dense(ours, [Chunk(0, p)], ours.new_state(1)) for p in prompts]
     found = [None] * len(prompts)
 
     def work(i: int) -> None:
-        found[i] = ours.run([Chunk(0, prompts[i])], ours.new_state(1))
+        found[i] = dense(ours, [Chunk(0, prompts[i])], ours.new_state(1))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
     for thread in threads:
@@ -455,8 +459,8 @@ def test_ctrl_c_ends_a_long_prompt_and_leaves_the_state():
             ours.run([Chunk(0, prompt)], state)  # tens of seconds
     finally:
         signal.signal(signal.SIGINT, previous)
-    assert state.lengths == [0]  # a prompt that had come to its end would be here
-    assert np.isfinite(ours.run([Chunk(0, prompt[:10])], state)).all()
+    assert state.lengths == {0: 0}  # a prompt that had come to its end would be here
+    assert np.isfinite(dense(ours, [Chunk(0, prompt[:10])], state)).all()
 
 
 def test_without_a_library_it_says_what_to_do(monkeypatch):
