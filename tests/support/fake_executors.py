@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gemkit.executors.interface import Chunk, Outputs, span_rows
+from gemkit.executors.interface import Chunk, LogitsFilter, Outputs, SparseLogits, span_rows
 from gemkit.family import DecoderConfig, Global, Mlp, repeat
 
 BOS, END = 0, 1
@@ -78,6 +78,20 @@ class HashModel:
                     rows.append(self.logits(state.histories[chunk.slot]))
             self.longest = max(self.longest, len(state.histories[chunk.slot]))
         return Outputs(rows, np.full(len(rows), self.decoder.vocab_size))
+
+
+def ranks(values: np.ndarray) -> list[int]:
+    """All ids, best first: by value, and of equal values by id."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))
+
+
+def filtered(logits: np.ndarray, some: LogitsFilter) -> SparseLogits:
+    """By definition: what a filter promises, and not one logit more."""
+    always = set(some.always.tolist())
+    others = [i for i in ranks(logits) if i not in always]
+    near = [i for i in others if some.max_gap is not None and logits[others[0]] - logits[i] <= some.max_gap]
+    ids = np.array(sorted({*others[: some.top_n], *near, *always}), np.int64)
+    return SparseLogits(ids, logits[ids])
 
 
 class Script(HashModel):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gemkit.errors import ConfigError, ContextError, StateError
-from gemkit.executors.interface import Executor, Outputs, State
+from gemkit.executors.interface import Executor, State
 from gemkit.generate.policy import Plan, Policy, PromptsFirst
 from gemkit.generate.request import Request, TextStream
 from gemkit.generate.result import Event, Result, Score, TokenLogprob
@@ -45,10 +45,10 @@ def step(
     try:
         chunks = [sequence.chunk(tokens, most) for sequence, tokens in plan]
         run = decoding.timed(executor.run) if decoding else executor.run
-        logits_RV, row = _dense(run(chunks, state)), 0
+        rows, at = run(chunks, state).rows, 0
         for (sequence, _), chunk in zip(plan, chunks, strict=True):
-            yield from sequence.accept(logits_RV[row : row + chunk.rows])
-            row += chunk.rows
+            yield from sequence.accept(rows[at : at + chunk.rows])
+            at += chunk.rows
     finally:
         for sequence, _ in plan:
             sequence.rollback_rejected()
@@ -185,14 +185,10 @@ def score(
         tokens = sequence.fit(until - at) or sequence.unit
         first = min(position for position in predicted if position > at)
         rows = max(0, at + tokens + 1 - first)
-        logits = _dense(executor.run([replace(sequence.chunk(tokens), rows=rows)], state))
-        for position, logits_V in enumerate(logits, first):
-            entries[position] = token_logprob(logits_V, int(ids[position]), top)
+        outputs = executor.run([replace(sequence.chunk(tokens), rows=rows)], state)
+        for position, row in enumerate(outputs.rows, first):
+            entries[position] = token_logprob(row, int(ids[position]), top)
     return Score(tuple(entries))
-
-
-def _dense(outputs: Outputs) -> list[np.ndarray]:
-    return [row for row in outputs.rows if isinstance(row, np.ndarray)]
 
 
 def _slots(requests: abc.Sequence[Request], state: State | None) -> list[int]:

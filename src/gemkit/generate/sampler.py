@@ -14,6 +14,9 @@ executor, or how often the caller was interrupted on the way.
 
 There is no time to sort 262,144 logits at every step, and little to read them again: a floor that surely lies below
 all that is kept leaves few of them to look at. Nothing is estimated, so the rules above hold to the letter.
+
+A row is all logits, (V,) float32, or the `SparseLogits` that the filter of the same settings (`logits_filter`) left of
+them: the token is the same.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gemkit.errors import ConfigError, ModelError
-from gemkit.executors.interface import LogitsFilter
+from gemkit.executors.interface import LogitsFilter, SparseLogits
 from gemkit.generate.result import TokenLogprob
 
 _LOWEST_TEMPERATURE = 1e-6  # below it, differences of logits divided by it leave float32
@@ -122,7 +125,10 @@ class Candidates(NamedTuple):
         return self.weights / self.weights.sum(dtype=np.float64)
 
 
-def sample(logits_V: np.ndarray, sampling: Sampling, history: Sequence[int] = ()) -> int:
+Row = np.ndarray | SparseLogits
+
+
+def sample(row: Row, sampling: Sampling, history: Sequence[int] = ()) -> int:
     """The next token after `history`, the ids of prompt and answer so far.
 
     Raises:
@@ -130,39 +136,40 @@ def sample(logits_V: np.ndarray, sampling: Sampling, history: Sequence[int] = ()
         ConfigError: temperature is not 0 and the seed is None (`Sampling.seeded` gives one).
     """
     if sampling.temperature == 0:
-        return _best_id(_adjusted(logits_V, sampling, history))
+        scores = _adjusted(row, sampling, history)
+        return int(_ids(row)[_best_index(scores)])
     if sampling.seed is None:
         raise ConfigError(f"temperature={sampling.temperature} needs a seed to draw with: use Sampling.seeded()")
-    kept = candidates(logits_V, sampling, history)
+    kept = candidates(row, sampling, history)
     return int(kept.ids[_inverse_cdf(kept.weights, uniform(sampling.seed, sampling.sequence, len(history)))])
 
 
-def candidates(logits_V: np.ndarray, sampling: Sampling, history: Sequence[int] = ()) -> Candidates:
+def candidates(row: Row, sampling: Sampling, history: Sequence[int] = ()) -> Candidates:
     """What a draw chooses among. Shapes, errors and order of filters: see `sample` and the head of this file."""
-    scores = _adjusted(logits_V, sampling, history)
-    best = _best_id(scores)
+    scores = _adjusted(row, sampling, history)
+    best = _best_index(scores)
     if sampling.temperature == 0:
-        return Candidates(np.array([best]), np.ones(1, np.float32))
-    peak, ids = scores[best], _all_ids(scores.size)
+        return Candidates(_ids(row)[[best]], np.ones(1, np.float32))
+    peak, at = scores[best], _range(scores.size)  # where the tokens are that are left, ascending
     with np.errstate(over="ignore"):  # a logit masked with the lowest float32 becomes -inf: its weight is 0 either way
         if sampling.top_k is not None and sampling.top_k < scores.size:  # before the temperature: same ranks
-            ids = _top(scores, sampling.top_k)
+            at = _top(scores, sampling.top_k)
         elif sampling.min_p > 0 and sampling.top_p == 1:  # then top_p needs no sum over the others
             # 1 nat below where min_p cuts: weights are rounded, and it is they that are compared in the end
             near = scores >= float(peak) + sampling.temperature * (math.log(sampling.min_p) - 1)
             if 8 * np.count_nonzero(near) < near.size:  # gathering more than that costs more than it saves
-                ids = np.flatnonzero(near)
-        weights = scores[ids] - peak if ids.size < scores.size else scores - peak
+                at = np.flatnonzero(near)
+        weights = scores[at] - peak if at.size < scores.size else scores - peak
         if sampling.temperature != 1:
             weights /= sampling.temperature
     np.exp(weights, out=weights)
     if sampling.top_p < 1:
         kept = _nucleus(weights, sampling.top_p)
-        ids, weights = ids[kept], weights[kept]
+        at, weights = at[kept], weights[kept]
     if sampling.min_p > 0:
         kept = np.flatnonzero(weights >= sampling.min_p)
-        ids, weights = ids[kept], weights[kept]
-    return Candidates(ids, weights)
+        at, weights = at[kept], weights[kept]
+    return Candidates(_ids(row)[at], weights)
 
 
 # Of a larger set than this the whole table is computed as cheaply.
@@ -181,7 +188,8 @@ def logits_filter(sampling: Sampling, history: Sequence[int]) -> LogitsFilter | 
     elif sampling.top_k is not None and sampling.top_k <= _MOST_FILTERED:
         top_n = sampling.top_k
     elif sampling.min_p > 0 and sampling.top_p == 1:
-        top_n, max_gap = 1, -sampling.temperature * math.log(sampling.min_p)
+        # a millionth more than where min_p cuts: weights are rounded, and it is they that are compared in the end
+        top_n, max_gap = 1, sampling.temperature * (1e-6 - (1 + 1e-6) * math.log(sampling.min_p))
     else:
         return None
     always = sampling.biases[0]
@@ -190,24 +198,31 @@ def logits_filter(sampling: Sampling, history: Sequence[int]) -> LogitsFilter | 
     return LogitsFilter(top_n, max_gap, always)
 
 
-def token_logprob(logits_V: np.ndarray, token: int, top: int = 0) -> TokenLogprob:
+def token_logprob(row: Row, token: int, top: int = 0) -> TokenLogprob:
     """Log-probability of `token` in nats under the model's own distribution: no bias, penalty, temperature or filter.
 
-    With `top`, also the so many most likely tokens, best first; a token that is among them has the identical number.
+    With `top`, also this many of the most likely tokens, best first; a token that is among them has the identical
+    number.
+
+    Raises:
+        ConfigError: a row without all logits, whose sum cannot be known.
+        ModelError: the logits hold NaN or +inf.
     """
-    log_total = logsumexp(logits_V)
-    best = _top(logits_V, min(top, logits_V.size)) if top else _all_ids(0)
-    best = best[np.argsort(-logits_V[best], kind="stable")]  # `_top` is in order of ids: equal logits stay so
+    if isinstance(row, SparseLogits):
+        raise ConfigError("a log-probability needs all logits of its row: give the chunk no filter")
+    log_total = logsumexp(row)
+    best = _top(row, min(top, row.size)) if top else _range(0)
+    best = best[np.argsort(-row[best], kind="stable")]  # `_top` is in order of ids: equal logits stay so
     return TokenLogprob(
         id=token,
-        logprob=float(logits_V[token]) - log_total,
-        top=tuple((int(i), float(logits_V[i]) - log_total) for i in best),
+        logprob=float(row[token]) - log_total,
+        top=tuple((int(i), float(row[i]) - log_total) for i in best),
     )
 
 
 def logsumexp(logits_V: np.ndarray) -> float:
     """log(sum(exp(logits))), safe against overflow: a logit minus it is its log-probability."""
-    peak = logits_V[_best_id(logits_V)]
+    peak = logits_V[_best_index(logits_V)]
     weights = logits_V - peak
     return float(peak) + math.log(_sums(np.exp(weights, out=weights)).sum())
 
@@ -236,23 +251,38 @@ def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tupl
     return a, b, c, d
 
 
-def _adjusted(logits_V: np.ndarray, sampling: Sampling, history: Sequence[int]) -> np.ndarray:
-    """Logits with bias and penalty, (V,) float32; the argument itself if there is neither."""
+def _adjusted(row: Row, sampling: Sampling, history: Sequence[int]) -> np.ndarray:
+    """Logits with bias and penalty, in the order of the row, float32; its own array if there is neither."""
+    logits = row.values if isinstance(row, SparseLogits) else row
     penalty = sampling.repetition_penalty
     if not sampling.logit_bias and penalty == 1:
-        return logits_V
-    scores = logits_V.copy()
+        return logits
+    scores = logits.copy()
     ids, values = sampling.biases
-    scores[ids] += values
+    scores[_places(row, ids)] += values
     if penalty != 1:
-        seen = np.asarray(history, np.int64)
+        seen = _places(row, np.asarray(history, np.int64))
         values = scores[seen]  # read before any is written: a token that occurs twice is penalized once
         scores[seen] = np.where(values < 0, values * penalty, values / penalty)
     return scores
 
 
-def _best_id(scores: np.ndarray) -> int:
-    """The lowest id among the highest scores, which must be a finite number."""
+def _ids(row: Row) -> np.ndarray:
+    """The token of each logit of a row, ascending."""
+    return row.ids if isinstance(row, SparseLogits) else _range(row.size)
+
+
+def _places(row: Row, ids: np.ndarray) -> np.ndarray:
+    """Where the logits of these tokens are in a row, all of which it holds."""
+    if not isinstance(row, SparseLogits):
+        return ids
+    at = np.searchsorted(row.ids, ids)
+    assert np.array_equal(row.ids.take(at, mode="clip"), ids), "a filter keeps what a bias or a penalty moves"
+    return at
+
+
+def _best_index(scores: np.ndarray) -> int:
+    """Where the highest of the scores is, which must be a finite number; of equal ones the first."""
     best = int(scores.argmax())  # argmax and max stop at NaN, so this one number tells of NaN anywhere
     if not math.isfinite(scores[best]):
         if np.isnan(scores[best]):
@@ -267,15 +297,20 @@ def _best_id(scores: np.ndarray) -> int:
 
 
 @lru_cache(maxsize=8)
-def _all_ids(size: int) -> np.ndarray:
+def _whole_table(size: int) -> np.ndarray:
     ids = np.arange(size)
     ids.flags.writeable = False
     return ids
 
 
+def _range(size: int) -> np.ndarray:
+    """0 to `size` - 1; not to be written to."""
+    return _whole_table(size) if size >= 65536 else np.arange(size)  # the sizes of sparse rows are all different
+
+
 def _top(values: np.ndarray, n: int) -> np.ndarray:
     """Where the n largest of `values` are, ascending; of equal values the first ones. Sorts nothing."""
-    pool = _all_ids(values.size)
+    pool = _range(values.size)
     columns = values.size // (256 if 1024 * n <= values.size else 64)
     if n <= columns:
         # The n-th best of the maxima of disjoint columns is a floor under the n-th best of all. Only the few columns

@@ -18,7 +18,7 @@ from collections import abc
 import numpy as np
 
 from gemkit.errors import ConfigError, ModelError, StateError
-from gemkit.executors.interface import Chunk, State
+from gemkit.executors.interface import Chunk, SparseLogits, State
 from gemkit.generate.request import Request, TextStream
 from gemkit.generate.result import Event, FinishReason, Result, Timings, TokenLogprob
 from gemkit.generate.sampler import logits_filter, sample, token_logprob
@@ -172,7 +172,7 @@ class Sequence:
             return images if inside else ()
         return [images[n] for n in inside] if len(images) else ()
 
-    def accept(self, rows: abc.Sequence[np.ndarray]) -> abc.Iterator[Event]:
+    def accept(self, rows: abc.Sequence[np.ndarray | SparseLogits]) -> abc.Iterator[Event]:
         """Draw from each row for as long as the token that it was computed after is the one that was drawn.
 
         Logits that nothing can be drawn from end the sequence with reason "error", and it alone.
@@ -234,7 +234,7 @@ class Sequence:
         )
         return Event(self.index, token, text + rest, logprob, self.result)
 
-    def _draw(self, row: np.ndarray) -> Event:
+    def _draw(self, row: np.ndarray | SparseLogits) -> Event:
         """Draw the next token and see whether it ends the answer."""
         token = sample(row, self.sampling, self.ids)
         logprob = None

@@ -13,16 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from gemkit.errors import ConfigError, ModelError
+from gemkit.executors.interface import SparseLogits
 from gemkit.generate import GREEDY, INSTRUCTION_TUNED, Sampling, sample
-from gemkit.generate.sampler import candidates, check_ids, logsumexp, philox4x32, token_logprob, uniform
+from gemkit.generate.sampler import candidates, check_ids, logits_filter, logsumexp, philox4x32, token_logprob, uniform
+from support.fake_executors import filtered, ranks
 
 few_values = st.sampled_from([-2.0, -0.5, 0.0, 1.0, 1.5])  # few distinct ones: ties everywhere
 tied_logits = arrays(np.float32, st.integers(1, 40), elements=few_values)
-
-
-def ranks(values: np.ndarray) -> list[int]:
-    """All ids, best first, by the stated rule."""
-    return sorted(range(len(values)), key=lambda i: (-values[i], i))
 
 
 @pytest.mark.parametrize(
@@ -285,3 +282,54 @@ def test_logprobs_match_torch_in_float64(logits, data):
 def test_logsumexp_does_not_overflow():
     assert logsumexp(np.array([1e4, 1e4], np.float32)) == 1e4 + math.log(2)
     assert logsumexp(np.array([-1e4, -math.inf], np.float32)) == -1e4
+
+
+# ---------------------------------------------------------------- sparse rows
+
+
+filterable = st.builds(
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
+    top_k=st.sampled_from([None, 1, 3, 8, 64]),
+    top_p=st.sampled_from([1.0, 1.0, 0.6, 0.95]),
+    min_p=st.sampled_from([0.0, 0.02, 0.4, 1.0]),
+    repetition_penalty=st.sampled_from([1.0, 0.8, 1.3]),
+    logit_bias=st.dictionaries(st.integers(0, 11), st.sampled_from([-math.inf, -2.0, 0.5, 4.0]), max_size=5),
+    seed=st.integers(0, 2**64 - 1),
+)
+any_logits = arrays(np.float32, st.integers(12, 90), elements=few_values | st.floats(-9, 9, width=32))
+
+
+@given(any_logits, filterable, st.lists(st.integers(0, 11), max_size=9))
+def test_a_filtered_row_gives_the_token_of_the_full_row(logits, sampling, history):
+    if (some := logits_filter(sampling, history)) is None:
+        return
+    row = filtered(logits, some)
+    try:
+        token = sample(logits, sampling, history)
+    except ModelError:  # all are banned
+        with pytest.raises(ModelError):
+            sample(row, sampling, history)
+        return
+    assert sample(row, sampling, history) == token
+    kept, whole = candidates(row, sampling, history), candidates(logits, sampling, history)
+    assert np.array_equal(kept.ids, whole.ids)
+    assert np.array_equal(kept.weights, whole.weights)
+
+
+@pytest.mark.parametrize("min_p", [1e-7, 0.05, 0.999])
+@pytest.mark.parametrize("temperature", [0.2, 1.0, 3.0])
+def test_no_token_at_the_edge_of_min_p_is_filtered_out(min_p, temperature):
+    # neighbouring float32 on both sides of the edge: the weight of some is rounded up to min_p
+    edge = np.float32(5 + temperature * math.log(min_p))
+    near = (edge.view(np.int32) + np.arange(-40, 40)).astype(np.int32).view(np.float32)
+    logits = np.concatenate([[np.float32(5)], near])
+    sampling = Sampling(temperature=temperature, min_p=min_p, seed=0)
+    kept = candidates(filtered(logits, logits_filter(sampling, [])), sampling)
+    assert np.array_equal(kept.ids, candidates(logits, sampling).ids)
+    assert 1 < kept.ids.size < logits.size
+
+
+def test_a_sparse_row_has_no_log_probability():
+    with pytest.raises(ConfigError, match="needs all logits"):
+        token_logprob(SparseLogits(np.array([3]), np.zeros(1, np.float32)), 3)
