@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gemkit.executors.interface import Chunk, LogitsFilter, Outputs, SparseLogits, span_rows
+from gemkit.errors import Stopped
+from gemkit.executors.interface import Chunk, LogitsFilter, Output, Outputs, SparseLogits, StopFlag, span_rows
 from gemkit.family import DecoderConfig, Global, Mlp, repeat
 
 BOS, END = 0, 1
@@ -24,59 +28,124 @@ def tiny_decoder(max_context: int = 64, vocab_size: int = len(PIECES)) -> Decode
     )
 
 
-class FakeState:
-    """Whole histories; with `recurrent` it can go back to a mark only, and never by more than `room` tokens."""
-
-    def __init__(self, slots: int, room: int = 0, recurrent: bool = False):
-        assert slots >= 1
-        self.histories: list[list[int]] = [[] for _ in range(slots)]
-        self.room, self.recurrent = room, recurrent
+@dataclass(frozen=True)
+class FakeSnapshot:
+    history: tuple[int, ...]
 
     @property
-    def lengths(self) -> list[int]:
-        return [len(history) for history in self.histories]
+    def length(self) -> int:
+        return len(self.history)
 
-    def mark(self, slot: int) -> tuple[int, int]:
-        return slot, len(self.histories[slot])
+    def save(self, path: Any) -> Path:
+        raise NotImplementedError
 
-    def rollback(self, mark: tuple[int, int], keep: int = 0) -> None:
-        slot, length = mark
-        length += 0 if self.recurrent else keep
-        assert 0 <= len(self.histories[slot]) - length <= self.room
-        del self.histories[slot][length:]
+
+class FakeState:
+    """Whole histories of live slots; one byte a token. With `recurrent` a slot keeps none of the tokens since a
+    snapshot."""
+
+    def __init__(self, slots: int = 0, recurrent: bool = False, room: int = 0):
+        self.room = room
+        self.histories: dict[int, list[int]] = {}
+        self.recurrent = recurrent
+        self.snapshots = 0  # that were taken
+        for _ in range(slots):
+            self.add()
+
+    @property
+    def lengths(self) -> dict[int, int]:
+        return {slot: len(history) for slot, history in self.histories.items()}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.lengths.values())
+
+    def add(self) -> int:
+        slot = next(n for n in range(len(self.histories) + 1) if n not in self.histories)
+        self.histories[slot] = []
+        return slot
+
+    def free(self, slot: int) -> None:
+        del self.histories[slot]
+
+    def unique(self, held: Any, /) -> int:
+        return held.length if isinstance(held, FakeSnapshot) else len(self.histories[held])
+
+    def needed(self, slot: int, tokens: int) -> int:
+        return tokens
+
+    def snapshot(self, slot: int) -> FakeSnapshot:
+        self.snapshots += 1
+        return FakeSnapshot(tuple(self.histories[slot]))
+
+    def restore(self, snapshot: FakeSnapshot, slot: int | None = None, *, keep: int = 0) -> int:
+        kept: list[int] = []
+        if slot is None:
+            assert not keep
+            slot = self.add()
+        elif keep:
+            now, before = self.histories[slot], list(snapshot.history)
+            assert now[: len(before)] == before, "the snapshot was taken of another sequence"
+            assert len(now) >= len(before) + keep
+            kept = [] if self.recurrent else now[len(before) : len(before) + keep]
+        assert slot in self.histories
+        self.histories[slot] = [*snapshot.history, *kept]
+        return slot
+
+    def mark(self, slot: int) -> tuple[int, FakeSnapshot]:
+        return slot, self.snapshot(slot)
+
+    def rollback(self, mark: tuple[int, FakeSnapshot], keep: int = 0) -> None:
+        self.restore(mark[1], mark[0], keep=keep)
+
+    def load(self, path: Any) -> FakeSnapshot:
+        raise NotImplementedError
 
 
 class HashModel:
-    """Its logits are a hash of all ids of the sequence: anything that leaks, is lost or comes twice changes them."""
+    """Its logits are a hash of all ids of the sequence: anything that leaks, is lost or comes twice changes them.
 
-    def __init__(self, max_context: int = 64, recurrent: bool = False):
+    With `sparse` it leaves of a row what the chunk's filter promises, and not one logit more.
+    """
+
+    def __init__(self, max_context: int = 64, recurrent: bool = False, sparse: bool = False):
         self.decoder = tiny_decoder(max_context)
-        self.recurrent = recurrent
+        self.recurrent, self.sparse = recurrent, sparse
         self.calls: list[list[Chunk]] = []
+        self.states: list[FakeState] = []
         self.longest = 0
 
-    def new_state(self, slots: int, room: int = 0) -> FakeState:
-        return FakeState(slots, room, self.recurrent)
+    def new_state(self, slots: int = 0, room: int = 0) -> FakeState:
+        self.states.append(FakeState(slots, self.recurrent, room))
+        return self.states[-1]
 
     def logits(self, history: Sequence[int]) -> np.ndarray:
         rng = np.random.default_rng(history)
         return 3 * rng.standard_normal(self.decoder.vocab_size, dtype=np.float32)
 
-    def run(self, chunks: Sequence[Chunk], state: FakeState) -> Outputs:
+    def run(
+        self, chunks: Sequence[Chunk], state: FakeState, *, output: Output = "logits", stop: StopFlag | None = None
+    ) -> Outputs:
+        assert output == "logits"
+        assert chunks
         assert len({chunk.slot for chunk in chunks}) == len(chunks)
+        if stop is not None and stop.is_set():
+            raise Stopped("stopped by its flag")
         self.calls.append(list(chunks))
-        rows = []
+        rows: list[np.ndarray | SparseLogits] = []
         for chunk in chunks:
             assert chunk.ids
             assert 0 <= chunk.rows <= len(chunk.ids)
-            held = len(state.histories[chunk.slot])
-            span_rows([chunk], dict(enumerate(state.lengths)))  # none is cut
-            assert not (held and len(chunk.images))  # shown once
+            history = state.histories[chunk.slot]
+            spans = span_rows([chunk], state.lengths)  # none is cut
+            assert len(spans) == len(chunk.spans), "spans of other chunks"
+            assert not chunk.images or spans, "images are shown with their placeholders"
             for at, i in enumerate(chunk.ids):
-                state.histories[chunk.slot].append(i)
+                history.append(i)
                 if at >= len(chunk.ids) - chunk.rows:
-                    rows.append(self.logits(state.histories[chunk.slot]))
-            self.longest = max(self.longest, len(state.histories[chunk.slot]))
+                    logits = self.logits(history)
+                    rows.append(filtered(logits, chunk.filter) if self.sparse and chunk.filter else logits)
+            self.longest = max(self.longest, len(history))
         return Outputs(rows, np.full(len(rows), self.decoder.vocab_size))
 
 

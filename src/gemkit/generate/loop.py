@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from gemkit.errors import ConfigError, ContextError, StateError
-from gemkit.executors.interface import Executor, State
+from gemkit.errors import ConfigError, ContextError, StateError, Stopped
+from gemkit.executors.interface import Executor, State, StopFlag
 from gemkit.generate.policy import Plan, Policy, PromptsFirst
 from gemkit.generate.request import Request, TextStream
 from gemkit.generate.result import Event, Result, Score, TokenLogprob
@@ -26,7 +26,12 @@ from gemkit.generate.speculate import SpeculationController, draft_limit, room_f
 
 
 def step(
-    executor: Executor, state: State, plan: Plan, *, speculation: SpeculationController | None = None
+    executor: Executor,
+    state: State,
+    plan: Plan,
+    *,
+    speculation: SpeculationController | None = None,
+    stop: StopFlag | None = None,
 ) -> Generator[Event, None, None]:
     """Advance the sequences of a plan by one call, all of whose slots are in `state`; events come as tokens are drawn.
 
@@ -36,16 +41,18 @@ def step(
     Args:
         plan: unfinished sequences, each with a count of its next tokens that `Sequence.fit` allows.
         speculation: says how many tokens each sequence may draft where all of the plan decode, and learns from it.
+        stop: ends the call when it is set.
 
     Raises:
         ConfigError: a plan that cannot be.
+        Stopped: `stop` was set.
     """
     decoding = speculation if all(sequence.prefilled for sequence, _ in plan) else None
     most = decoding.most if decoding else 0
     try:
         chunks = [sequence.chunk(tokens, most) for sequence, tokens in plan]
         run = decoding.timed(executor.run) if decoding else executor.run
-        rows, at = run(chunks, state).rows, 0
+        rows, at = run(chunks, state, stop=stop).rows, 0
         for (sequence, _), chunk in zip(plan, chunks, strict=True):
             yield from sequence.accept(rows[at : at + chunk.rows])
             at += chunk.rows
@@ -66,6 +73,7 @@ def generate(
     policy: Policy | None = None,
     beyond_context: bool = False,
     speculate: int | bool = False,
+    stop: StopFlag | None = None,
 ) -> Generator[Event, None, None]:
     """Continue all requests as one batch; events come as tokens are drawn, the last of each request with its `Result`.
 
@@ -87,6 +95,7 @@ def generate(
         speculate: draft up to this many tokens from what was there before and verify them in one step, where that pays
             (`generate.speculate`); True leaves the number to us. The answers are the same. A state that is passed
             must have the room to take a draft back (`room_for`).
+        stop: set from any thread, it ends every unfinished request with reason "cancelled" and all that it has.
 
     Raises:
         ConfigError: a request or setting that cannot be.
@@ -103,8 +112,7 @@ def generate(
             raise type(error)(f"request {index}: {error}" if len(requests) > 1 else str(error)) from None
     slots = _slots(requests, state)
     most, room = draft_limit(speculate), room_for(speculate)
-    state = executor.new_state(max(1, len(requests)), room) if state is None else state
-    held: Any = state
+    held: Any = executor.new_state(max(1, len(requests)), room) if state is None else state
     if room and held.room < room:
         raise StateError(f"speculate={most} takes back up to {room} tokens: make the state with room={room} or more")
     limit = None if beyond_context else executor.decoder.max_context
@@ -112,8 +120,9 @@ def generate(
     for index, (request, slot) in enumerate(zip(requests, slots, strict=True)):
         stream = text_stream() if text_stream else None
         sequences.append(Sequence(request, index=index, limit=limit, stream=stream, most=most))
-        sequences[-1].place(state, slot)
-    return _run(executor, state, sequences, policy, SpeculationController(most) if most else None)
+        sequences[-1].place(held, slot)
+    speculation = SpeculationController(most) if most else None
+    return _run(executor, held, sequences, policy, speculation, stop, owns_state=state is None)
 
 
 def _run(
@@ -122,21 +131,36 @@ def _run(
     sequences: abc.Sequence[Sequence],
     policy: Policy,
     speculation: SpeculationController | None,
+    stop: StopFlag | None,
+    *,
+    owns_state: bool,
 ) -> Generator[Event, None, None]:
+    def leave(sequence: Sequence) -> None:
+        if owns_state and sequence.state is not None:
+            state.free(sequence.leave())
+
     try:
         for sequence in sequences:
             if sequence.is_full:
                 yield sequence.finish("context")
         while live := [sequence for sequence in sequences if not sequence.finished]:
-            with closing(step(executor, state, policy(live), speculation=speculation)) as events:
+            if stop is not None and stop.is_set():
+                raise Stopped("the stop flag was set between two steps")
+            with closing(step(executor, state, policy(live), speculation=speculation, stop=stop)) as events:
                 for event in events:
-                    if (error := sequences[event.request].error) is not None:
-                        raise error
+                    sequence = sequences[event.request]
+                    if sequence.error is not None:
+                        raise sequence.error
+                    if sequence.finished:
+                        leave(sequence)
                     yield event
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped) as end:
         for sequence in sequences:
             if not sequence.finished:
-                yield sequence.finish("interrupted")
+                yield sequence.finish("interrupted" if isinstance(end, KeyboardInterrupt) else "cancelled")
+    finally:
+        for sequence in sequences:
+            leave(sequence)
 
 
 def complete(executor: Executor, requests: abc.Sequence[Request], **options) -> list[Result]:
@@ -200,12 +224,11 @@ def _slots(requests: abc.Sequence[Request], state: State | None) -> list[int]:
         return list(range(len(requests)))
     slots: list[int] = []
     for index, request in enumerate(requests):
+        there = ", ".join(map(str, range(len(state.lengths))))
         if request.slot is None:
-            raise ConfigError(f"request {index}: a state is passed, so slot must name one of its {len(state.lengths)}")
+            raise ConfigError(f"request {index}: a state is passed, so slot must name one of its slots: {there}")
         if not 0 <= request.slot < len(state.lengths):
-            raise StateError(
-                f"request {index}: slot={request.slot}, but the state has slots 0 to {len(state.lengths) - 1}"
-            )
+            raise StateError(f"request {index}: slot={request.slot}, but the state has the slots {there}")
         if request.slot in slots:
             raise StateError(f"request {index}: slot={request.slot} is taken by request {slots.index(request.slot)}")
         slots.append(request.slot)

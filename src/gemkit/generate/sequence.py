@@ -163,7 +163,8 @@ class Sequence:
         rows = int(is_last) + len(draft)
         some = logits_filter(self.sampling, self.ids) if rows and self.request.logprobs is None else None
         inside = [n for n, span in enumerate(self.request.spans) if start <= span[0] < start + tokens]
-        return Chunk(self.slot, part + draft, rows, self.request.spans, self._images(inside), some)
+        spans = [self.request.spans[n] for n in inside]
+        return Chunk(self.slot, part + draft, rows, spans, self._images(inside), some)
 
     def _images(self, inside: abc.Sequence[int]) -> abc.Sequence[np.ndarray]:
         """The images whose placeholders are in these spans."""

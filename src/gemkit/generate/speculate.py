@@ -141,12 +141,12 @@ class SpeculationController:
     def timed(self, run: Callable[..., Outputs]) -> Callable[..., Outputs]:
         """`Executor.run` of a step that decodes, with an eye on the clock."""
 
-        def timed(chunks: Sequence[Any], state: Any) -> Outputs:
+        def timed(chunks: Sequence[Any], state: Any, **options: Any) -> Outputs:
             if len(chunks) != self._sequences:
                 self._sequences = len(chunks)
                 self._plain.clear()
             start = time.perf_counter()
-            outputs = run(chunks, state)
+            outputs = run(chunks, state, **options)
             self._step = time.perf_counter() - start, sum(len(chunk.ids) for chunk in chunks)
             return outputs
 

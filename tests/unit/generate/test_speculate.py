@@ -39,9 +39,9 @@ class Clock:
     def watch(self, model: HashModel) -> HashModel:
         run = model.run
 
-        def timed(chunks, state):
+        def timed(chunks, state, **options):
             self.now += self._step + self._token * (sum(len(chunk.ids) for chunk in chunks) - len(chunks))
-            return run(chunks, state)
+            return run(chunks, state, **options)
 
         model.run = timed
         return model
@@ -150,10 +150,10 @@ def test_ctrl_c_in_a_step_with_drafts_keeps_what_was_drawn(monkeypatch, step):
     model = Clock(monkeypatch).watch(Habit())
     run = model.run
 
-    def interrupted(chunks, state):
+    def interrupted(chunks, state, **options):
         if len(model.calls) == step:
             raise KeyboardInterrupt
-        return run(chunks, state)
+        return run(chunks, state, **options)
 
     model.run = interrupted
     request = Request([BOS, 5], max_tokens=50)
