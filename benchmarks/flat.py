@@ -20,6 +20,7 @@ import torch
 from gemkit import family, nn
 from gemkit.executors.torch import TorchExecutor
 from gemkit.generate import Chunk
+from gemkit.memory import resident_memory
 
 STEP = 1024
 
@@ -33,12 +34,6 @@ def geometry() -> family.DecoderConfig:
         recurrent={"width": 512, "num_blocks": 8},
         ffw={"width": 1536},
     )
-
-
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * 4096
 
 
 def main() -> None:
@@ -64,8 +59,8 @@ def main() -> None:
         token = int(np.argmax(executor.run([Chunk(0, [token])], state).rows[0]))
         if done % STEP == 0:
             rate = STEP / (time.perf_counter() - start)
-            points.append((done, resident(), state.nbytes))
-            sizes = f"{resident() / 1e6:8.1f} MB resident  {state.nbytes / 1e6:6.2f} MB of state"
+            points.append((done, resident_memory(), state.nbytes))
+            sizes = f"{resident_memory() / 1e6:8.1f} MB resident  {state.nbytes / 1e6:6.2f} MB of state"
             print(f"{done:>8,} tokens  {sizes}  {rate:5.1f} tok/s", flush=True)
             start = time.perf_counter()
     full = [(memory, held) for done, memory, held in points if done >= window]

@@ -34,12 +34,6 @@ def describe(threads: int) -> dict[str, Any]:
     }
 
 
-def available_memory() -> int:
-    """Bytes that a process can take without swapping."""
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.M)
-    return int(found.group(1)) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def limits_library(cache: Path) -> Path:
     """limits.c, compiled for this very processor into a cache.
 

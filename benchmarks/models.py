@@ -26,7 +26,7 @@ from gemkit import family
 from gemkit.family import DecoderConfig
 from gemkit.files import DTYPES
 from gemkit.text import Tokenizer
-from gemkit.weights import configs, hub
+from gemkit.weights import config_hf, hub
 from gemkit.weights.checkpoint import find
 from gemkit.weights.maps import name_map
 
@@ -134,10 +134,10 @@ def write_gguf(path: Path, decoder: DecoderConfig, mix: Mix, seed: int = SEED) -
     with find(hub.starter()) as checkpoint:
         _copy(writer, checkpoint.reader.metadata, "tokenizer.", decoder.vocab_size)
     parts = name_map("gguf", decoder).parts(decoder, dict(family.parameters(decoder)))
-    types = {part.theirs: type_of(part.theirs, part.shape, len(decoder.layers), mix) for part in parts}
+    types = {part.file_name: type_of(part.file_name, part.shape, len(decoder.layers), mix) for part in parts}
     for part in parts:
-        _announce(writer, part.theirs, part.shape, types[part.theirs])
-    _write(writer, ((random_blocks(part.shape, types[part.theirs], rng)) for part in parts))
+        _announce(writer, part.file_name, part.shape, types[part.file_name])
+    _write(writer, ((random_blocks(part.shape, types[part.file_name], rng)) for part in parts))
 
 
 def requantize_starter(path: Path) -> None:
@@ -236,7 +236,7 @@ def _copy(writer: gguf.GGUFWriter, metadata: Mapping[str, Any], prefix: str = ""
 def write_folder(path: Path, decoder: DecoderConfig, seed: int = SEED) -> None:
     """Configuration, vocabulary and one safetensors file of random bfloat16 weights, with little in memory."""
     path.mkdir()
-    settings = {**configs.to_hf(decoder), "dtype": "bfloat16"}
+    settings = {**config_hf.to_hf(decoder), "dtype": "bfloat16"}
     (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     _write_vocabulary(path, decoder.vocab_size)
     rng = np.random.default_rng(seed)
@@ -245,13 +245,13 @@ def write_folder(path: Path, decoder: DecoderConfig, seed: int = SEED) -> None:
     end = 0
     for part in parts:
         start, end = end, end + 2 * prod(part.layout.shape)
-        header[part.theirs] = {"dtype": "BF16", "shape": part.layout.shape, "data_offsets": [start, end]}
+        header[part.file_name] = {"dtype": "BF16", "shape": part.layout.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for part in parts:
-            is_norm = "norm" in part.ours
+            is_norm = "norm" in part.param_name
             left = prod(part.layout.shape)
             while left:
                 count = min(left, ROWS)

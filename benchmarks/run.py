@@ -29,6 +29,7 @@ from machine import Foreign
 from workers import HERE, Lost, Worker, say
 
 from gemkit.errors import GemkitError
+from gemkit.memory import available_memory
 from gemkit.text import Tokenizer
 from gemkit.weights import hub
 from gemkit.weights.checkpoint import find
@@ -178,7 +179,7 @@ class Bench:
 
     def _check_room(self) -> None:
         needed = sum(max(values) * 1e6 for values in self.values[PEAK].values())
-        if needed > (free := machine.available_memory()):
+        if (free := available_memory()) is not None and needed > free:
             raise SystemExit(
                 f"all engines at once need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: measure "
                 "fewer in one run with --only"
@@ -433,7 +434,7 @@ def parse() -> argparse.Namespace:
 def measure_engines(args: argparse.Namespace) -> int:
     path = (args.model or hub.starter()).resolve()
     with find(path) as checkpoint:
-        if checkpoint.format != "gguf":
+        if checkpoint.reader.format != "gguf":
             raise SystemExit(f"{path} is not a GGUF, which is what all engines read")
         tokenizer = checkpoint.tokenizer
     longest = max(work.prompt for work in rates(args.quick))

@@ -39,7 +39,7 @@ def write(name: str, folder: Path) -> int:
     import torch
 
     from gemkit.nn import build
-    from gemkit.weights.save import save_hf
+    from gemkit.weights.export.hf import save_hf
 
     member = family.get(name)
     with torch.device("meta"):

@@ -29,7 +29,7 @@ from gemkit.nn import PaliGemma
 from gemkit.text import Box, Place, Tokenizer, places, tasks
 from gemkit.text.vocabulary import IMAGE
 from gemkit.train.initialise import new_module
-from gemkit.weights.save import save_hf
+from gemkit.weights.export.hf import save_hf
 
 SIDE = 112  # pixels
 COLOURS = {"red": (220, 40, 40), "green": (40, 170, 60), "blue": (50, 80, 220), "yellow": (235, 205, 40)}

@@ -28,7 +28,9 @@ from gemkit.runtime.open import Runtime, open_runtime
 from gemkit.runtime.options import ExecutorName, LoadOptions
 from gemkit.text import Tokenizer
 from gemkit.weights import hub
-from gemkit.weights.checkpoint import SCORE, Checkpoint, with_adapters
+from gemkit.weights.checkpoint import Checkpoint
+from gemkit.weights.describe import with_adapters
+from gemkit.weights.fit import SCORE
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +75,7 @@ def load(
     with find(name) as checkpoint:
         model = Gemma(checkpoint, open_runtime(checkpoint, options, progress=progress))
         asked = (adapter,) if isinstance(adapter, str | os.PathLike) else tuple(adapter)
-        for folder in (*checkpoint.adapters, *asked):
+        for folder in (*checkpoint.place.adapters, *asked):
             model.report.notes.append(str(model.load_adapter(folder)))
     model.sync()
     return model
@@ -92,7 +94,7 @@ class Gemma(ImageTasks):
         self.runtime, self.report = runtime, runtime.report
         image_token = None if self.vision is None else self.vision.image_token
         self.completer = Completer(runtime, self.tokenizer, unused_ids(self.config, len(self.tokenizer), image_token))
-        self._source, self._display_name = checkpoint.name, checkpoint.display_name
+        self._source, self._display_name = checkpoint.place.name, checkpoint.display_name
         self._scored = SCORE in checkpoint.reader.entries
 
     def __repr__(self) -> str:
@@ -401,7 +403,7 @@ class Gemma(ImageTasks):
             card: its README.md. None: one that says what was merged, if something was.
         """
         from gemkit.adapters import lora
-        from gemkit.weights.save import save_hf
+        from gemkit.weights.export.hf import save_hf
 
         module = self.module
         inside = lora.merged(module)

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import errors
 
 from gemkit import family
-from gemkit.weights import configs, hub
+from gemkit.weights import config_hf, hub
 from support.tiny_models import edit_config
 
 
@@ -179,7 +179,7 @@ def test_the_member_that_would_fit_is_named(error, tmp_path):
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    (tmp_path / "config.json").write_text(json.dumps(configs.to_hf(family.get("gemma-2-2b").decoder)))
+    (tmp_path / "config.json").write_text(json.dumps(config_hf.to_hf(family.get("gemma-2-2b").decoder)))
     line = error("generate", "-m", tmp_path, "hi")
     assert "model.embed_tokens.weight is (256000, 2048) in the file, " in line
     assert "These tensors are those of gemma-2b" in line

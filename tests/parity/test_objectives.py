@@ -26,7 +26,7 @@ from gemkit.train.objectives.dpo import Dpo
 from gemkit.train.objectives.pretrain import rows_of
 from gemkit.train.objectives.reward import Reward, rewards
 from gemkit.train.objectives.rl import Grpo
-from gemkit.weights.save import save_hf
+from gemkit.weights.export.hf import save_hf
 from support.tiny import load, reference, save_reference, tiny
 from support.tiny_models import tokenizer
 

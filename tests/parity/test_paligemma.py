@@ -11,9 +11,9 @@ from gemkit import family
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.family import replace_layers
 from gemkit.nn import Batch, PaliGemma
-from gemkit.weights import configs
+from gemkit.weights import config_hf, config_vision
+from gemkit.weights.export.hf import save_hf
 from gemkit.weights.maps import name_map
-from gemkit.weights.save import save_hf
 from support.tiny import TOWER, VOCAB, WINDOW, assert_close, load, reference, save_reference, tiny
 
 NAMES = ["paligemma-3b-pt-224", "paligemma2-3b-pt-224", "paligemma2-28b-pt-224"]
@@ -318,14 +318,14 @@ RELEASED_2 = {
 )
 def test_what_released_files_leave_out(name, released):
     member = family.get(name)
-    assert configs.vision_from_hf(released, name) == member.vision
-    read = configs.from_hf(released, name)
+    assert config_vision.vision_from_hf(released, name) == member.vision
+    read = config_hf.from_hf(released, name)
     scale = member.decoder.attention[0].scale
     assert replace_layers(read, attention={"scale": scale}) == member.decoder
     assert all(mixer.scale == pytest.approx(scale) for mixer in read.attention)
-    written = configs.to_hf(member.decoder, member.vision)
-    assert configs.vision_from_hf(written, name) == member.vision
-    again = configs.from_hf(written, name)
+    written = config_hf.to_hf(member.decoder, member.vision)
+    assert config_vision.vision_from_hf(written, name) == member.vision
+    again = config_hf.from_hf(written, name)
     assert replace_layers(again, attention={"scale": read.attention[0].scale}) == read
 
 
@@ -351,7 +351,7 @@ def test_configurations_that_are_refused(section, change, error, message):
         {**RELEASED_1, **change} if section is None else {**RELEASED_1, section: {**RELEASED_1[section], **change}}
     )
     with pytest.raises(error, match=message):
-        _ = configs.from_hf(changed, "config.json"), configs.vision_from_hf(changed, "config.json")
+        _ = config_hf.from_hf(changed, "config.json"), config_vision.vision_from_hf(changed, "config.json")
 
 
 def test_a_resolution_that_the_checkpoint_lacks(tmp_path):

@@ -12,7 +12,7 @@ from gemkit.family import DecoderConfig, replace_layers
 from gemkit.inspect import cost
 from gemkit.nn import Batch
 from gemkit.nn import Decoder as Module
-from gemkit.weights import configs
+from gemkit.weights import config_hf
 from support.deepmind import Reference, layers
 from support.tiny import WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
 
@@ -182,8 +182,8 @@ LINEAR = ["linear_attention", "linear_attention", "sliding_attention"]
 )
 def test_configurations_of_all_versions_are_read(config, name):
     decoder = family.get(name).decoder
-    assert configs.from_hf(config, "config.json") == decoder
-    assert configs.from_hf(configs.to_hf(decoder), "config.json") == decoder
+    assert config_hf.from_hf(config, "config.json") == decoder
+    assert config_hf.from_hf(config_hf.to_hf(decoder), "config.json") == decoder
 
 
 @pytest.mark.parametrize(
@@ -203,18 +203,18 @@ def test_configurations_of_all_versions_are_read(config, name):
 )
 def test_configurations_that_are_not_implemented_are_refused(change, message):
     with pytest.raises(GemkitError, match=message):
-        configs.from_hf({**PUBLISHED, **change}, "config.json")
+        config_hf.from_hf({**PUBLISHED, **change}, "config.json")
 
 
 def test_what_no_configuration_says_is_refused():
     decoder = tiny(NAMES[0])
     for change in ({"biases": False}, {"embed_scale_dtype": "run"}, {"post_norms": True}, {"final_softcap": None}):
         with pytest.raises(GemkitError, match=r"recurrent_gemma|logits_soft_cap"):
-            configs.to_hf(replace(decoder, **change))
+            config_hf.to_hf(replace(decoder, **change))
     first, second = decoder.layers[:2]
     mixed = replace(decoder, layers=(first, replace(second, mixer=replace(second.mixer, conv_width=3))))
     with pytest.raises(GemkitError, match="no published configuration"):
-        configs.to_hf(mixed)
+        config_hf.to_hf(mixed)
 
 
 def test_another_members_file_is_refused_by_name(tmp_path):

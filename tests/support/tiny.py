@@ -12,7 +12,7 @@ from gemkit import family
 from gemkit.family import Attention, DecoderConfig, Layer, Vision, replace_layers
 from gemkit.nn import Decoder as Module
 from gemkit.nn import PaliGemma
-from gemkit.weights import configs
+from gemkit.weights import config_hf
 from gemkit.weights.checkpoint import find
 from gemkit.weights.load import load_module
 
@@ -54,7 +54,7 @@ TOWER = Vision(56, patch_size=14, width=36, depth=3, num_heads=2, mlp_width=44, 
 
 def reference(decoder: DecoderConfig, vision: Vision | None = None, seed: int = 0) -> transformers.PreTrainedModel:
     """Transformers' model with random weights, float32, eager attention (its default may drop Gemma 2's soft cap)."""
-    settings = configs.to_hf(decoder, vision)
+    settings = config_hf.to_hf(decoder, vision)
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     kind = transformers.AutoModelForCausalLM if vision is None else transformers.AutoModelForImageTextToText
     model = kind.from_config(config, attn_implementation="eager", dtype=torch.float32)

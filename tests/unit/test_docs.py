@@ -15,7 +15,8 @@ from gemkit.generate import Chunk, sample
 from gemkit.generate.sampler import GREEDY, token_logprob
 from gemkit.train import objectives
 from gemkit.train.experiment import Experiment, to_tables
-from gemkit.weights.checkpoint import SCORE, find
+from gemkit.weights.checkpoint import find
+from gemkit.weights.fit import SCORE
 from gemkit.weights.maps import name_map
 from support.outputs import dense
 
@@ -128,7 +129,7 @@ def _published() -> Iterator[str]:
         yield re.sub(r"^layers\.\d+\.", "", path)
     for format in ("safetensors", "gguf", "ckpt"):
         table = name_map(format, MEMBER)
-        yield from (table.theirs(name) for name in ours)
+        yield from (table.file_name(name) for name in ours)
 
 
 PARAMETERS = set(_published())
@@ -275,7 +276,7 @@ def test_the_weight_walk(model):
     page = " ".join((DOCS / "follow-a-weight.md").read_text().split())
     with find(None) as checkpoint:
         reader = checkpoint.reader
-        size = checkpoint.path.stat().st_size
+        size = checkpoint.place.path.stat().st_size
         entry = reader.entries["blk.0.attn_q.weight"]
         with open(entry.path, "rb") as file:
             file.seek(entry.offset)

@@ -39,10 +39,10 @@ from gemkit.nn.layers import Embedding, Head, Linear, LoRAHost
 from gemkit.ops import Quantized
 from gemkit.text.prompts import CHAT_TEMPLATE
 from gemkit.weights import hub
+from gemkit.weights.export.hf import appearing
 from gemkit.weights.load import put_score
 from gemkit.weights.maps import NameMap, name_map
 from gemkit.weights.model_card import card
-from gemkit.weights.save import appearing
 
 Rule = Literal["lora", "keras"]
 Model: TypeAlias = Decoder | PaliGemma

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from gemkit.adapters import peft
 from gemkit.errors import AccessError, UnknownModelError, WeightsError
-from gemkit.weights import checkpoint as checkpoints
-from gemkit.weights.checkpoint import Checkpoint
+from gemkit.family import Prompt
+from gemkit.text import Tokenizer
+from gemkit.weights import describe
+from gemkit.weights.checkpoint import Checkpoint, open_checkpoint
 from gemkit.weights.resolve import Place
 from gemkit.weights.resolve import resolve as resolve_model
 
@@ -36,6 +38,18 @@ def resolve(name: str | os.PathLike[str] | None, *, weights: bool = True) -> Pla
     return replace(found, label=f"{found.label} + {place.label}", adapters=(place.path,))
 
 
+def vocabulary_of(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer, tuple[Prompt, ...]]:
+    """Label, tokenizer and prompt formats of a model; from the hub, nothing else of it is downloaded.
+
+    Raises as `resolve` and `weights.checkpoint.open_checkpoint`.
+    """
+    place = resolve(name, weights=False)
+    if place.name is not None and not os.path.isabs(place.name):  # on the hub
+        return place.label, *describe.vocabulary_of(place)
+    with open_checkpoint(place) as checkpoint:
+        return checkpoint.label, checkpoint.tokenizer, checkpoint.prompts
+
+
 def find(name: str | os.PathLike[str] | None) -> Checkpoint:
-    """The checkpoint of a model, or of an adapter's base. Raises as `resolve` and `weights.checkpoint.open_place`."""
-    return checkpoints.open_place(resolve(name))
+    """The checkpoint of a model, or of an adapter's base. Raises as `resolve` and `open_checkpoint`."""
+    return open_checkpoint(resolve(name))

@@ -55,9 +55,9 @@ def examine(members: list[Member]) -> dict[str, Any]:
 
     from gemkit.executors.native import library as native
     from gemkit.inspect import cost
+    from gemkit.memory import available_memory
     from gemkit.runtime import pack_cache
     from gemkit.weights import hub
-    from gemkit.weights.load import available_memory
 
     able, which = native.available()
     available = available_memory()

@@ -40,12 +40,11 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from gemkit.adapters.resolve import resolve
-    from gemkit.weights.checkpoint import vocabulary_of
+    from gemkit.adapters.resolve import vocabulary_of
 
     words = [*args.text, *([read_text(args.file)] if args.file else [])]
     _refuse_without_effect(args)
-    label, tokenizer, prompts = vocabulary_of(resolve(args.model, weights=False))
+    label, tokenizer, prompts = vocabulary_of(args.model)
     prompt = _prompt(args, words, tokenizer)
     if prompt.format not in prompts:
         say(f"note: {label} was trained to {', '.join(prompts)}, not to {prompt.format}")

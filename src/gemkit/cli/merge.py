@@ -42,7 +42,7 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.dtype not in (None, "float32", "bfloat16"):
         raise ConfigError(f"--dtype {args.dtype} is not one of bfloat16, float32")
-    from gemkit.weights.save import new_folder
+    from gemkit.weights.export.hf import new_folder
 
     new_folder(args.output)  # before anyone waits for a model that could not be saved
     # the sum is rounded once: what is stored in bfloat16 is summed in float32 and rounded back, what is not is rounded

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--calibration {args.calibration} cannot take effect with {why}")
     calibrate = not args.no_calibrate if args.calibration is None else read_text(args.calibration)
     text = None if args.evaluate is None else read_text(args.evaluate)
-    from gemkit.weights.save import new_folder
+    from gemkit.weights.export.hf import new_folder
 
     new_folder(args.output)  # before anyone waits for a model that could not be saved
     before = None if text is None else _perplexity(args, text)

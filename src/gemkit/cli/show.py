@@ -109,7 +109,10 @@ def _kinds_of(name: str) -> dict[str, tuple[str, int]]:
         entries = checkpoint.reader.entries
         dense = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
         return {
-            part.ours: (dense.get(entries[part.theirs].dtype, entries[part.theirs].dtype), entries[part.theirs].nbytes)
+            part.param_name: (
+                dense.get(entries[part.file_name].dtype, entries[part.file_name].dtype),
+                entries[part.file_name].nbytes,
+            )
             for part in checkpoint.parts
         }
 

@@ -155,7 +155,7 @@ def _opened(args: argparse.Namespace) -> Run:
 
 
 def _plan(args: argparse.Namespace, the_run: Run) -> int:
-    from gemkit.weights.load import available_memory
+    from gemkit.memory import available_memory
 
     plan, rate, available = the_run.plan(), the_run.rate(), available_memory()
     if args.json:

@@ -6,18 +6,17 @@ busy minute of the machine falls on both. Weights are random: neither rate nor m
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from gemkit import family
 from gemkit.errors import ConfigError
 from gemkit.inspect import Subject, compare, cost, units
+from gemkit.memory import resident_memory
 
 ROUNDS = 5
 NOISE = 0.2  # a spread of rounds from which a figure is doubtful
@@ -154,7 +153,7 @@ class Depths:
         """Seconds of decoding some tokens from here, which are then forgotten; resident bytes meanwhile."""
         mark = self.state.mark(0)
         seconds = _seconds(lambda: self.decode(self._tokens))
-        memory = resident()
+        memory = resident_memory()
         self.state.rollback(mark)
         return seconds, memory
 
@@ -163,15 +162,6 @@ def _seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def resident() -> int | None:
-    """Bytes of memory that this process occupies; None where the system does not tell."""
-    try:
-        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
-    except OSError:
-        return None
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Worker:
@@ -307,7 +297,7 @@ def _figures(
 
 def check_memory(plan: Plan) -> None:
     """Refuse what cannot fit before the machine starts to swap."""
-    from gemkit.weights.load import available_memory
+    from gemkit.memory import available_memory
 
     # while a buffer of keys grows, it is there as it was and half as large again
     needs = [

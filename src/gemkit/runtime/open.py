@@ -12,7 +12,7 @@ from gemkit.executors.native import library
 from gemkit.executors.native.executor import NativeExecutor
 from gemkit.runtime.options import LoadOptions
 from gemkit.runtime.pack_cache import load_native
-from gemkit.weights.checkpoint import Checkpoint, open_path
+from gemkit.weights.checkpoint import Checkpoint, open_checkpoint
 from gemkit.weights.report import Report
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ def open_runtime(checkpoint: Checkpoint, options: LoadOptions, *, progress: Prog
         native, reason = library.available()
     if native:
         runner, report = load_native(checkpoint, options, progress=progress)
-        path, label, member = checkpoint.path, checkpoint.label, checkpoint.member
+        place = checkpoint.place
 
         def modules() -> Module:
             from gemkit.weights.load import load_module
 
-            with open_path(path, label, member) as again:
+            with open_checkpoint(place) as again:
                 return load_module(again, **options.storage)[0]
 
         return Runtime(runner, report, modules)

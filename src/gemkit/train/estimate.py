@@ -9,9 +9,7 @@ gradients and the optimizer, the process itself.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from gemkit import family
 from gemkit.errors import ConfigError
 from gemkit.inspect.units import exact, memory
+from gemkit.memory import resident_memory
 from gemkit.nn import Batch, Decoder, PaliGemma, build
 from gemkit.ops.linear_cross_entropy import CHUNK, extra_bytes
 from gemkit.train.experiment import Experiment
@@ -36,6 +35,7 @@ from gemkit.train.trainer import blocks_again
 _SLACK = 1.08
 # Beside it what a run loads after its plan: a vocabulary of 262,144 pieces, libraries, what malloc keeps of loading.
 _LATER = 350_000_000
+_LIBRARIES = 400_000_000  # of the process without a model, where the system does not say
 # Time of a whole step over that of its products alone, at the rate that a product of its size is measured with.
 _OVERHEAD = 1.4
 
@@ -136,7 +136,7 @@ def predict(
         optimizer=8 * sum(trained.values()) + bytes_masters,
         activations=int(peak),
         loss=int(kept) + head,
-        process=_process_bytes() + _LATER,
+        process=(resident_memory() or _LIBRARIES) + _LATER,
         tokens=tokens,
         tokens_per_step=per_step,
         flops=(flops + head_flops) * per_step / tokens * (1 + (models - 1) / 3),
@@ -358,10 +358,3 @@ def _flops(func: Any, args: tuple[Any, ...], out: Any) -> float:
         query, key = args[1 if back else 0], args[2 if back else 1]
         return (10.0 if back else 4.0) * query.numel() * key.shape[-2]
     return 0.0
-
-
-def _process_bytes() -> int:
-    """Of this process, without the model: libraries and what Python holds."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 400_000_000

@@ -37,6 +37,7 @@ from gemkit.errors import ConfigError, TrainingError
 from gemkit.executors.torch import TorchExecutor
 from gemkit.family import Prompt
 from gemkit.generate import Request
+from gemkit.memory import available_memory
 from gemkit.nn import Decoder, PaliGemma, build
 from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import IMAGE
@@ -53,10 +54,10 @@ from gemkit.train.objectives import judges
 from gemkit.train.objectives.rl import Grpo
 from gemkit.train.trainer import Outcome, Progress, Trainer
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.load import available_memory, load_module
+from gemkit.weights.export.hf import save_hf
+from gemkit.weights.load import load_module
 from gemkit.weights.model_card import card, new_card
 from gemkit.weights.quantize import kind_of
-from gemkit.weights.save import save_hf
 
 MAX_LENGTH = 1024
 EXPERIMENT, LOCK = "experiment.toml", ".lock"
@@ -400,7 +401,9 @@ class Run:
         module.eval()
         if self.experiment.lora.rank:
             assert self.checkpoint is not None
-            lora.save(module, work, base=self.checkpoint.name, named=self.checkpoint.display_name, prompts=self.prompts)
+            lora.save(
+                module, work, base=self.checkpoint.place.name, named=self.checkpoint.display_name, prompts=self.prompts
+            )
         else:
             dtype = _DTYPES[self.experiment.save.dtype]
             save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype)

@@ -31,6 +31,7 @@ from torch.utils import deterministic as _deterministic
 
 from gemkit.errors import NoSpaceError, TrainingError
 from gemkit.inspect import curves
+from gemkit.memory import peak_memory
 from gemkit.train import nonfinite
 from gemkit.train.batching import Unit
 from gemkit.train.checkpoint import Checkpoints, Saved, replace_bytes
@@ -224,7 +225,7 @@ class Trainer:
             norm=norm,
             tokens=sum(len(example) for unit in units for example in unit),
             seconds=time.monotonic() - began,
-            peak_memory=peak_memory(self.model),
+            peak_memory=_peak_memory(self.model),
             metrics=metrics,
         )
         entry = {name: value for name, value in progress.__dict__.items() if name not in ("left", "steps", "metrics")}
@@ -466,14 +467,12 @@ def blocks_again(model: Any, on: bool) -> Iterator[None]:
             del block.forward  # the class's own again
 
 
-def peak_memory(model: Any) -> int:
+def _peak_memory(model: Any) -> int:
     """Bytes: of the process at most so far, or of the device."""
-    import resource
-
     device = model.norm.weight.device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory()
 
 
 def _due(step: int, every: int) -> bool:

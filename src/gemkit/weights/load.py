@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +15,14 @@ from torch.nn import Parameter
 from gemkit import family
 from gemkit.block_types import KINDS, Kind
 from gemkit.errors import ConfigError, WeightsError
+from gemkit.memory import available_memory
 from gemkit.nn import Decoder, PaliGemma, build
 from gemkit.nn.layers import Score
 from gemkit.ops import Quantized
 from gemkit.weights import quantize
-from gemkit.weights.checkpoint import FLOATS, SCORE, TIED_HEADS, Checkpoint
-from gemkit.weights.maps import Part
+from gemkit.weights.checkpoint import Checkpoint
+from gemkit.weights.fit import FLOATS, SCORE, TIED_HEADS
+from gemkit.weights.maps import Part, by_file_name
 from gemkit.weights.quantize import Rounding, Weights
 from gemkit.weights.report import Report
 
@@ -59,73 +60,99 @@ def load_module(
     """
     start = time.perf_counter()
     quantize.check(weights)
-    reader, entries = checkpoint.reader, checkpoint.reader.entries
-    parts = {part.ours: part for part in checkpoint.parts if part.ours.startswith(only)}
-    run_dtype = _run_dtype(dtype, {entries[part.theirs].dtype for part in parts.values()})
-    report = Report(dtype=str(run_dtype).removeprefix("torch."), notes=list(checkpoint.notes))
+    parts = [part for part in checkpoint.parts if part.param_name.startswith(only)]
+    run_dtype = _run_dtype(dtype, {checkpoint.reader.entries[part.file_name].dtype for part in parts})
     with torch.device("meta"):
         module = build(checkpoint.decoder, checkpoint.vision)
     kinds = {} if weights is None else _kinds(checkpoint, module, weights, quantized)
-    _check_room(checkpoint, run_dtype, torch.device(device), quantized, kinds)
+    _check_memory(checkpoint, run_dtype, torch.device(device), quantized, kinds)
+    report = Report(dtype=str(run_dtype).removeprefix("torch."), notes=list(checkpoint.description.notes))
+    loading = _Loading(checkpoint, module, parts, run_dtype, torch.device(device), quantized, kinds, report, progress)
     fitted = {name: kind for name, kind in kinds.items() if calibrate is not False and kind is not quantize.INT8}
-    total = sum(entries[name].nbytes for name in {part.theirs for part in parts.values()})
-    done, dense = 0, 0
-    rounded: Counter[str] = Counter()
-    by_tensor: dict[str, list[Part]] = {}  # several parameters may be rows of one tensor, which is then read once
-    for name, part in parts.items():
-        if name not in fitted:
-            by_tensor.setdefault(part.theirs, []).append(part)
-
-    def advance(name: str) -> None:
-        nonlocal done
-        done += entries[name].nbytes
-        if progress is not None:
-            progress(min(done, total), total)
-
-    for name, sharing in by_tensor.items():
-        stored = reader.read(name)
-        for part in sharing:
-            value = _part_of(stored, part)
-            kind = value.kind.name if isinstance(value, Quantized) else str(value.dtype).removeprefix("torch.")
-            if part.ours in kinds:
-                before, value = value, quantize.nearest(quantize.dense(value), kinds[part.ours], part.ours)
-                report.roundings.append(quantize.rounding(part.ours, before, value))
-            elif isinstance(value, Quantized) and not quantized:
-                value = value.dequantize()
-                dense += 1
-            if isinstance(value, Quantized):
-                module.hold(part.ours, value.to(device))
-                continue
-            cast = value.to(run_dtype)
-            if cast.dtype != value.dtype and not torch.equal(cast.to(value.dtype), value):
-                rounded[kind] += 1
-            module.hold(part.ours, Parameter(cast.to(device), requires_grad=False))
-        advance(name)
+    for name, sharing in by_file_name(part for part in parts if part.param_name not in fitted).items():
+        loading.read(name, sharing)
     module.embed_tokens.run_dtype = run_dtype
-    if SCORE in entries and only == ("",):
-        put_score(module, reader.read(SCORE))
+    if SCORE in checkpoint.reader.entries and only == ("",):
+        put_score(module, checkpoint.reader.read(SCORE))
     if fitted:
-
-        def take(name: str) -> Tensor | Quantized:
-            value = _part_of(reader.read(parts[name].theirs), parts[name])
-            advance(parts[name].theirs)
-            return value
-
         text = quantize.calibration_text() if calibrate is True else str(calibrate)
         ids = checkpoint.tokenizer.encode(text)
-        report.roundings += quantize.calibrate(module, fitted, take, checkpoint.tokenizer.bos, ids)
+        report.roundings += quantize.calibrate(module, fitted, loading.take, checkpoint.tokenizer.bos, ids)
     if only == ("",):
         _check_tied_heads(checkpoint, module, weights)
-    if dense:
-        report.notes.append(f"{dense} quantized weights were made dense")
+    report.notes += loading.notes()
     if weights is not None:
         report.notes += _quantizing(module, report.roundings, bool(fitted))
-    report.notes += [
-        f"{count} weights were rounded from {stored} to {report.dtype}" for stored, count in rounded.items()
-    ]
-    report.nbytes, report.nbytes_read = weight_bytes(module), total
+    report.notes += loading.casts()
+    report.nbytes, report.nbytes_read = weight_bytes(module), loading.total
     report.seconds = time.perf_counter() - start
     return module.eval(), report
+
+
+class _Loading:
+    """Tensors of a file on their way into a module, counted as they pass."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        module: Decoder | PaliGemma,
+        parts: Sequence[Part],
+        run_dtype: torch.dtype,
+        device: torch.device,
+        quantized: bool,
+        kinds: Mapping[str, Kind],
+        report: Report,
+        progress: Progress | None,
+    ):
+        self._reader, self._module, self._report, self._progress = checkpoint.reader, module, report, progress
+        self._parts = {part.param_name: part for part in parts}
+        self._run_dtype, self._device, self._quantized, self._kinds = run_dtype, device, quantized, kinds
+        self.total = sum(self._reader.entries[name].nbytes for name in {part.file_name for part in parts})
+        self._done = self._made_dense = 0
+        self._rounded: Counter[str] = Counter()  # weights by the dtype that they were stored in
+
+    def read(self, name: str, sharing: Sequence[Part]) -> None:
+        """Read a tensor once and put each parameter that is in it into the module."""
+        stored = self._reader.read(name)
+        for part in sharing:
+            self._put(part.param_name, _part_of(stored, part))
+        self._advance(name)
+
+    def take(self, param_name: str) -> Tensor | Quantized:
+        """A parameter as it is stored, for calibration."""
+        part = self._parts[param_name]
+        value = _part_of(self._reader.read(part.file_name), part)
+        self._advance(part.file_name)
+        return value
+
+    def _put(self, name: str, value: Tensor | Quantized) -> None:
+        stored_as = value.kind.name if isinstance(value, Quantized) else str(value.dtype).removeprefix("torch.")
+        if name in self._kinds:
+            before, value = value, quantize.nearest(quantize.dense(value), self._kinds[name], name)
+            self._report.roundings.append(quantize.rounding(name, before, value))
+        elif isinstance(value, Quantized) and not self._quantized:
+            value = value.dequantize()
+            self._made_dense += 1
+        if isinstance(value, Quantized):
+            self._module.hold(name, value.to(self._device))
+            return
+        cast = value.to(self._run_dtype)
+        if cast.dtype != value.dtype and not torch.equal(cast.to(value.dtype), value):
+            self._rounded[stored_as] += 1
+        self._module.hold(name, Parameter(cast.to(self._device), requires_grad=False))
+
+    def _advance(self, name: str) -> None:
+        self._done += self._reader.entries[name].nbytes
+        if self._progress is not None:
+            self._progress(min(self._done, self.total), self.total)
+
+    def notes(self) -> list[str]:
+        return [f"{self._made_dense} quantized weights were made dense"] if self._made_dense else []
+
+    def casts(self) -> list[str]:
+        """Notes on what the run dtype cannot hold."""
+        dtype = self._report.dtype
+        return [f"{count} weights were rounded from {stored} to {dtype}" for stored, count in self._rounded.items()]
 
 
 def put_score(module: Decoder | PaliGemma, weight_1D: Any) -> None:
@@ -143,13 +170,13 @@ def put_score(module: Decoder | PaliGemma, weight_1D: Any) -> None:
 
 
 def _kinds(checkpoint: Checkpoint, module: Decoder | PaliGemma, weights: Weights, quantized: bool) -> dict[str, Kind]:
-    """What each weight that must be quantized becomes."""
+    """The block type of each weight that is quantized on the way."""
     kinds = {}
     for part in checkpoint.parts:
-        stored = KINDS.get(checkpoint.reader.entries[part.theirs].dtype)
-        kind = quantize.kind_of(module, part.ours, weights)
+        stored = KINDS.get(checkpoint.reader.entries[part.file_name].dtype)
+        kind = quantize.kind_of(module, part.param_name, weights)
         if kind is not None and not (quantized and stored is not None and quantize.is_as_small(stored, kind)):
-            kinds[part.ours] = kind
+            kinds[part.param_name] = kind
     return kinds
 
 
@@ -196,13 +223,13 @@ def _part_of(stored: Tensor | Quantized, part: Part) -> Tensor | Quantized:
     if isinstance(stored, Quantized):
         if not part.plain:
             raise WeightsError(
-                f"{part.theirs} is stored as {stored.kind.name}; norms and fused matrices are never quantized"
+                f"{part.file_name} is stored as {stored.kind.name}; norms and fused matrices are never quantized"
             )
         return stored
     return part.take(stored)
 
 
-def _check_room(
+def _check_memory(
     checkpoint: Checkpoint, run_dtype: torch.dtype, device: torch.device, quantized: bool, kinds: Mapping[str, Kind]
 ) -> None:
     """Refuse what cannot fit, before the machine starts to swap or the process is killed."""
@@ -210,9 +237,9 @@ def _check_room(
         return
     needed = 0
     for part in checkpoint.parts:
-        entry = checkpoint.reader.entries[part.theirs]
-        if part.ours in kinds:
-            needed += math.prod(part.shape) * (sum(kinds[part.ours].bits) + 1) // 8
+        entry = checkpoint.reader.entries[part.file_name]
+        if part.param_name in kinds:
+            needed += math.prod(part.shape) * (sum(kinds[part.param_name].bits) + 1) // 8
         elif entry.dtype in FLOATS or not quantized:
             needed += math.prod(part.shape) * run_dtype.itemsize
         else:
@@ -222,18 +249,6 @@ def _check_room(
             f"{checkpoint.label} needs {needed / 1e9:.1f} GB in memory and {available / 1e9:.1f} GB are free: close "
             "something, use dtype=bfloat16 or weights=int4, or take a quantized .gguf of it"
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that a process can take without swapping; None where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return None
 
 
 def _check_tied_heads(checkpoint: Checkpoint, module: Decoder | PaliGemma, weights: Weights | None) -> None:

@@ -31,7 +31,7 @@ class Layout:
 
     shape: Shape  # of the tensor in the file
     rows: tuple[int, int] | None = None  # only these of its first axis are the parameter
-    turned: bool = False  # the last two axes are in the other order
+    transposed: bool = False  # the last two axes are in the other order
     plus_one: bool = False  # it is 1 + w
 
 
@@ -39,8 +39,8 @@ class Layout:
 class Part:
     """Where one of our parameters is in a file, and how."""
 
-    theirs: str
-    ours: str
+    file_name: str
+    param_name: str
     shape: Shape  # of the parameter
     layout: Layout
 
@@ -53,15 +53,32 @@ class Part:
         """The parameter, from the file's tensor."""
         if self.layout.rows is not None:
             stored = stored[self.layout.rows[0] : self.layout.rows[1]].clone()
-        if self.layout.turned:
+        if self.layout.transposed:
             stored = stored.transpose(-1, -2).contiguous()
         stored = stored.reshape(self.shape)
         return stored.float() - 1.0 if self.layout.plus_one else stored
 
     def give(self, value: Tensor) -> Tensor:
-        """The file's tensor, from the parameter: for layouts that we write."""
-        assert self.layout == Layout(self.layout.shape), "a reshape is all that a layout of ours asks"
-        return value.reshape(self.layout.shape)
+        """The file's tensor, or the rows `layout.rows` of it, from the parameter: the inverse of `take`.
+
+        The 1 of `1 + w` is added in float32. A parameter that `take` has given comes back to the same bits, since it is
+        a whole number of steps of the sum; one from elsewhere loses what is smaller than 2**-24.
+        """
+        if self.layout.plus_one:
+            value = value.float() + 1.0
+        rows = self.layout.rows
+        shape = self.layout.shape if rows is None else (rows[1] - rows[0], *self.layout.shape[1:])
+        if self.layout.transposed:
+            value = value.reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+        return value.reshape(shape).contiguous()
+
+
+def by_file_name(parts: Iterable[Part]) -> dict[str, list[Part]]:
+    """The parts of each tensor of a file, by the order of their rows: one, or those that the file has fused."""
+    found: dict[str, list[Part]] = {}
+    for part in parts:
+        found.setdefault(part.file_name, []).append(part)
+    return {name: sorted(sharing, key=lambda part: part.layout.rows or (0, 0)) for name, sharing in found.items()}
 
 
 # The layout of a parameter, from its name, its shape and the architecture.
@@ -73,32 +90,32 @@ def _as_it_is(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
 
 
 @dataclass(frozen=True)
-class Branch:
-    """A part of a model, and where files hang it."""
+class Submodel:
+    """A submodel, such as an image tower, and the prefixes of its parameters' names."""
 
-    ours: str = ""  # what our names of its parameters begin with
-    theirs: tuple[str, ...] = ("",)  # what published ones may begin with; the first is what we write
-    anchor: str = "embed_tokens.weight"  # the parameter whose published name tells which it is, without `ours`
+    prefix: str = ""  # of our names
+    file_prefixes: tuple[str, ...] = ("",)  # of published names: one of them; the first is what we write
+    anchor: str = "embed_tokens.weight"  # the parameter whose published name tells which it is, without `prefix`
     modules: str | None = None  # what Transformers' modules begin with, where its files do not: adapters go by these
 
 
 @dataclass(frozen=True)
 class NameMap:
-    """A table of (published name within its branch, our name) with `{i}` for the layer number."""
+    """A table of (published name within its submodel, our name) with `{i}` for the layer number."""
 
     format: Format
     table: tuple[tuple[str, str], ...]
     stored: Mapping[str, Stored] = field(default_factory=dict)  # our names, or their ends, that are not stored as is
-    branches: tuple[Branch, ...] = (Branch(),)
+    submodels: tuple[Submodel, ...] = (Submodel(),)
     ignored: tuple[str, ...] = ()  # regular expressions of published tensors that carry nothing for us
 
-    def theirs(self, ours: str) -> str:
+    def file_name(self, ours: str) -> str:
         """The published name of one of our parameters, in the layout that we write.
 
         Raises:
             KeyError: if the format has no such parameter.
         """
-        return self._branch(ours).theirs[0] + self.within(ours)
+        return self._submodel(ours).file_prefixes[0] + self.within(ours)
 
     def module(self, ours: str) -> str:
         """Transformers' name of one of our modules with a weight, which adapters are stored under.
@@ -112,12 +129,12 @@ class NameMap:
         """Names that Transformers has given to one of our modules with a weight, today's first."""
         if ours.removeprefix(_DECODER) == _HEAD:  # has no parameter of its own
             return (_HEAD, _DECODER + _HEAD)
-        branch, within = self._branch(ours), self.within(ours + ".weight").removesuffix(".weight")
-        beginnings = branch.theirs if branch.modules is None else (branch.modules, *branch.theirs)
+        submodel, within = self._submodel(ours), self.within(ours + ".weight").removesuffix(".weight")
+        beginnings = submodel.file_prefixes if submodel.modules is None else (submodel.modules, *submodel.file_prefixes)
         return tuple(dict.fromkeys(beginning + within for beginning in beginnings))
 
     def within(self, ours: str) -> str:
-        """The published name of one of our parameters within its branch.
+        """The published name of one of our parameters within its submodel.
 
         Raises:
             KeyError: if the format has no such parameter.
@@ -136,12 +153,14 @@ class NameMap:
         """
         published = set(published)
         prefixes = {}
-        for branch in self.branches:
-            anchor = self.within(branch.ours + branch.anchor)
-            prefixes[branch] = next((p for p in branch.theirs if p + anchor in published), branch.theirs[0])
+        for submodel in self.submodels:
+            anchor = self.within(submodel.prefix + submodel.anchor)
+            prefixes[submodel] = next(
+                (p for p in submodel.file_prefixes if p + anchor in published), submodel.file_prefixes[0]
+            )
         parts = []
         for ours, shape in shapes.items():
-            theirs = prefixes[self._branch(ours)] + self.within(ours)
+            theirs = prefixes[self._submodel(ours)] + self.within(ours)
             stored = next((how for end, how in self.stored.items() if ours.endswith(end)), _as_it_is)
             parts.append(Part(theirs, ours, shape, stored(ours, shape, decoder)))
         return parts
@@ -150,8 +169,8 @@ class NameMap:
         """Whether a published tensor may be left unread: a copy of the tied head, an image tower, a buffer."""
         return any(re.fullmatch(pattern, theirs) for pattern in self.ignored)
 
-    def _branch(self, ours: str) -> Branch:
-        found = next((branch for branch in self.branches if ours.startswith(branch.ours)), None)
+    def _submodel(self, ours: str) -> Submodel:
+        found = next((submodel for submodel in self.submodels if ours.startswith(submodel.prefix)), None)
         if found is None:
             raise KeyError(ours)
         return found
@@ -196,16 +215,16 @@ _GEMMA1_NORMS = (
     (_LAYER + "post_attention_layernorm.weight", _LAYER + "pre_feedforward_layernorm.weight"),  # sic: before the MLP
 )
 # causal LM; the text part of published image-and-text checkpoints, old and new; a bare model
-_HF_TEXT = (Branch(theirs=("model.", "language_model.model.", "model.language_model.", "")),)
+_HF_TEXT = (Submodel(file_prefixes=("model.", "language_model.model.", "model.language_model.", "")),)
 _HF_IGNORED = (
     r"(model\.)?vision_tower\..*",
     r"(model\.)?multi_modal_projector\..*",
     r".*\.rotary_emb\.inv_freq",
 )
 
-HF_GEMMA1 = NameMap("safetensors", _ENDS + _GEMMA1_NORMS + _MATRICES, branches=_HF_TEXT, ignored=_HF_IGNORED)
-HF_GEMMA2 = NameMap("safetensors", _ENDS + _FOUR_NORMS + _MATRICES, branches=_HF_TEXT, ignored=_HF_IGNORED)
-HF_GEMMA3 = NameMap("safetensors", _ENDS + _FOUR_NORMS + _QK_NORMS + _MATRICES, branches=_HF_TEXT, ignored=_HF_IGNORED)
+HF_GEMMA1 = NameMap("safetensors", _ENDS + _GEMMA1_NORMS + _MATRICES, submodels=_HF_TEXT, ignored=_HF_IGNORED)
+HF_GEMMA2 = NameMap("safetensors", _ENDS + _FOUR_NORMS + _MATRICES, submodels=_HF_TEXT, ignored=_HF_IGNORED)
+HF_GEMMA3 = NameMap("safetensors", _ENDS + _FOUR_NORMS + _QK_NORMS + _MATRICES, submodels=_HF_TEXT, ignored=_HF_IGNORED)
 
 
 def _hf_paligemma(text: NameMap) -> NameMap:
@@ -225,15 +244,15 @@ def _hf_paligemma(text: NameMap) -> NameMap:
             *((f"linear.{p}", f"{_PROJECTOR}linear.{p}") for p in _BIAS),
             *((theirs, _DECODER + ours) for theirs, ours in text.table),
         ),
-        branches=(
-            Branch(
+        submodels=(
+            Submodel(
                 _TOWER,
                 (_TOWER + "vision_model.", _TOWER, f"model.{_TOWER}", f"model.{_TOWER}vision_model."),
                 "embeddings.patch_embedding.weight",
                 modules=f"model.{_TOWER}",
             ),
-            Branch(_PROJECTOR, (_PROJECTOR, f"model.{_PROJECTOR}"), "linear.weight", modules=f"model.{_PROJECTOR}"),
-            Branch(_DECODER, (_DECODER + "model.", f"model.{_DECODER}"), modules=f"model.{_DECODER}"),
+            Submodel(_PROJECTOR, (_PROJECTOR, f"model.{_PROJECTOR}"), "linear.weight", modules=f"model.{_PROJECTOR}"),
+            Submodel(_DECODER, (_DECODER + "model.", f"model.{_DECODER}"), modules=f"model.{_DECODER}"),
         ),
         ignored=(
             r"(model\.)?vision_tower\.(vision_model\.)?head\..*",  # pools an image to one vector, which nothing reads
@@ -359,19 +378,19 @@ HF_GRIFFIN = NameMap(
         *_HF_GATES,
     ),
     stored={"conv_1d.weight": _hf_taps},
-    branches=(Branch(theirs=("model.", "")),),
+    submodels=(Submodel(file_prefixes=("model.", "")),),
 )
 
 
-def _turned(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
-    return Layout(shape[::-1], turned=True)
+def _transposed(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
+    return Layout(shape[::-1], transposed=True)
 
 
 def _of_pair(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:
     """The gated branch is first of two; a matrix is (in, out), a bias has axes for a batch and a sequence."""
     first = int("up_proj" in ours)
     whole = (2, *shape[::-1]) if len(shape) == 2 else (2, 1, 1, *shape)
-    return Layout(whole, (first, first + 1), turned=len(shape) == 2)
+    return Layout(whole, (first, first + 1), transposed=len(shape) == 2)
 
 
 _BLOCK = "blocks.{i}."
@@ -408,7 +427,7 @@ DEEPMIND_GRIFFIN = NameMap(
         ),
     ),
     stored={
-        "conv_1d.weight": _turned,
+        "conv_1d.weight": _transposed,
         **{f"{branch}_proj.{leaf}": _of_pair for branch in ("gate", "up") for leaf in _BIAS},
     },
 )

@@ -103,7 +103,7 @@ def test_what_does_not_fit_into_memory_is_refused(monkeypatch, scale, free, fits
         Subject("model", long_context.small(decoder) if scale == "small" else decoder) for decoder in decoders
     )
     plan = long_context.Plan((one, other), [4096], scale, 8, None, False)
-    monkeypatch.setattr("gemkit.weights.load.available_memory", lambda: int(free))
+    monkeypatch.setattr("gemkit.memory.available_memory", lambda: int(free))
     with nullcontext() if fits else pytest.raises(ConfigError, match="memory is free"):
         long_context.check_memory(plan)
 

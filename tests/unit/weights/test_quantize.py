@@ -14,10 +14,10 @@ from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Decoder
 from gemkit.ops.quantized import Quantized
 from gemkit.weights import quantize
+from gemkit.weights.export.hf import save_hf
 from gemkit.weights.formats.safetensors import SafetensorsReader
 from gemkit.weights.load import weight
 from gemkit.weights.quantize import INT4, INT5, INT8
-from gemkit.weights.save import save_hf
 from support.tiny import tiny
 from support.tiny_models import edit_config, tokenizer, write
 

@@ -96,7 +96,7 @@ def attach(objective: Objective, experiment: Experiment, module: Any) -> None:
             raise ConfigError("rl has nothing that rewards: options.reward=MODEL, or a function of yours by --reward")
         with find(named) as checkpoint:
             judge = load_module(checkpoint, device=module.norm.weight.device)[0]
-            for folder in checkpoint.adapters:
+            for folder in checkpoint.place.adapters:
                 lora.attach(judge, folder)
             objective.judge = judges.Reward(judge, checkpoint.tokenizer, checkpoint.prompts)
 

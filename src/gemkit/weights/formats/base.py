@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gemkit.errors import WeightsError, nearest
 from gemkit.files import DTYPES
@@ -29,8 +29,11 @@ MAX_AXES = 8  # more is a corrupt file: no tensor of the family has more than 4
 MAX_HEADER = 100_000_000  # bytes of JSON: what the safetensors library accepts too
 
 
+Format = Literal["safetensors", "gguf", "ckpt"]
+
+
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """A tensor in a file, unread."""
 
     name: str  # as the file has it
@@ -45,10 +48,13 @@ class Reader(ABC):
     """An open checkpoint of one or several files; also a context manager.
 
     Attributes:
-        path: what was opened.
+        format: the name of the format in the name tables.
+        path: the file or folder.
         entries: every tensor by its name in the file, in the file's order.
         metadata: what else the format keeps in its files, as plain Python values.
     """
+
+    format: ClassVar[Format]
 
     def __init__(self, path: str | os.PathLike[str]):
         """Open and check everything but the numbers.
@@ -57,7 +63,7 @@ class Reader(ABC):
             WeightsError: if it is not what this reader reads, or not all there, or contradicts itself.
         """
         self.path = Path(path)
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, TensorInfo] = {}
         self.metadata: dict[str, Any] = {}
         self._files: dict[Path, File] = {}
         try:
@@ -74,7 +80,7 @@ class Reader(ABC):
         self._files[path] = File(path)
         return self._files[path]
 
-    def _add(self, entry: Entry) -> None:
+    def _add(self, entry: TensorInfo) -> None:
         if entry.name in self.entries:
             raise WeightsError(f"{entry.path}: tensor {entry.name!r} appears twice")
         size, end = self._files[entry.path].size, entry.offset + entry.nbytes
@@ -93,12 +99,12 @@ class Reader(ABC):
         """
         return self._read_dense(self._entry(name))
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> TensorInfo:
         if name not in self.entries:
             raise WeightsError(f"{self.path}: no tensor {name!r}; {nearest(name, self.entries)}")
         return self.entries[name]
 
-    def _read_dense(self, entry: Entry) -> Tensor:
+    def _read_dense(self, entry: TensorInfo) -> Tensor:
         import torch
 
         data = torch.empty(entry.nbytes, dtype=torch.uint8)
@@ -120,7 +126,7 @@ class File:
     """An open file that knows its size and refuses to be read once it is another."""
 
     def __init__(self, path: Path):
-        """Raises: WeightsError, in words, for what people mistake for a checkpoint: see `_impostor`."""
+        """Raises: WeightsError, in words, for what people mistake for a checkpoint: see `describe_unknown_file`."""
         self.path = path
         try:
             if not path.is_file():  # opening a pipe would wait for its writer
@@ -130,9 +136,9 @@ class File:
             raise WeightsError(f"{str(path)!r} cannot be opened: {error}") from None
         self._stamp = self._status()
         self.size = self._stamp[0]
-        if impostor := _impostor(self.head()):
+        if found := describe_unknown_file(self.head(), certain=True):
             self.close()
-            raise WeightsError(f"{path} is {impostor}")
+            raise WeightsError(f"{path} is {found}")
 
     def _status(self) -> tuple[int, int]:
         status = os.fstat(self._raw.fileno())
@@ -168,15 +174,27 @@ class File:
         self._raw.close()
 
 
-def _impostor(head: bytes) -> str | None:
-    """What a file is that no format can be, and the way out."""
+def describe_unknown_file(head: bytes, *, certain: bool = False) -> str | None:
+    """A file that no reader here reads, in words, with the way out; None if its first bytes are not known.
+
+    Args:
+        certain: tell only of what can be the beginning of no format, whichever reader opens it.
+    """
+    text = head.lstrip().lower()
     if not head:
         return "empty (0 bytes): an interrupted download? Fetch it again."
-    text = head.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, not weights: a login or error page was saved under this name. Fetch it again, with access."
     if text.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the weights themselves: run `git lfs pull` in its folder."
+    if certain:
+        return None
+    if head.startswith(b"\x89HDF"):
+        return "an HDF5 file (Keras weights)"
+    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+        return "a bare pickle, which can run code when it is loaded and is never opened"
+    if head.startswith(b"FUGG"):
+        return "a byte-swapped GGUF file"
     return None
 
 
@@ -220,56 +238,6 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"{where} is JSON, but a {type(value).__name__} where an object should be")
     return value
-
-
-Format = Literal["safetensors", "gguf", "ckpt"]
-
-
-def sniff(path: str | os.PathLike[str]) -> Format:
-    """Which format a file or a folder holds, by its content.
-
-    Raises:
-        WeightsError: if it is none that is read here; the message says what it is instead, and the way out.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return _sniff_folder(path)
-    file = File(path)
-    try:
-        head = file.head()
-    finally:
-        file.close()
-    if head.startswith(b"GGUF"):
-        return "gguf"
-    if head.startswith(b"PK\x03\x04"):
-        return "ckpt"
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER:
-        return "safetensors"
-    if path.name.endswith(".index.json"):
-        return "ckpt" if ".bin." in path.name else "safetensors"
-    raise WeightsError(f"{path} is {_foreigner(head)}; safetensors, GGUF and gemma_pytorch .ckpt files are read")
-
-
-def _sniff_folder(folder: Path) -> Format:
-    kinds: tuple[tuple[Format, tuple[str, ...]], ...] = (
-        ("safetensors", ("*.safetensors", "*.safetensors.index.json")),
-        ("gguf", ("*.gguf",)),
-        ("ckpt", ("*.ckpt", "*.bin", "*.bin.index.json", "*.pt")),
-    )
-    for format, patterns in kinds:
-        if any(any(folder.glob(pattern)) for pattern in patterns):
-            return format
-    raise WeightsError(f"{folder} holds no safetensors, GGUF or .ckpt files")
-
-
-def _foreigner(head: bytes) -> str:
-    if head.startswith(b"\x89HDF"):
-        return "an HDF5 file (Keras weights)"
-    if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
-        return "a bare pickle, which can run code when it is loaded and is never opened"
-    if head.startswith(b"FUGG"):
-        return "a byte-swapped GGUF file"
-    return f"of an unknown format (it starts with {head[:8]!r})"
 
 
 def only_file(folder: Path, pattern: str) -> Path:

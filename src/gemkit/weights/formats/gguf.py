@@ -17,7 +17,7 @@ import numpy as np
 
 from gemkit.errors import WeightsError
 from gemkit.files import DTYPES
-from gemkit.weights.formats.base import Entry, File, Reader, count_elements, only_file
+from gemkit.weights.formats.base import File, Reader, TensorInfo, count_elements, only_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,6 +107,7 @@ class GGUFReader(Reader):
     reversed to PyTorch's order. `read` gives a Tensor for dense types and a `Quantized` for blocks.
     """
 
+    format = "gguf"
     version: int
 
     def _scan(self) -> None:
@@ -128,7 +129,7 @@ class GGUFReader(Reader):
             if offset % alignment:
                 raise WeightsError(f"{file.path}: tensor {name!r} is at {offset}, off the alignment of {alignment}")
             dtype, nbytes = _measure(f"{file.path}: tensor {name!r}", type_id, shape)
-            self._add(Entry(name, dtype, shape, file.path, start + offset, nbytes))
+            self._add(TensorInfo(name, dtype, shape, file.path, start + offset, nbytes))
         end, last = start, ""
         for entry in sorted(self.entries.values(), key=lambda entry: entry.offset):
             if entry.offset < end:

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 
 from gemkit.errors import WeightsError
 from gemkit.files import DTYPES
-from gemkit.weights.formats.base import Entry, File, Reader, count_elements
+from gemkit.weights.formats.base import File, Reader, TensorInfo, count_elements
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,7 +79,7 @@ class NpzReader(Reader):
         nbytes = count_elements(shape, where) * DTYPES[dtype][0]
         if header + nbytes != info.file_size:
             raise WeightsError(f"{where} of shape {shape} needs {header + nbytes:,} bytes, not {info.file_size:,}")
-        self.entries[name] = Entry(name, dtype, shape, self.path, info.header_offset, nbytes)
+        self.entries[name] = TensorInfo(name, dtype, shape, self.path, info.header_offset, nbytes)
         if fortran:
             self._fortran.add(name)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gemkit.block_types import KINDS
 from gemkit.errors import WeightsError
 from gemkit.files import DTYPES
-from gemkit.weights.formats.base import MAX_HEADER, Entry, File, Reader, count_elements, parse_json
+from gemkit.weights.formats.base import MAX_HEADER, File, Reader, TensorInfo, count_elements, parse_json
 from gemkit.weights.formats.shards import check_shard, read_index
 
 INDEX = "model.safetensors.index.json"
@@ -32,8 +32,10 @@ class SafetensorsReader(Reader):
     `metadata` is the header's `__metadata__` (strings to strings), of all shards together.
     """
 
+    format = "safetensors"
+
     def _scan(self) -> None:
-        self._planes: dict[str, dict[str, Entry]] = {}
+        self._planes: dict[str, dict[str, TensorInfo]] = {}
         target = _choose(self.path) if self.path.is_dir() else self.path
         if not target.name.endswith(".index.json"):
             self._scan_file(self._open(target))
@@ -80,9 +82,9 @@ class SafetensorsReader(Reader):
             self._planes[name] = planes
             codes = planes["codes"]
             nbytes = sum(entry.nbytes for entry in planes.values())
-            self.entries[name] = Entry(name, kind, shape, codes.path, codes.offset, nbytes)
+            self.entries[name] = TensorInfo(name, kind, shape, codes.path, codes.offset, nbytes)
 
-    def _take(self, name: str) -> Entry:
+    def _take(self, name: str) -> TensorInfo:
         entry = self._entry(name)
         del self.entries[name]
         return entry
@@ -97,7 +99,7 @@ class SafetensorsReader(Reader):
         return Quantized(KINDS[entry.dtype], planes, (entry.shape[0], entry.shape[1]))
 
 
-def _joined_shape(where: str, kind: str, planes: Mapping[str, Entry]) -> tuple[int, int]:
+def _joined_shape(where: str, kind: str, planes: Mapping[str, TensorInfo]) -> tuple[int, int]:
     """Shape of the weight that planes make up."""
     codes = planes["codes"].shape
     if len(codes) != 2:
@@ -145,7 +147,7 @@ def _read_header(file: File) -> tuple[dict, int]:
     return parse_json(text, f"the header of {file.path}"), 8 + length
 
 
-def _entry(path: Path, start: int, name: str, info: object) -> Entry:
+def _entry(path: Path, start: int, name: str, info: object) -> TensorInfo:
     where = f"{path}: tensor {name!r}"
     if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
         raise WeightsError(f"{where} is not described by dtype, shape and data_offsets")
@@ -160,4 +162,4 @@ def _entry(path: Path, start: int, name: str, info: object) -> Entry:
     begin, end = offsets
     if end - begin != nbytes:
         raise WeightsError(f"{where} is {nbytes:,} bytes by dtype and shape, {end - begin:,} by data_offsets")
-    return Entry(name, dtype, tuple(shape), path, start + begin, nbytes)
+    return TensorInfo(name, dtype, tuple(shape), path, start + begin, nbytes)

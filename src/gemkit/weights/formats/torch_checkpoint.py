@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemkit.errors import WeightsError
 from gemkit.files import DTYPES
-from gemkit.weights.formats.base import MAX_AXES, Entry, File, Reader, only_file
+from gemkit.weights.formats.base import MAX_AXES, File, Reader, TensorInfo, only_file
 from gemkit.weights.formats.shards import check_shard, read_index
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class CkptReader(Reader):
 
     `metadata` is what else the file's dict holds. Opening one imports torch.
     """
+
+    format = "ckpt"
 
     def _scan(self) -> None:
         target = self.path
@@ -123,7 +125,7 @@ def _unpickle(file: File) -> dict[str, Any]:
     return content
 
 
-def _entry(file: File, name: str, tensor: Tensor, records: dict[int, int]) -> Entry:
+def _entry(file: File, name: str, tensor: Tensor, records: dict[int, int]) -> TensorInfo:
     """A tensor that lies whole, dense and in order in a record of its own size.
 
     Anything else (sparse, strided, on a storage that is too small for its shape) says less than it unfolds to.
@@ -148,4 +150,4 @@ def _entry(file: File, name: str, tensor: Tensor, records: dict[int, int]) -> En
     begin, nbytes = int(tensor.storage_offset()) * tensor.element_size(), tensor.numel() * tensor.element_size()
     if record is None or records.get(record) != storage.nbytes() or begin + nbytes > storage.nbytes():
         raise WeightsError(f"{where} of {nbytes:,} bytes does not fit the record that it points to")
-    return Entry(name, dtype, tuple(tensor.shape), file.path, record + begin, nbytes)
+    return TensorInfo(name, dtype, tuple(tensor.shape), file.path, record + begin, nbytes)

@@ -14,9 +14,10 @@ import safetensors.torch
 import torch
 
 from gemkit.errors import WeightsError
-from gemkit.weights.formats.base import File, sniff
+from gemkit.weights.formats.base import File
 from gemkit.weights.formats.gguf import GGUFReader
 from gemkit.weights.formats.safetensors import SafetensorsReader
+from gemkit.weights.formats.sniff import sniff
 
 
 def in_a_fresh_process(code):
@@ -130,7 +131,8 @@ def test_headers_are_read_without_torch(files):
         from gemkit.weights.formats import gguf
         from gemkit.weights.formats import safetensors
         from gemkit.weights.formats import shards
-        base.sniff({str(files / "a")!r})
+        from gemkit.weights.formats import sniff
+        sniff.sniff({str(files / "a")!r})
         with safetensors.SafetensorsReader({str(files / "a")!r}) as reader:
             assert reader.entries["x"].shape == (2,)
         with gguf.GGUFReader({str(files / "b")!r}) as reader:

@@ -10,7 +10,7 @@ import torch
 
 from gemkit.errors import WeightsError
 from gemkit.files import DTYPES
-from gemkit.weights.formats.base import Entry
+from gemkit.weights.formats.base import TensorInfo
 from gemkit.weights.formats.safetensors import SafetensorsReader
 
 TENSORS = {
@@ -59,7 +59,7 @@ def test_an_entry_says_where_the_bytes_are(tmp_path):
     path = write(tmp_path / "x.safetensors", {"x": ONE}, data=b"abcdefgh")
     with SafetensorsReader(path) as reader:
         entry = reader.entries["x"]
-    assert entry == Entry("x", "F32", (2,), path, path.stat().st_size - 8, 8)
+    assert entry == TensorInfo("x", "F32", (2,), path, path.stat().st_size - 8, 8)
     assert path.read_bytes()[entry.offset :] == b"abcdefgh"
 
 

@@ -1,10 +1,10 @@
-"""A model to a folder that Transformers, and every other reader of the Hugging Face layout, loads unchanged."""
+"""Hugging Face's layout: a folder that Transformers, and every other reader of the layout, loads unchanged."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemkit import family
 from gemkit.errors import WeightsError
 from gemkit.family import Prompt
 from gemkit.files import atomic_folder, refuse_existing, write_safetensors
@@ -21,10 +20,9 @@ from gemkit.ops import Quantized
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import CHAT_TEMPLATE
 from gemkit.text.vocabulary import UNK
-from gemkit.weights import configs
-from gemkit.weights.checkpoint import SCORE
-from gemkit.weights.load import weight
-from gemkit.weights.maps import name_map
+from gemkit.weights import config_hf, config_vision
+from gemkit.weights.export.tensors import file_tensors
+from gemkit.weights.fit import SCORE
 
 SHARD_BYTES = 5_000_000_000  # as published checkpoints are cut
 
@@ -57,18 +55,18 @@ def save_hf(
         WeightsError: if the folder exists, or cannot be written; nothing is left behind then.
         ConfigError: if no published configuration can express the decoder.
     """
-    config = configs.to_hf(module.config, module.vision)
+    config = config_hf.to_hf(module.config, module.vision)
     if module.score is not None:
-        config = configs.as_reward_model(config)
+        config = config_hf.as_reward_model(config)
     with appearing(folder) as work:
-        kinds = _kinds(module) if quantized else {}
+        kinds: dict[str, str] | None = {} if quantized else None
         saved_as = _write_weights(module, work, dtype, kinds, shard_bytes)
-        quantization = configs.quantization_to_hf(kinds)
+        quantization = config_hf.quantization_to_hf(kinds or {})
         _write_json(work / "config.json", {**config, "dtype": saved_as, **quantization})
         if tokenizer is not None:
             _write_vocabulary(tokenizer, prompts, work)
         if module.vision is not None:
-            _write_json(work / "preprocessor_config.json", configs.preprocessor_to_hf(module.vision))
+            _write_json(work / "preprocessor_config.json", config_vision.preprocessor_to_hf(module.vision))
         if card is not None:
             (work / "README.md").write_text(card, encoding="utf-8")
     return Path(folder).expanduser()
@@ -120,23 +118,15 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _kinds(module: Decoder | PaliGemma) -> dict[str, str]:
-    """Block type of each quantized weight, by its published name."""
-    shapes = dict(family.parameters(module.config, module.vision))
-    parts = name_map("safetensors", module.config, module.vision).parts(module.config, shapes)
-    values = {part.theirs: weight(module, part.ours) for part in parts}
-    return {name: value.kind.name for name, value in values.items() if isinstance(value, Quantized)}
-
-
 def _write_weights(
-    module: Decoder | PaliGemma, folder: Path, dtype: torch.dtype | None, kinds: Mapping[str, str], shard_bytes: int
+    module: Decoder | PaliGemma, folder: Path, dtype: torch.dtype | None, kinds: dict[str, str] | None, shard_bytes: int
 ) -> str:
     dtypes: set[torch.dtype] = set()
     files: list[tuple[Path, list[str]]] = []
     total = 0
     for shard in _shards(_published(module, dtype, kinds), shard_bytes):
         path = folder / f"part-{len(files)}"
-        dtypes |= {value.dtype for name, value in shard.items() if name.rpartition(".")[0] not in kinds}
+        dtypes |= {value.dtype for name, value in shard.items() if name.rpartition(".")[0] not in (kinds or {})}
         total += sum(value.nbytes for value in shard.values())
         with open(path, "wb") as file:
             write_safetensors(file, shard, {"format": "pt"})
@@ -156,18 +146,17 @@ def _write_weights(
 
 
 def _published(
-    module: Decoder | PaliGemma, dtype: torch.dtype | None, kinds: Mapping[str, str]
+    module: Decoder | PaliGemma, dtype: torch.dtype | None, kinds: dict[str, str] | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight under its published name, on the CPU: the planes of those in `kinds`, the others dense."""
-    shapes = dict(family.parameters(module.config, module.vision))
-    for part in name_map("safetensors", module.config, module.vision).parts(module.config, shapes):
-        value = weight(module, part.ours)
-        if isinstance(value, Quantized) and part.theirs in kinds:
-            for plane, codes in value.planes.items():
-                yield f"{part.theirs}.{plane}", codes.cpu().contiguous()
-            continue
-        dense = value.dequantize() if isinstance(value, Quantized) else value.detach()
-        yield part.theirs, part.give(dense.to(device="cpu", dtype=dtype or dense.dtype).contiguous())
+    """Every weight under its published name; of quantized ones, if `kinds` is given, the planes, their block types into
+    `kinds`."""
+    for name, value in file_tensors(module, "safetensors", dtype=dtype, quantized=kinds is not None):
+        if isinstance(value, Quantized):
+            assert kinds is not None
+            kinds[name] = value.kind.name
+            yield from ((f"{name}.{plane}", codes.contiguous()) for plane, codes in value.planes.items())
+        else:
+            yield name, value
     if (score := module.score) is not None:
         yield SCORE, score.weight.detach().to(device="cpu", dtype=dtype).contiguous()
 

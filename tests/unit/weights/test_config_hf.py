@@ -6,7 +6,7 @@ import pytest
 
 from gemkit import family
 from gemkit.errors import ConfigError
-from gemkit.weights import configs
+from gemkit.weights import config_hf
 
 
 def with_layer(decoder: family.DecoderConfig, i: int, mixer: dict | None = None, ffw: dict | None = None):
@@ -30,12 +30,12 @@ def with_layer(decoder: family.DecoderConfig, i: int, mixer: dict | None = None,
 def test_layers_that_differ_in_shape_are_not_written(name, change, where):
     mixed = with_layer(family.get(name).decoder, 5, **change)
     with pytest.raises(ConfigError, match=f"can express this decoder: its {where}"):
-        configs.to_hf(mixed)
+        config_hf.to_hf(mixed)
 
 
 @pytest.mark.parametrize("name", ["gemma-2b", "gemma-2-27b", "gemma-3-4b", "recurrentgemma-9b"])
 def test_members_are_written_and_read(name):
     decoder = family.get(name).decoder
-    read = configs.from_hf(configs.to_hf(decoder), name)
+    read = config_hf.from_hf(config_hf.to_hf(decoder), name)
     assert all(abs(a.scale - b.scale) < 1e-9 for a, b in zip(read.attention, decoder.attention, strict=True))
     assert family.replace_layers(read, attention={"scale": decoder.attention[0].scale}) == decoder

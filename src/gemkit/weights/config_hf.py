@@ -1,4 +1,4 @@
-"""Architectures as published configuration files describe them <-> `family` data, for Hugging Face and GGUF.
+"""Decoders as Hugging Face's `config.json` describes them <-> `family` data.
 
 Files leave out what their own library had as a default at the time, so each model type's defaults stand here beside the
 keys. A setting that would change the numbers and that we do not implement is refused; keys that mean nothing to the
@@ -7,12 +7,13 @@ numbers are ignored. No key of a file ever names something to import.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from typing import Any
 
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.family import Attention, DecoderConfig, Global, Layer, Mixer, Mlp, Recurrent, Rope, Sliding, Vision, repeat
+from gemkit.weights.config_keys import Keys, refuse_differences, section
+from gemkit.weights.config_vision import paligemma_to_hf
 
 # Published defaults of the configuration classes, for keys that released files omit (the text configuration of
 # gemma-3-4b-pt names five keys only). Transformers 5.23, models/gemma*/configuration_gemma*.py
@@ -50,18 +51,6 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
     },
 }
-# The same of the image tower: models/siglip/configuration_siglip.py. Released files leave 224 pixels out.
-_SIGLIP_DEFAULTS = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_channels": 3,
-    "image_size": 224,
-    "patch_size": 16,
-    "hidden_act": "gelu_pytorch_tanh",
-    "layer_norm_eps": 1e-6,
-}
 _PATTERN = {"gemma2": 2, "gemma3_text": 6}  # every n-th layer is global
 _TANH_GELU = {"gelu_pytorch_tanh", "gelu"}  # "gelu" in old files means the tanh form: the models were trained with it
 
@@ -79,21 +68,21 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
     """
     kind = config.get("model_type")
     if kind == "paligemma":
-        text = _section(config, "text_config", where)
+        text = section(config, "text_config", where)
         if text.get("model_type", "gemma") not in ("gemma", "gemma2"):
             raise ConfigError(f"{where}: a text_config of model_type {text['model_type']!r}; known: gemma, gemma2")
         # prefixes are a matter of the batch here
         text = {"model_type": "gemma", **text, "use_bidirectional_attention": None}
         return from_hf(text, f"{where}: text_config")
     if kind == "gemma3":  # text and image: the text decoder is nested
-        text = _section(config, "text_config", where)
+        text = section(config, "text_config", where)
         # the table of the released image checkpoints has 64 rows for image placeholders that text never uses
         return from_hf({"tie_word_embeddings": True, **text, "model_type": "gemma3_text"}, f"{where}: text_config")
     if not isinstance(kind, str) or kind not in _HF_DEFAULTS:
         raise WeightsError(
             f"{where}: model_type {kind!r} is not one that is read here: {', '.join(_HF_DEFAULTS)}, gemma3, paligemma"
         )
-    keys = _Keys({**_HF_DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None}}, where)
+    keys = Keys({**_HF_DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None}}, where)
     _refuse_other_numerics(keys)
     if kind == "recurrent_gemma":
         return _hf_griffin(keys)
@@ -118,51 +107,6 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
         final_softcap=softcap("final_logit_softcapping"),
         norm_eps=keys.number("rms_norm_eps", 1e-6),
     )
-
-
-def vision_from_hf(config: Mapping[str, Any], where: str) -> Vision | None:
-    """The image tower that a `config.json` describes, if it is one that runs here. Raises as `from_hf` does."""
-    if config.get("model_type") != "paligemma":
-        return None
-    text = _section(config, "text_config", where)
-    tower = _section(config, "vision_config", where)
-    if tower.get("model_type", "siglip_vision_model") != "siglip_vision_model":
-        raise ConfigError(f"{where}: a tower of model_type {tower['model_type']!r}; known: siglip_vision_model")
-    given = {k: v for k, v in tower.items() if v is not None}
-    keys = _Keys({**_SIGLIP_DEFAULTS, **given}, f"{where}: vision_config")
-    for name, only in (("hidden_act", "gelu_pytorch_tanh"), ("num_channels", 3)):
-        if keys.get(name) != only:
-            raise ConfigError(f"{keys.where}: {name}={keys.get(name)!r}; {only!r} is implemented")
-    if (projected := config.get("projection_dim")) not in (None, text.get("hidden_size")):
-        raise ConfigError(f"{where}: projection_dim={projected!r} is not the decoder's {text.get('hidden_size')!r}")
-    image_token = _image_token(config, where)
-    if image_token >= (rows := _Keys(text, f"{where}: text_config").whole("vocab_size", 256_000)):
-        raise ConfigError(
-            f"{where}: image_token_index={image_token} has no row in a vocabulary of {rows}: the released tables have "
-            "257,216"
-        )
-    return Vision(
-        image_size=keys.whole("image_size"),
-        patch_size=keys.whole("patch_size"),
-        width=keys.whole("hidden_size"),
-        depth=keys.whole("num_hidden_layers"),
-        num_heads=keys.whole("num_attention_heads"),
-        mlp_width=keys.whole("intermediate_size"),
-        norm_eps=keys.number("layer_norm_eps"),
-        image_token=image_token,
-    )
-
-
-def _image_token(config: Mapping[str, Any], where: str) -> int:
-    keys = _Keys(config, where)
-    return keys.whole("image_token_index" if keys.get("image_token_index") is not None else "image_token_id")
-
-
-def _section(config: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
-    found = config.get(name)
-    if not isinstance(found, Mapping):
-        raise WeightsError(f"{where}: model_type {config.get('model_type')!r} without a {name}")
-    return found
 
 
 QUANT_METHOD = "gemkit"
@@ -194,7 +138,7 @@ def quantization_to_hf(kinds: Mapping[str, str]) -> dict[str, Any]:
     return {"quantization_config": {"quant_method": QUANT_METHOD, "kinds": dict(kinds)}} if kinds else {}
 
 
-def _refuse_other_numerics(keys: _Keys) -> None:
+def _refuse_other_numerics(keys: Keys) -> None:
     for name in ("hidden_activation", "hidden_act"):
         if keys.get(name) not in (None, *_TANH_GELU):
             raise ConfigError(f"{keys.where}: {name}={keys.get(name)!r}; the family uses gelu_pytorch_tanh")
@@ -207,7 +151,7 @@ def _refuse_other_numerics(keys: _Keys) -> None:
         raise ConfigError(f"{keys.where}: tie_word_embeddings=False; every member ties its head to its embedding")
 
 
-def _hf_layers(kind: str, keys: _Keys, heads: Mapping[str, Any]) -> tuple[Layer, ...]:
+def _hf_layers(kind: str, keys: Keys, heads: Mapping[str, Any]) -> tuple[Layer, ...]:
     ropes, ffw = _hf_ropes(kind, keys), Mlp(keys.whole("intermediate_size"))
     depth = keys.whole("num_hidden_layers")
     full = Global(rope=ropes["full_attention"], **heads)
@@ -226,7 +170,7 @@ def _hf_layers(kind: str, keys: _Keys, heads: Mapping[str, Any]) -> tuple[Layer,
     return tuple(Layer(kinds[t], ffw) for t in types)
 
 
-def _hf_ropes(kind: str, keys: _Keys) -> dict[str, Rope]:
+def _hf_ropes(kind: str, keys: Keys) -> dict[str, Rope]:
     """By layer type. Newer files nest `rope_parameters`, older ones have flat keys and `rope_scaling`."""
     nested = keys.get("rope_parameters")
     if isinstance(nested, Mapping):
@@ -237,7 +181,7 @@ def _hf_ropes(kind: str, keys: _Keys) -> dict[str, Rope]:
         by_type = {"full_attention": full, "sliding_attention": local}
     ropes = {}
     for layer_type, given in by_type.items():
-        rope = _Keys(given or {}, f"{keys.where}: rope of {layer_type}")
+        rope = Keys(given or {}, f"{keys.where}: rope of {layer_type}")
         form = rope.get("rope_type") or rope.get("type") or "default"
         if form not in ("default", "linear"):
             raise ConfigError(f"{rope.where}: rope_type={form!r} is not implemented; known: default, linear")
@@ -251,7 +195,7 @@ def _hf_ropes(kind: str, keys: _Keys) -> dict[str, Rope]:
 _BLOCK_TYPES = ("layers_block_type", "layer_types", "_block_types", "block_types")
 
 
-def _hf_griffin(keys: _Keys) -> DecoderConfig:
+def _hf_griffin(keys: Keys) -> DecoderConfig:
     heads, width = keys.whole("num_attention_heads"), keys.whole("hidden_size")
     both_branches = keys.whole("intermediate_size")
     if width % heads or both_branches % 2:
@@ -261,7 +205,7 @@ def _hf_griffin(keys: _Keys) -> DecoderConfig:
         )
     head_dim = keys.whole("head_dim", width // heads)
     given = keys.get("rope_parameters")
-    rope = _Keys({"partial_rotary_factor": 0.5, **given}, keys.where) if isinstance(given, Mapping) else keys
+    rope = Keys({"partial_rotary_factor": 0.5, **given}, keys.where) if isinstance(given, Mapping) else keys
     if rope.get("rope_type") not in (None, "default"):
         raise ConfigError(f"{keys.where}: rope_type={rope.get('rope_type')!r} is not implemented; known: default")
     recurrent = Recurrent(keys.whole("lru_width", width), heads, keys.whole("conv1d_width"))
@@ -306,7 +250,7 @@ def to_hf(decoder: DecoderConfig, vision: Vision | None = None) -> dict[str, Any
         ConfigError: if no published configuration class can express it.
     """
     if vision is not None:
-        return _to_hf_paligemma(decoder, vision)
+        return paligemma_to_hf(to_hf(decoder), decoder, vision)
     if decoder.recurrent:
         return _expressed(_to_hf_griffin(decoder), decoder)
     first = decoder.attention[0]
@@ -346,59 +290,6 @@ def as_reward_model(config: dict[str, Any]) -> dict[str, Any]:
     architectures = config["architectures"] if name is None else [f"{name}ForSequenceClassification"]
     label = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
     return {**config, "architectures": architectures, "problem_type": "regression", **label}
-
-
-def _to_hf_paligemma(decoder: DecoderConfig, vision: Vision) -> dict[str, Any]:
-    text = to_hf(decoder)
-    if text["model_type"] not in ("gemma", "gemma2"):
-        raise ConfigError(
-            f"no published configuration of model_type 'paligemma' has a text decoder of {text['model_type']!r}"
-        )
-    tower = {
-        "model_type": "siglip_vision_model",
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_size": vision.width,
-        "num_hidden_layers": vision.depth,
-        "num_attention_heads": vision.num_heads,
-        "intermediate_size": vision.mlp_width,
-        "layer_norm_eps": vision.norm_eps,
-        "num_image_tokens": vision.num_patches,
-        "projection_dim": decoder.width,
-        "hidden_act": "gelu_pytorch_tanh",
-        "vision_use_head": False,
-    }
-    config = {
-        "architectures": ["PaliGemmaForConditionalGeneration"],
-        "model_type": "paligemma",
-        "image_token_index": vision.image_token,
-        "projection_dim": decoder.width,
-        "hidden_size": decoder.width,
-        "vocab_size": decoder.vocab_size,
-        "tie_word_embeddings": True,
-        **{name: text[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
-        "text_config": {**text, "num_image_tokens": vision.num_patches},
-        "vision_config": tower,
-    }
-    assert vision_from_hf(config, "config.json") == vision
-    return config
-
-
-def preprocessor_to_hf(vision: Vision) -> dict[str, Any]:
-    """The `preprocessor_config.json` that goes with an image tower: as released, bicubic, to -1 to 1."""
-    return {
-        "image_processor_type": "SiglipImageProcessor",
-        "processor_class": "PaliGemmaProcessor",
-        "image_seq_length": vision.num_patches,
-        "do_resize": True,
-        "size": {"height": vision.image_size, "width": vision.image_size},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
 
 
 def _to_hf_common(decoder: DecoderConfig, attention: Attention) -> dict[str, Any]:
@@ -448,37 +339,10 @@ def _to_hf_griffin(decoder: DecoderConfig) -> dict[str, Any]:
 
 
 def _expressed(config: dict[str, Any], decoder: DecoderConfig) -> dict[str, Any]:
-    """A configuration, if the decoder is what it says.
-
-    Raises:
-        ConfigError: if it is not; the message names the first field that it would lose.
-    """
+    """The configuration, if the decoder is what it says; a ConfigError if not."""
     read = from_hf(config, "config.json")
-    for where, ours, theirs in _differences(decoder, read):
-        raise ConfigError(
-            f"no published configuration of model_type {config['model_type']!r} can express this decoder: its {where} "
-            f"is {ours!r}, and would be read as {theirs!r}"
-        )
+    refuse_differences(decoder, read, f"no published configuration of model_type {config['model_type']!r}")
     return config
-
-
-def _differences(a: DecoderConfig, b: DecoderConfig) -> Iterator[tuple[str, Any, Any]]:
-    """Field and both values wherever two decoders differ by more than the last bits of a number."""
-    for field in fields(DecoderConfig):
-        ours, theirs = getattr(a, field.name), getattr(b, field.name)
-        if field.name != "layers" and ours != theirs:
-            yield field.name, ours, theirs
-    for i, (ours, theirs) in enumerate(zip(a.layers, b.layers, strict=True)):
-        if type(ours.mixer) is not type(theirs.mixer):
-            yield f"layer {i}", ours, theirs
-            continue
-        for part in ("mixer", "ffw"):
-            mine, other = getattr(ours, part), getattr(theirs, part)
-            for field in fields(mine):
-                x, y = getattr(mine, field.name), getattr(other, field.name)
-                # `x ** -0.5 ** -2` is not always x to the last bit
-                if x != y and not (field.name == "scale" and abs(x - y) < 1e-9):
-                    yield f"{field.name} in the {part} of layer {i}", x, y
 
 
 def _hf_rope(rope: Rope) -> dict[str, Any]:
@@ -488,88 +352,3 @@ def _hf_rope(rope: Rope) -> dict[str, Any]:
 
 def _whole_if_close(value: float) -> float | int:
     return round(value) if abs(value - round(value)) < 1e-6 else value
-
-
-def from_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str) -> DecoderConfig:
-    """The decoder that a GGUF's metadata describes; `vocab_size` counts the rows of its embedding.
-
-    Layer pattern, local rope base and (by the number of layers, as in llama.cpp) the query scale of the 27B models
-    are not in the files: the architecture implies them.
-    """
-    kind = metadata.get("general.architecture")
-    if kind not in ("gemma", "gemma2", "gemma3"):
-        raise WeightsError(f"{where}: architecture {kind!r} is not one that is read here: gemma, gemma2, gemma3")
-    keys = _Keys({k.removeprefix(f"{kind}."): v for k, v in metadata.items() if k.startswith(f"{kind}.")}, where)
-    width, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
-    depth, head_dim = keys.whole("block_count"), keys.whole("attention.key_length")
-    if keys.whole("attention.value_length", head_dim) != head_dim:
-        raise ConfigError(
-            f"{where}: key_length={head_dim} and value_length={keys.get('attention.value_length')} differ"
-        )
-    if keys.get("rope.scaling.type") not in (None, "none", "linear"):
-        raise ConfigError(f"{where}: rope.scaling.type={keys.get('rope.scaling.type')!r}; known: none, linear")
-    factor = keys.number("rope.scaling.factor", 1.0) if keys.get("rope.scaling.type") == "linear" else 1.0
-    base = keys.number("rope.freq_base", 1_000_000.0 if kind == "gemma3" else 10_000.0)
-    local = Rope(keys.number("rope.freq_base_swa", 10_000.0)) if kind == "gemma3" else Rope(base, factor)
-    if depth > 1_000:  # an absurd count must not become a tuple of that length
-        raise ConfigError(f"{where}: block_count={depth} is beyond any member (62 at most)")
-    wide = (kind, depth) in (("gemma2", 46), ("gemma3", 62))
-    numbers: dict[str, Any] = {
-        "heads": heads,
-        "kv_heads": keys.whole("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "scale": (width // heads if wide else head_dim) ** -0.5,
-        "softcap": keys.optional_number("attn_logit_softcapping", 50.0 if kind == "gemma2" else None),
-        "qk_norm": kind == "gemma3",
-    }
-    pattern = [Global(rope=Rope(base, factor), **numbers)]
-    if kind != "gemma":
-        sliding = Sliding(keys.whole("attention.sliding_window", 4096), rope=local, **numbers)
-        pattern = [*[sliding] * (1 if kind == "gemma2" else 5), *pattern]
-    return DecoderConfig(
-        vocab_size=vocab_size,
-        width=width,
-        layers=repeat(*pattern, ffw=Mlp(keys.whole("feed_forward_length")), total=depth),
-        max_context=keys.whole("context_length"),
-        post_norms=kind != "gemma",
-        final_softcap=keys.optional_number("final_logit_softcapping", 30.0 if kind == "gemma2" else None),
-        norm_eps=_float32_as_written(keys.number("attention.layer_norm_rms_epsilon", 1e-6)),
-    )
-
-
-def _float32_as_written(value: float) -> float:
-    """The shortest decimal that the float32 of a GGUF stands for: 1e-06, not 9.999999974752427e-07."""
-    return float(f"{value:.7g}")
-
-
-class _Keys:
-    """Typed access to untrusted keys."""
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self._values = values
-        self.where = where
-
-    def get(self, name: str) -> Any:
-        return self._values.get(name)
-
-    def whole(self, name: str, default: int | None = None) -> int:
-        value = self._values.get(name, default)
-        if value is None:
-            raise WeightsError(f"{self.where}: {name} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise WeightsError(f"{self.where}: {name}={value!r} must be a whole number from 1")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.optional_number(name, default)
-        if value is None:
-            raise WeightsError(f"{self.where}: {name} is missing")
-        return value
-
-    def optional_number(self, name: str, default: float | None = None) -> float | None:
-        value = self._values.get(name, default)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise WeightsError(f"{self.where}: {name}={value!r} must be a number")
-        return float(value)

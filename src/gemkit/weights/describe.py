@@ -1,0 +1,201 @@
+"""The description of a checkpoint: its architecture, its tokenizer and what it was trained to answer.
+
+Nothing here imports torch: printing or comparing a checkpoint costs reading its headers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemkit.errors import WeightsError
+from gemkit.family import DecoderConfig, Member, Prompt, Vision
+from gemkit.text import Tokenizer
+from gemkit.text.prompts import FIM_PREFIX
+from gemkit.text.vocabulary import IMAGE
+from gemkit.weights import config_gguf, config_hf, config_vision
+from gemkit.weights.fit import member_of
+from gemkit.weights.formats.base import MAX_HEADER, Reader, parse_json
+from gemkit.weights.formats.safetensors import SafetensorsReader
+from gemkit.weights.resolve import Place
+
+# Tables are padded past the tokenizer's pieces: 128 rows in Gemma's original, 64 in Gemma 3's image checkpoints.
+_PADDING_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Description:
+    """The architecture of a checkpoint."""
+
+    decoder: DecoderConfig
+    vision: Vision | None = None
+    member: Member | None = None  # by its name, or by its shapes where a file has no configuration
+    notes: tuple[str, ...] = ()  # for the user: how it was read
+
+
+def describe(reader: Reader, place: Place) -> Description:
+    """The architecture: from the configuration that came with the tensors, or else from their shapes.
+
+    Raises:
+        WeightsError: if there is no configuration where one belongs, or it is of another family.
+        ConfigError: for a setting that is not implemented.
+    """
+    match reader.format:
+        case "gguf":
+            table = reader.entries.get("token_embd.weight")
+            if table is None or len(table.shape) != 2:
+                raise WeightsError(f"{place.label}: token_embd.weight is missing or not a matrix")
+            return Description(config_gguf.from_gguf(reader.metadata, table.shape[0], place.label), None, place.member)
+        case "safetensors":
+            return _describe_folder(reader, place)
+        case "ckpt":
+            member = place.member or member_of(reader, place.label)
+            return Description(member.decoder, None, member)
+
+
+def _describe_folder(reader: Reader, place: Place) -> Description:
+    if not (place.folder / "config.json").is_file():
+        raise WeightsError(
+            f"{place.label}: there is no config.json in {place.folder}: copy it from where the weights come from"
+        )
+    config = read_json(place.folder / "config.json")
+    if (kinds := config_hf.kinds(config, place.label)) and isinstance(reader, SafetensorsReader):
+        reader.join(kinds)
+    vision = config_vision.vision_from_hf(config, place.label)
+    left_out = vision is None and "vision_config" in config
+    notes = ("the image tower is left out: the text decoder alone is loaded",) if left_out else ()
+    return Description(config_hf.from_hf(config, place.label), vision, place.member, notes)
+
+
+# ── tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_tokenizer(reader: Reader, place: Place, description: Description) -> Tokenizer:
+    """The tokenizer that came with the weights.
+
+    Raises:
+        WeightsError: if there is none, or if it is another model's.
+    """
+    if reader.format == "gguf":
+        tokenizer = _tokenizer_in_metadata(reader.metadata, place.label)
+    else:
+        tokenizer = _tokenizer_in(place.folder, description.member)
+    vision = description.vision
+    if vision is not None and vision.image_token != (image := tokenizer.id(IMAGE)):
+        raise WeightsError(
+            f"{place.label}: its image_token_index is {vision.image_token}, and {IMAGE} is token {image} of its "
+            "tokenizer: they belong to different models"
+        )
+    rows, pieces = description.decoder.vocab_size, len(tokenizer)
+    # Gemma 3's tokenizer.json has an image token that the tables of its text models have no row for
+    beyond = [i for i in range(rows, pieces) if not tokenizer.is_control(i)] if pieces - rows < 10 else [rows]
+    if beyond or rows > pieces + _PADDING_ROWS:
+        raise WeightsError(
+            f"{place.label}: the tokenizer has {pieces} pieces and the embedding {rows} rows: "
+            "they belong to different models"
+        )
+    return tokenizer
+
+
+def _tokenizer_in_metadata(metadata: dict[str, Any], label: str) -> Tokenizer:
+    try:
+        columns = [metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")]
+    except KeyError as error:
+        raise WeightsError(f"{label}: the GGUF has no {error.args[0]}: its vocabulary is missing") from None
+    return Tokenizer.from_pieces(*columns)
+
+
+def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:
+    for name, read in (("tokenizer.model", Tokenizer.from_model), ("tokenizer.json", Tokenizer.from_json)):
+        if (folder / name).is_file():
+            tokenizer = read(folder / name)
+            if _shows_images(folder, member):
+                return tokenizer.with_places()
+            return tokenizer.with_infill() if _names_infilling(folder, member) else tokenizer
+    raise WeightsError(
+        f"there is no tokenizer.model or tokenizer.json in {folder}: copy one from where the weights come from"
+    )
+
+
+def _names_infilling(folder: Path, member: Member | None) -> bool:
+    """Whether four unused pieces are CodeGemma's: its tokenizer.model may not say so, what lies beside it does."""
+    if member is not None:
+        return member.vocabulary == "codegemma"
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and FIM_PREFIX in str(read_json(settings))
+
+
+def _shows_images(folder: Path, member: Member | None) -> bool:
+    """Whether the vocabulary is PaliGemma's: its tokenizer.model may lack the places, or only `<image>`."""
+    if member is not None:
+        return member.vocabulary == "paligemma"
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_type") == "paligemma"
+
+
+# ── prompts ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prompts_of(reader: Reader, place: Place, description: Description, tokenizer: Tokenizer) -> tuple[Prompt, ...]:
+    """The prompt formats that it was trained on: by the member's data, else by what the files say of themselves."""
+    if reader.format == "gguf" and description.member is None:
+        found = _prompts(tokenizer, "tokenizer.chat_template" in reader.metadata)
+    else:
+        found = _prompts_in(place.folder, description.member, tokenizer, description.vision is not None)
+    return with_adapters(found, place.adapters)
+
+
+def vocabulary_of(place: Place) -> tuple[Tokenizer, tuple[Prompt, ...]]:
+    """The tokenizer and the prompt formats in a folder of the Hugging Face layout, without its weights.
+
+    Raises:
+        WeightsError: if there is no tokenizer.
+    """
+    tokenizer = _tokenizer_in(place.folder, place.member)
+    found = _prompts_in(place.folder, place.member, tokenizer, _shows_images(place.folder, place.member))
+    return tokenizer, with_adapters(found, place.adapters)
+
+
+def _prompts_in(folder: Path, member: Member | None, tokenizer: Tokenizer, images: bool) -> tuple[Prompt, ...]:
+    if member is not None:
+        return member.prompts
+    return ("image",) if images else _prompts(tokenizer, _has_chat_template(folder))
+
+
+def _prompts(tokenizer: Tokenizer, has_chat_template: bool) -> tuple[Prompt, ...]:
+    found: list[Prompt] = ["complete"]
+    if has_chat_template:
+        found.append("chat")
+    if FIM_PREFIX in tokenizer:
+        found.append("infill")
+    return tuple(found)
+
+
+def with_adapters(prompts: tuple[Prompt, ...], folders: Iterable[Path]) -> tuple[Prompt, ...]:
+    """The prompt formats of a model with adapters: one that was tuned for chat has a chat template in its folder."""
+    if "chat" not in prompts and any(map(_has_chat_template, folders)):
+        return (*prompts, "chat")
+    return prompts
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and "chat_template" in read_json(settings)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a small file.
+
+    Raises:
+        WeightsError: if it is something else.
+    """
+    try:
+        if path.stat().st_size > MAX_HEADER:
+            raise WeightsError(f"{path}: {path.stat().st_size:,} bytes is too large for a configuration")
+        return parse_json(path.read_bytes(), str(path))
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror}") from error
