@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 import zlib
 from typing import get_args
@@ -473,3 +474,17 @@ def test_arrays_of_another_resolution_are_refused(model):
     assert state.lengths == {0: 0}
     with pytest.raises(ImageError):
         model.caption(np.zeros((2, 2, 7), np.uint8))
+
+
+def test_an_opened_packed_model_answers_without_torch(models, model, picture):
+    """In a process of its own, which finds the tower and the decoder in one packed file."""
+    program = """
+import sys
+import gemkit
+print(gemkit.load(sys.argv[1]).ask(sys.argv[2], "what?", max_tokens=4, temperature=0).ids)
+assert "torch" not in sys.modules
+"""
+    command = [sys.executable, "-c", program, str(models / "image"), str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(model.ask(picture, "what?", max_tokens=4, temperature=0).ids)

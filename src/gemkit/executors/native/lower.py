@@ -241,7 +241,8 @@ class _Lowering:
 
     def _attend_within(self, node: Node, q: Slice, k: Slice, v: Slice, length: int) -> None:
         """Attention of the patches of an image to one another, of which nothing is remembered."""
-        if not q.width == k.width == v.width or node.operands["softcap"] or node.operands["window"]:
+        to_all = node.operands["window"] == (None, None) and not node.operands["softcap"]
+        if not (to_all and q.width == k.width == v.width):
             raise ModelError(
                 f"{node.scope}: attention within an image has as many key/value heads as query heads and neither a "
                 "window nor a cap in the native executor; --executor torch runs this"

@@ -1,5 +1,8 @@
 """The image tower in C++ against the modules that it was traced from."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -67,6 +70,40 @@ def test_an_image_has_the_same_features_alone():
     module, shown = randomised(WIDE), images(WIDE, 3)
     ours = tower(module)
     assert np.array_equal(ours.features(shown), np.concatenate([ours.features([image]) for image in shown]))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_features(isa, tmp_path):
+    """In a process of its own: kernels are chosen once. Where the machine lacks a set, nothing is computed."""
+    module, shown = randomised(TOWER), images(TOWER, 2)
+    packed = pack(module, tmp_path / "model")
+    np.save(tmp_path / "expected.npy", tower(module, packed).features(shown))
+    program = """
+import sys
+from pathlib import Path
+import numpy as np
+from gemkit.errors import ConfigError
+from gemkit.executors.native import library
+from gemkit.executors.native.packfile import Pack
+from gemkit.executors.native.tower import NativeTower
+from test_tower import TOWER, images
+folder = Path(sys.argv[1])
+try:
+    assert library.available() == (True, sys.argv[2])
+except ConfigError as error:
+    assert f"GEMKIT_ISA='{sys.argv[2]}': the kernels here are " in str(error), error
+    sys.exit(0)
+expected = np.load(folder / "expected.npy")
+features = NativeTower(TOWER, expected.shape[1], Pack(folder / "model")).features(images(TOWER, 2))
+assert np.abs(features - expected).max() <= 1e-5 * np.abs(expected).max(), np.abs(features - expected).max()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), isa],
+        env={**os.environ, "GEMKIT_ISA": isa, "PYTHONPATH": os.pathsep.join([*sys.path, os.path.dirname(__file__)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_weights_in_bfloat16_are_multiplied_with_float32_activations():
