@@ -1,4 +1,4 @@
-"""gemkit: every member of Google's Gemma family of open models, on the machine you have.
+"""gemkit: Google's Gemma family of open models, on the machine you have.
 
     >>> import gemkit
     >>> model = gemkit.load()                # real Gemma 3 270M weights, from the extra [starter]

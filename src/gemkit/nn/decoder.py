@@ -149,7 +149,7 @@ class Decoder(Module):
             ConfigError: for a reward of a model that has no such head.
         """
         if not isinstance(batch, Batch):
-            return self(Batch.rows(batch), state, rows, output=output, loss=loss).unflatten(0, batch.shape)
+            return self.forward(Batch.rows(batch), state, rows, output=output, loss=loss).unflatten(0, batch.shape)
         x_RD = self._hidden(batch, state, rows, features_ED)
         match output:
             case "hidden":

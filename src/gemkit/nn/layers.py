@@ -93,9 +93,17 @@ class Head(Projection):
     An adapter on it changes the logits alone, and never what a token is embedded as.
     """
 
+    _embedding: Any
+
     def __init__(self, embedding: Embedding, softcap: float | None = None):
         super().__init__()
         self.weight, self.bias, self.softcap = embedding.weight, None, softcap
+        self.__dict__["_embedding"] = embedding  # not a child of this module
+
+    def named_parameters(self, *args, **options):
+        """All but the tied table, which is listed as the embedding's: tools that add up modules count it once."""
+        table = self._embedding.weight
+        return ((name, weight) for name, weight in super().named_parameters(*args, **options) if weight is not table)
 
     def forward(self, x_TI, loss: ops.ChunkedLoss | None = None):
         """Logits (T, V), in float32 where a soft cap applies; with `loss`, what it makes of them (`ops.ChunkedLoss`)
@@ -113,7 +121,7 @@ class Head(Projection):
         return self(x_TD, loss)
 
     def _operands(self, project, table) -> ops.LogitsHead:
-        trained = [weight for weight in self.parameters() if weight.requires_grad]
+        trained = [weight for _, weight in super().named_parameters() if weight.requires_grad]  # the table included
         return ops.LogitsHead(project, self.weight.shape[0], trained, table, self.softcap)
 
     def extra_repr(self):

@@ -65,8 +65,9 @@ def rows_of(model: nn.Decoder, seed: int = 1, rows: int = ROWS) -> tuple[Tensor,
 
 
 def gradients(model: nn.Decoder, x_MD: Tensor, value: Tensor) -> list[Tensor]:
-    """Of the rows and of all that the head owns."""
-    return list(torch.autograd.grad(value, [x_MD, *model.lm_head.parameters()], retain_graph=True))
+    """Of the rows, the table, and all that the head owns."""
+    weights = [model.lm_head.weight, *model.lm_head.parameters()]
+    return list(torch.autograd.grad(value, [x_MD, *weights], retain_graph=True))
 
 
 def assert_same(model: nn.Decoder, x_MD: Tensor, ours: Tensor, theirs: Tensor, tolerance: float = 1e-12) -> None:
