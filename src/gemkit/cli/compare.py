@@ -73,7 +73,7 @@ def _print_table(labels: list[str], rows, with_costs: bool) -> None:
 
 
 def _costs(row) -> str:
-    """What each difference costs, one to a line where there are several models."""
+    """The cost of each difference, one to a line where there are several models."""
     return "\n".join(cost or "-" for cost in row.costs) if any(row.costs) else ""
 
 

@@ -1,4 +1,4 @@
-"""What the verbs that look at pictures share: which model can, reading before loading, and printing what was found."""
+"""Parts of the verbs that look at pictures: which model can, reading before loading, printing detections."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def add_image(parser: argparse.ArgumentParser, **options: Any) -> None:
 
 
 def add_find(parser: argparse.ArgumentParser) -> None:
-    """What the verbs that find things in a picture take."""
+    """Options of the verbs that find things in a picture."""
     add_image(parser)
     parser.add_argument("things", help="what to look for; several between semicolons")
     parser.add_argument("--overlay", metavar="PNG", help="write the picture with what was found drawn over it")

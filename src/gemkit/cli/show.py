@@ -96,7 +96,7 @@ def _program(args: argparse.Namespace) -> int:
 
 
 def _kinds_of(name: str) -> dict[str, tuple[str, int]]:
-    """What each weight of a checkpoint is stored as, and in how many bytes; nothing is known of a member's name."""
+    """Kind and bytes of each weight of a checkpoint; empty for a member's name."""
     from pathlib import Path
 
     from gemkit.adapters.resolve import find

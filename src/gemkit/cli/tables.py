@@ -24,7 +24,7 @@ def print_table(
     Args:
         columns: heading and alignment ("left" or "right") of each.
         groups: heading of a group, and its rows.
-        fixed: so many first columns are never wrapped.
+        fixed: this many first columns are never wrapped.
     """
     from rich.console import Console
     from rich.table import Table

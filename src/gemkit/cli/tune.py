@@ -87,7 +87,7 @@ def add(subparsers: Any) -> None:
 
 
 def experiment(args: argparse.Namespace) -> Experiment:
-    """What the command line asks for: the file, then the options, then --set."""
+    """The experiment of a command line: the file, then the options, then --set."""
     from gemkit.train import experiment as settings
 
     made = settings.Experiment() if args.config is None else settings.read(args.config)

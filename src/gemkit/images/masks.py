@@ -42,7 +42,7 @@ def mask_in_image(map_YX: np.ndarray, box: Sequence[float], width: int, height: 
 
 
 def mask_for_codes(mask_YX: np.ndarray, box: Sequence[float]) -> np.ndarray:
-    """What the mask encoder takes, of a mask of a whole picture: its part in the box, (64, 64) float32 of -1 to 1.
+    """The input of the mask encoder from a mask of a whole picture: its part in the box, (64, 64) float32 of -1 to 1.
 
     Here the edges of the box are rounded, halves to the even number, as in the preparation of the training data.
 

@@ -282,7 +282,7 @@ def _upright_rgb(image: PIL.Image.Image, label: str) -> np.ndarray:
 
 
 def _turn(image: PIL.Image.Image) -> PIL.Image.Transpose | None:
-    """What sets the picture upright, by EXIF tag 0x0112."""
+    """The transposition that sets the picture upright, by EXIF tag 0x0112."""
     turns = _pillow().Transpose
     try:
         return {
@@ -369,7 +369,7 @@ _FILTERS = threading.Lock()
 
 @contextmanager
 def _guarded(limits: Limits, label: str, format: str) -> Iterator[None]:
-    """Whatever Pillow does with hostile bytes ends here: its warnings are silent, its exceptions ImageErrors.
+    """Turn every exception of Pillow into an ImageError, and silence its warnings.
 
     `except Exception`, because its decoders let out whatever they stumble over: OSError, SyntaxError, ValueError,
     struct.error, zlib.error, EOFError, KeyError, AssertionError, OverflowError and others.

@@ -1,4 +1,4 @@
-"""What each quantity of `gemkit compare` means, what making it larger does, and what is commonly mistaken about it."""
+"""Explanations of the quantities of `gemkit compare`: meaning, effect of a larger value, common mistakes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ EXPLANATIONS = {
         What is read from memory to decode one token of one sequence: every weight once, and the whole state. Divided
         by the memory bandwidth it is the time of a token on most machines; a batch shares the weights.""",
     "image_size": """
-        Every image is squeezed into a square of so many pixels, whatever its shape. Each resolution is a model of its
+        Every image is squeezed into a square of this many pixels, whatever its shape. Each resolution is a model of its
         own, trained further from the smaller one; only the table of the patches' positions differs in shape.""",
     "image_share": """
         What one image takes of the longest context the model was trained on, before a word is said.""",
@@ -149,7 +149,7 @@ def explanation(key: str) -> str:
 
 
 def confusions(key: str, decoder: DecoderConfig, vision: Vision | None) -> list[str]:
-    """What is commonly mistaken about a quantity of this decoder, with its own numbers; often nothing."""
+    """The common mistake about a quantity of this decoder, with its own numbers; often empty."""
     d, v = decoder.width, decoder.vocab_size
     mixers = dict.fromkeys((mixer.heads, mixer.kv_heads, mixer.head_dim) for mixer in decoder.attention)
     said: list[str] = []

@@ -118,6 +118,6 @@ def rates(step: Timed, read_limit: float) -> tuple[str, str, str]:
 
 
 def sizes(line: Line) -> tuple[str, str]:
-    """What a line reads and computes, as printed."""
+    """Bytes and operations of a line, as printed."""
     nbytes = line.cost.weight_bytes + line.cost.state_bytes
     return units.memory(nbytes) if nbytes else "", units.flops(line.cost.flops) if line.cost.flops else ""

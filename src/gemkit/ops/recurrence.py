@@ -32,7 +32,7 @@ _MAX_SQRT_GRADIENT = 1000.0
 
 
 class Recurrence(Protocol):
-    """What one recurrent layer remembers between calls (`nn.state.Recurrence` is one)."""
+    """The state of one recurrent layer between calls (`nn.state.Recurrence` is one)."""
 
     def tail(self, slot: int) -> Tensor | None:
         """The last inputs of the convolution (C - 1, R), oldest first; None before the first token."""
@@ -226,7 +226,7 @@ def _bounded_sqrt(z: Tensor) -> Tensor:
 
 
 def _in_pieces(compute: Callable[[int, int], tuple[Tensor, ...]], rows: int, channels: int) -> tuple[Tensor, ...]:
-    """What `compute(first, end)` gives for all rows, from a piece of them at a time unless gradients are recorded."""
+    """`compute(first, end)` of all rows, a piece of them at a time unless gradients are recorded."""
     step = max(1, _PIECE // channels)
     if torch.is_grad_enabled() or rows <= step:
         return compute(0, rows)

@@ -64,7 +64,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a text says about places, and what else it says."""
+    """The places in a text, and the text between them."""
 
     places: tuple[Place, ...]
     rest: str

@@ -6,7 +6,7 @@ This much of the format is needed (github.com/google/sentencepiece, src/sentence
     SentencePiece   1 piece (string), 2 score (float), 3 type (enum; NORMAL where it is left out)
 
 A field is a varint `number << 3 | wire type`, then its value: a varint (wire type 0), 8 bytes (1), a length as varint
-and so many bytes (2), or 4 bytes (5). A varint holds 7 bits a byte, lowest first; the high bit says that more follow.
+and the bytes (2), or 4 bytes (5). A varint holds 7 bits a byte, lowest first; the high bit says that more follow.
 """
 
 from __future__ import annotations

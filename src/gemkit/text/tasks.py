@@ -1,4 +1,4 @@
-"""What PaliGemma was trained to do with an image, in the words that it was trained on.
+"""The task prompts that PaliGemma was trained on, in their published words.
 
     caption en                   a short caption, as in COCO
     cap en, describe en          a longer one (the mix models)

@@ -232,7 +232,7 @@ class StreamDecoder:
         return self._utf8.decode(self._tokenizer.bytes(id, control=self._show_control))
 
     def finish(self) -> str:
-        """What is left of an incomplete character, as U+FFFD. The decoder may then be used for another text."""
+        """The rest of an incomplete character, as U+FFFD. The decoder may then be used for another text."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest

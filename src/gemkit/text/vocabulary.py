@@ -36,7 +36,7 @@ MARKUP = re.compile(
 
 
 class PieceType(IntEnum):
-    """What a piece is, with the numbers that SentencePiece and GGUF share."""
+    """The type of a piece, with the numbers that SentencePiece and GGUF share."""
 
     NORMAL = 1
     UNKNOWN = 2
