@@ -31,10 +31,10 @@ class Worker:
     """An engine in its own process.
 
     Args:
-        script: that serves it.
+        script: that serves it, in this folder or at a path of its own.
     """
 
-    def __init__(self, name: str, python: Path, threads: int, script: str = "worker.py"):
+    def __init__(self, name: str, python: Path, threads: int, script: str | Path = "worker.py"):
         self.name = name
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "OPENBLAS", "MKL")}
