@@ -60,19 +60,18 @@ def write_gguf(
         parts += [_string(key), _value(key, value)]
     offset = 0
     for spec in tensors:
-        axes = spec.shape[::-1]
-        parts += [_string(spec.name), struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, _type_id(spec), offset)]
-        offset += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+        nbytes, axes = spec.nbytes, spec.shape[::-1]
+        parts += [
+            _string(spec.name),
+            struct.pack(f"<I{len(axes)}QIQ", len(axes), *axes, _TYPE_IDS[spec.dtype][0], offset),
+        ]
+        offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
     header = b"".join(parts)
     file.write(header + bytes(-len(header) % ALIGNMENT))
     for spec, content in zip(tensors, contents, strict=True):
         assert content.nbytes == spec.nbytes, f"{spec} of {content.nbytes:,} bytes"
         file.write(content.data)
         file.write(bytes(-content.nbytes % ALIGNMENT))
-
-
-def _type_id(spec: TensorSpec) -> int:
-    return _TYPE_IDS[spec.dtype][0]
 
 
 def _string(text: str) -> bytes:
