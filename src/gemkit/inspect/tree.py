@@ -58,6 +58,8 @@ def tree(decoder: DecoderConfig, vision: Vision | None = None) -> Node:
         own = {key: shape for key, shape in inside.items() if "." not in key}
         if "embed_tokens" in groups:
             head = f"in_features={decoder.width}, out_features={decoder.vocab_size}, tied to embed_tokens"
+            if decoder.final_softcap is not None:
+                head += f", softcap={decoder.final_softcap:g}"
             children.append(("lm_head", Node("Head", head)))
         kind, detail = _class_of(name, groups, own, decoder, vision)
         if kind == "Attention":
