@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemkit.errors import ConfigError, ContextError, ModelError, StateError
-from gemkit.generate import Event, Mixed, Request, Result, Sampling, complete, generate, sample, score
+from gemkit.generate import Event, Request, Result, Sampling, complete, generate, sample, score
 from support.fake_executors import BOS, END, PIECES, ByteStream, HashModel, Script, text_of
 
 tokens = st.integers(2, len(PIECES) - 1)
@@ -105,36 +105,6 @@ def test_a_state_that_holds_the_beginning_changes_nothing_but_the_work(request_,
     assert state.histories[1] == [*request_.ids, *warm.ids][: warm.computed_tokens]
 
 
-@given(st.lists(requests, min_size=1, max_size=4), st.integers(1, 12))
-def test_prompts_and_decoding_that_share_steps_change_nothing(batch, chunk):
-    model = HashModel(max_context=16)
-    together = complete(model, batch, text_stream=ByteStream, policy=Mixed(chunk))
-    alone = [complete(HashModel(max_context=16), [r], text_stream=ByteStream)[0] for r in batch]
-    assert [outcome(r) for r in together] == [outcome(r) for r in alone]
-
-
-def test_a_long_prompt_does_not_stop_the_others():
-    model = HashModel()
-    batch = [Request([BOS, 3], max_tokens=9), Request([BOS] * 11, max_tokens=1)]
-    complete(model, batch, policy=Mixed(4))
-    assert [[(c.slot, len(c.ids), c.rows) for c in call] for call in model.calls[:5]] == [
-        [(0, 2, 1), (1, 2, 0)],
-        [(0, 1, 1), (1, 3, 0)],
-        [(0, 1, 1), (1, 3, 0)],
-        [(0, 1, 1), (1, 3, 1)],
-        [(0, 1, 1)],
-    ]
-
-
-def test_prompts_go_on_however_many_decode():
-    model = HashModel()
-    complete(
-        model, [*[Request([i], max_tokens=9) for i in range(2, 6)], Request([BOS] * 3, max_tokens=1)], policy=Mixed(2)
-    )
-    waiting = [sum(len(c.ids) for c in call) for call in model.calls[:5]]
-    assert waiting == [2, 3, 4, 5, 5]  # in the end one token of the last prompt beside four of others
-
-
 @given(st.lists(requests, min_size=1, max_size=3))
 def test_events_add_up_to_the_results(batch):
     events = list(generate(HashModel(max_context=16), batch, text_stream=ByteStream))
@@ -166,16 +136,6 @@ def test_an_answer_cut_short_and_asked_for_again_is_the_same_answer():
     (head,) = complete(HashModel(), [Request([BOS, 4], sampling, max_tokens=7)])
     (tail,) = complete(HashModel(), [Request([BOS, 4, *head.ids], sampling, max_tokens=13)])
     assert head.ids + tail.ids == whole.ids
-
-
-def test_prompts_share_chunks_and_want_logits_only_at_their_ends():
-    model = HashModel()
-    complete(model, [Request([BOS] * n, max_tokens=1) for n in (5, 1, 6)], chunk=4)
-    assert [[(c.slot, len(c.ids), c.rows) for c in call] for call in model.calls] == [
-        [(0, 4, 0)],
-        [(0, 1, 1), (1, 1, 1), (2, 2, 0)],
-        [(2, 4, 1)],
-    ]
 
 
 def test_a_finished_sequence_is_no_longer_run():

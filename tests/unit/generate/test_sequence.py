@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gemkit.errors import ConfigError, ModelError, StateError, Stopped
 from gemkit.executors.interface import StopFlag
-from gemkit.generate import Request, Sampling, Sequence, complete, generate, step
+from gemkit.generate import Request, Sequence, complete, generate, step
 from support.fake_executors import BOS, ByteStream, HashModel, text_of
 from support.interleaving import Interleaving, assert_same_answers
 from unit.generate.test_loop import requests
@@ -203,15 +203,3 @@ def test_only_drafts_take_snapshots():
     model = HashModel()
     complete(model, [Request([BOS, 5, 5], max_tokens=30)])
     assert model.states[0].snapshots == 0
-
-
-def test_a_policy_of_the_caller_decides_who_goes_next():
-    def shortest(live):
-        sequence = min(live, key=lambda s: s.pending)
-        return [(sequence, sequence.pending)]
-
-    model = HashModel()
-    batch = [Request([BOS] * 4, max_tokens=2), Request([BOS], max_tokens=2, sampling=Sampling(1.0, seed=2))]
-    results = complete(model, batch, policy=shortest)
-    assert [[c.slot for c in call] for call in model.calls] == [[1], [1], [0], [0]]
-    assert [r.ids for r in results] == [r.ids for r in complete(HashModel(), batch)]
