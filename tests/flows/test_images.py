@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from typing import get_args
 
 import numpy as np
@@ -73,12 +74,14 @@ def says(monkeypatch, model):
         script = [*model.tokenizer.encode(text), model.tokenizer.eos]
         told: dict[int, int] = {}
 
-        def run(self, chunks: list[Chunk], state):
-            logits = real[type(self)](self, chunks, state)
-            for row, chunk in enumerate(chunk for chunk in chunks if chunk.rows):
+        def run(self, chunks: list[Chunk], state, **options):
+            whole = [replace(chunk, filter=None) for chunk in chunks]  # every logit, so that any can be preferred
+            outputs = real[type(self)](self, whole, state, **options)
+            rows = [row.copy() for row in outputs.rows]
+            for row, chunk in zip(rows, (chunk for chunk in chunks if chunk.rows), strict=True):
                 told[chunk.slot] = 0 if len(chunk.images) else told[chunk.slot] + 1
-                logits[row, script[told[chunk.slot]]] = 1e6
-            return logits
+                row[script[told[chunk.slot]]] = 1e6
+            return replace(outputs, rows=rows)
 
         for Executor in real:
             monkeypatch.setattr(Executor, "run", run)
@@ -450,10 +453,10 @@ def test_options_that_cannot_be(error, models, picture, tmp_path):
 def test_interrupted_captions_keep_what_there_is(run, models, picture, monkeypatch):
     real = {Executor: Executor.run for Executor in (TorchExecutor, NativeExecutor)}
 
-    def stop(self, chunks, state):
+    def stop(self, chunks, state, **options):
         if not len(chunks[0].images):
             raise KeyboardInterrupt
-        return real[type(self)](self, chunks, state)
+        return real[type(self)](self, chunks, state, **options)
 
     for Executor in (TorchExecutor, NativeExecutor):
         monkeypatch.setattr(Executor, "run", stop)

@@ -5,13 +5,13 @@ import functools
 
 import numpy as np
 
+from gemkit import block_types
 from gemkit.executors.native import library as native
 
 ISAS = ("portable", "avx2", "avx512")
-# enum Kind of csrc/kernels/table.h
-KINDS = ["F32", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+KINDS = ["F32", "BF16", *block_types.KINDS]  # enum Kind of csrc/kernels/table.h
 DENSE = {"float32": 0, "bfloat16": 1, "float16": 2}  # enum Dense of csrc/weights.h
-PLANES = ("codes", "high", "scales", "mins", "super_scales", "super_mins", "dense")
+PLANES = (*block_types.PLANES, "dense")
 
 
 class Planes(ctypes.Structure):

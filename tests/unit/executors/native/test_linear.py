@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gemkit.block_types import KINDS
+from gemkit.executors.native import dequantize
 from gemkit.ops.quantized import Quantized
 from support import native_library as native
 
@@ -58,10 +59,19 @@ class Sample:
                     array[:] = rng.integers(info.min, info.max + 1, array.shape)
             self.weight = weight
             self.planes = {name: plane.numpy() for name, plane in weight.planes.items()}
-            self.floats = weight._defined().numpy()
+            with dequantize.enabled(False):
+                self.floats = weight.dequantize().numpy()
         packed = native.pack(kind, rows, cols, self.planes, self.dense_type)
         assert packed is not None
         self.packed = packed
+
+    def minima(self) -> np.ndarray:
+        """Of each group, in float32: (rows, groups)."""
+        mins = self.planes["mins"].astype(np.float32)
+        if "super_mins" in self.planes:
+            blocks = self.planes["super_mins"].astype(np.float32)[..., None]
+            mins = (mins.reshape(*blocks.shape[:2], -1) * blocks).reshape(mins.shape)
+        return mins
 
     def linear(self, isa, x_TD, **how):
         return native.linear(isa, self.kind, self.packed, self.rows, x_TD, **how)
@@ -202,7 +212,7 @@ def test_linear_is_exact_but_for_its_float_sums(kind, isa):
                 terms = np.einsum("tgd,rgd->trg", x.reshape(tokens, -1, parts), w.reshape(rows, -1, parts))
                 minima = np.zeros_like(terms)
                 if KINDS[kind].minima:  # products and minima are summed apart
-                    mins = sample.weight._per_group("mins").numpy()[..., 0].astype(np.float64)
+                    mins = sample.minima().astype(np.float64)
                     minima = np.abs(x.reshape(tokens, -1, parts).sum(-1)[:, None] * mins)
                 size = (np.abs(terms) + 2 * minima).sum(-1)
                 # dequantize() itself rounds: two more operations a weight, seen by terms of one weight each
