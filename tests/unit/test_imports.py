@@ -236,6 +236,10 @@ def dangers(source: str, may_import_by_name: bool = False) -> list[str]:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="load"), keywords=keywords):
                 safe = any(k.arg == "weights_only" and getattr(k.value, "value", None) is True for k in keywords)
                 bad = [] if safe else ["torch.load without weights_only=True"]
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="np" | "numpy"), attr="load"), keywords=keywords):
+                # True is found below; what is computed may be True
+                said = any(k.arg == "allow_pickle" and isinstance(k.value, ast.Constant) for k in keywords)
+                bad = [] if said else ["np.load without allow_pickle=False"]
             case ast.Attribute(attr="import_module") if not may_import_by_name:
                 bad = ["import_module"]
             case ast.keyword(arg="allow_pickle" | "trust_remote_code" as name, value=ast.Constant(value=True)):
@@ -272,12 +276,15 @@ def test_no_data_becomes_code(path):
         "torch.load(path, weights_only=False)",
         "from torch import load",
         "np.load(path, allow_pickle=True)",
+        "np.load(path)",
+        "numpy.load(path, allow_pickle=flag)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
     ],
 )
 def test_a_danger_is_found(source):
     assert len(dangers(source)) == 1
     assert dangers("torch.load(file, weights_only=True, map_location='meta')") == []
+    assert dangers("np.load(file, allow_pickle=False)") == []
 
 
 def test_public_names_are_where_the_package_says():

@@ -1,7 +1,8 @@
 """NumPy archives (`.npz`): a zip file with one `.npy` record an array.
 
-A record is a magic word, a header that spells dtype, order and shape as a Python literal, and the numbers. The header
-is matched, not evaluated, and an array of Python objects, which would be a pickle, is refused by its dtype.
+A record is a magic word, a header that spells dtype, order and shape as a Python literal, and the numbers. The headers
+are matched, not evaluated, and their sizes compared with the archive's, before `numpy.load` reads an array: it would
+take a header's word for how much memory to allocate. An array of Python objects, a pickle, is refused by its dtype.
 
 Source: the NEP 1 format, https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html.
 """
@@ -24,7 +25,7 @@ MAX_HEADER = 10_000  # characters; one of a plain array has about 60
 MAX_RATIO = 1032  # how much deflate can shrink (https://zlib.net/zlib_tech.html); more is a false promise
 
 _HEADER = re.compile(
-    r"\{\s*'descr':\s*'([^']*)',\s*'fortran_order':\s*(True|False),\s*'shape':\s*\(((?:\d{1,20},\s*)*(?:\d{1,20})?)\)"
+    r"\{\s*'descr':\s*'([^']*)',\s*'fortran_order':\s*(?:True|False),\s*'shape':\s*\(((?:\d{1,20},\s*)*(?:\d{1,20})?)\)"
     r",?\s*\}\s*",
     re.ASCII,
 )
@@ -46,7 +47,6 @@ class NpzReader(Reader):
     """An `.npz` file, stored or deflated. An entry's offset is where its record begins in the archive."""
 
     def _scan(self) -> None:
-        self._fortran: set[str] = set()
         file = self._open(self.path)
         if not file.head().startswith(b"PK"):
             raise WeightsError(f"{self.path} is no NumPy archive: it starts with {file.head()[:8]!r}")
@@ -70,7 +70,7 @@ class NpzReader(Reader):
         if info.compress_size > file.size or info.file_size > MAX_RATIO * (info.compress_size + 1):
             raise WeightsError(f"{where} promises {info.file_size:,} bytes from a file of {file.size:,}")
         with archive.open(info) as record:
-            descr, fortran, shape, header = _read_header(record, where)
+            descr, shape, header = _read_header(record, where)
         if "O" in descr:
             raise WeightsError(f"{where} holds Python objects, a pickle, which can run code and is never opened")
         if descr not in _DTYPES:
@@ -80,8 +80,6 @@ class NpzReader(Reader):
         if header + nbytes != info.file_size:
             raise WeightsError(f"{where} of shape {shape} needs {header + nbytes:,} bytes, not {info.file_size:,}")
         self.entries[name] = TensorInfo(name, dtype, shape, self.path, info.header_offset, nbytes)
-        if fortran:
-            self._fortran.add(name)
 
     def read(self, name: str) -> Tensor:
         """The array of that name as a tensor in fresh memory, in its stored dtype, rows first.
@@ -89,34 +87,25 @@ class NpzReader(Reader):
         Raises:
             WeightsError: if there is none of that name, or its record is damaged.
         """
+        import numpy as np
         import torch
 
-        entry = self._entry(name)
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view, done = data.numpy().data, 0
-        file = self._files[self.path]
+        info, file = self._entry(name), self._files[self.path]
         try:
-            with (
-                open(file.fileno(), "rb", closefd=False) as raw,
-                zipfile.ZipFile(raw) as archive,
-                archive.open(f"{name}.npy") as record,
-            ):
-                _read_header(record, name)
-                while piece := record.read(1 << 20):  # at the end, the archive's checksum is compared
-                    view[done : done + len(piece)] = piece
-                    done += len(piece)
+            with open(file.fileno(), "rb", closefd=False) as raw:
+                raw.seek(0)
+                with np.load(raw, allow_pickle=False) as archive:
+                    array = archive[name].copy(order="C")  # at the end of a record its checksum is compared
         except _DAMAGE as error:
             raise WeightsError(f"{self.path}: array {name!r} is damaged: {error}") from None
-        if done < entry.nbytes:
-            raise WeightsError(f"{self.path}: array {name!r} ends after {done:,} of {entry.nbytes:,} bytes")
-        tensor = data.view(getattr(torch, DTYPES[entry.dtype][1]))
-        if name not in self._fortran:
-            return tensor.view(entry.shape)
-        return tensor.view(entry.shape[::-1]).permute(*reversed(range(len(entry.shape)))).contiguous()
+        if array.shape != info.shape:
+            raise WeightsError(f"{self.path}: array {name!r} is {array.shape}, its header said {info.shape}")
+        data = torch.from_numpy(array.reshape(-1).view(np.uint8))
+        return data.view(getattr(torch, DTYPES[info.dtype][1])).view(info.shape)
 
 
-def _read_header(record: IO[bytes], where: str) -> tuple[str, bool, tuple[int, ...], int]:
-    """(dtype as NumPy spells it, whether columns come first, shape, bytes before the numbers)."""
+def _read_header(record: IO[bytes], where: str) -> tuple[str, tuple[int, ...], int]:
+    """(dtype as NumPy spells it, shape, bytes before the numbers)."""
     magic = record.read(8)
     width = {1: 2, 2: 4, 3: 4}.get(magic[6] if magic.startswith(b"\x93NUMPY") and len(magic) == 8 else 0)
     if width is None:
@@ -128,5 +117,5 @@ def _read_header(record: IO[bytes], where: str) -> tuple[str, bool, tuple[int, .
     match = _HEADER.fullmatch(text)
     if match is None:
         raise WeightsError(f"{where} is no plain array: its header is {text[:120]!r}")
-    shape = tuple(int(size) for size in re.findall(r"\d+", match[3], re.ASCII))
-    return match[1], match[2] == "True", shape, 8 + width + length
+    shape = tuple(int(size) for size in re.findall(r"\d+", match[2], re.ASCII))
+    return match[1], shape, 8 + width + length
