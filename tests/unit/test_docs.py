@@ -11,6 +11,8 @@ import pytest
 
 import gemkit
 from gemkit import family, ops, text
+from gemkit.executors.native import library
+from gemkit.executors.native.lower import OPS
 from gemkit.generate import Chunk, sample
 from gemkit.generate.sampler import GREEDY, token_logprob
 from gemkit.train import objectives
@@ -269,6 +271,28 @@ def test_the_token_walk(model, calls):
     stream = tokenizer.stream()
     assert [stream.push(i) for i in (*held, last)] == ["", "", "", "𓀀"]
     assert f"𓀀 is {' '.join(map(str, [*held, last]))}" in page
+
+
+@pytest.mark.real
+def test_the_native_walk():
+    """The steps of the default executor, where it is installed, as the page lists them."""
+    able, why = library.available()
+    assert able, why
+    page = (DOCS / "follow-a-token.md").read_text()
+    executor = gemkit.load(executor="native").executor
+    names = [OPS[step[0]] for step in executor.pack.steps.tolist()]
+    table = rows(page, r"(\d+) \| `(\w+)` \| ([\d, ]*)\|.*")
+    places = [int(place) for place, *_ in table]
+    assert places == [*range(1, 25), *range(len(names) - 3, len(names) + 1)]
+    assert [name for _, name, _ in table] == [names[place - 1] for place in places]
+    for block in range(18):  # "the same 21 steps"
+        assert names[3 + 21 * block : 24 + 21 * block] == names[3:24]
+    assert f"{len(names)} steps over {len(executor.pack.buffers)} buffers" in page
+    ops_done = sorted(int(op) for *_, done in table for op in done.split(",") if op.strip())
+    assert ops_done == sorted({*range(1, 27), 418, 419, 420} - {6, 8, 10, 16})
+    state = executor.new_state(1)
+    executor.run([Chunk(0, gemkit.load(executor="native").tokenizer.encode(PROMPT))], state)
+    assert f"in float16, {state.nbytes // 18:,} bytes each: {state.nbytes:,}" in page
 
 
 @pytest.mark.real
