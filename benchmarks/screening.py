@@ -39,8 +39,8 @@ def hidden_states(model: gemkit.Gemma, positions: int) -> tuple[np.ndarray, list
     """What the head is given at so many positions, spread over the texts, (P, D) float32; and the texts' ids."""
     seen: list[torch.Tensor] = []
     module = model.module
-    module.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    module.lm_head.forward = lambda x: x[:, :1]  # the logits are computed below
+    module.decoder.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    module.decoder.lm_head.forward = lambda x: x[:, :1]  # the logits are computed below
     ids = [model.tokenizer.with_bos(model.tokenizer.encode(text))[:256] for text in texts()]
     with torch.inference_mode():
         for one in ids:
@@ -68,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     torch_model = gemkit.load(executor="torch", quantized=False)
     x_PD, ids = hidden_states(torch_model, args.positions)
-    table = torch_model.module.embed_tokens.weight.detach().numpy()
+    table = torch_model.module.decoder.embed_tokens.weight.detach().numpy()
     native = gemkit.load(executor="native").executor
     entries = {entry.name: entry for entry in native.pack.table}
     raw = native.pack.bytes_of(entries["sketch of embed_tokens.weight"])

@@ -28,7 +28,7 @@ from gemkit.executors.native.executor import NativeExecutor
 from gemkit.executors.native.library import threads
 from gemkit.executors.native.packer import pack
 from gemkit.executors.native.tower import NativeTower
-from gemkit.nn import PaliGemma
+from gemkit.nn import Multimodal
 from gemkit.ops import Quantized
 
 PROMPT, ANSWER = 8, 8
@@ -37,7 +37,7 @@ PROMPT, ANSWER = 8, 8
 class TorchTower:
     """The tower as torch modules, where the executor asks for its features."""
 
-    def __init__(self, module: PaliGemma):
+    def __init__(self, module: Multimodal):
         self.vision, self._module = module.vision, module
         self._dtype = module.multi_modal_projector.linear.bias.dtype
 
@@ -47,22 +47,22 @@ class TorchTower:
             return self._module.image_features(torch.from_numpy(np.stack(images)).to(self._dtype)).float().numpy()
 
 
-def random_model(size: int, dtype: torch.dtype, depth: int) -> PaliGemma:
+def random_model(size: int, dtype: torch.dtype, depth: int) -> Multimodal:
     """PaliGemma 3B for pictures of this size, with as many layers of its decoder, and random weights."""
     member = family.get("paligemma-3b-pt-224")
     assert member.vision is not None
     decoder = replace(member.decoder, layers=member.decoder.layers[:depth])
     with torch.device("meta"):
-        module = PaliGemma(decoder, replace(member.vision, image_size=size))
+        module = Multimodal(decoder, replace(member.vision, tower=replace(member.vision.tower, image_size=size)))
     for name, shape in family.parameters(decoder, module.vision):
         if len(shape) == 2 and name.startswith("language_model."):
             weight = Quantized.empty(KINDS["Q8_0"], (shape[0], shape[1]))
             weight.planes["codes"].random_(-100, 100)
             weight.planes["scales"].fill_(1e-4)
-            module.hold(name, weight)
+            module.set_param(name, weight)
         else:
             value = torch.randn(shape) * 0.02
-            module.hold(name, Parameter(value.to(dtype), requires_grad=False))
+            module.set_param(name, Parameter(value.to(dtype), requires_grad=False))
     return module.eval()
 
 
@@ -90,7 +90,7 @@ def measure(size: int, dtype: torch.dtype, depth: int, rounds: int) -> dict[str,
     towers = [NativeTower(module.vision, module.config.width, packed), TorchTower(module)]
     executor = NativeExecutor(module.config, packed, towers[0])
     image = np.random.default_rng(0).uniform(-1, 1, (3, size, size)).astype(np.float32)
-    ids = [module.vision.image_token] * module.vision.num_patches + [7] * PROMPT
+    ids = [module.vision.placeholder] * module.vision.tokens + [7] * PROMPT
 
     def ask(tower: NativeTower | TorchTower) -> None:
         executor.tower = tower

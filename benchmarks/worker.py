@@ -167,7 +167,7 @@ def fill(executor: Any, state: Any, tokens: int) -> None:
     import torch
 
     config, generator = executor.decoder, torch.Generator().manual_seed(0)
-    dtype = executor.module.embed_tokens.run_dtype
+    dtype = executor.module.decoder.embed_tokens.run_dtype
 
     def small(*shape: int) -> torch.Tensor:
         return torch.empty(shape).normal_(0, 0.1, generator=generator)

@@ -52,7 +52,7 @@ def write(name: str, folder: Path) -> int:
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul_(gain)
         if "layer_norm" in weight or "post_layernorm" in weight:  # the tower's are factors, with biases
             drawn += float(weight.endswith("weight"))
-        module.hold(weight, torch.nn.Parameter(drawn.bfloat16(), requires_grad=False))
+        module.set_param(weight, torch.nn.Parameter(drawn.bfloat16(), requires_grad=False))
     save_hf(module, folder, shard_bytes=2_000_000_000)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
@@ -62,7 +62,7 @@ def tokens(name: str) -> list[int]:
     member = family.get(name)
     most, placeholders = member.decoder.vocab_size, []
     if member.vision is not None:
-        most, placeholders = 256_000, [member.vision.image_token] * member.vision.num_patches
+        most, placeholders = 256_000, [member.vision.placeholder] * member.vision.tokens
     return [*placeholders, *np.random.default_rng(0).integers(0, most, PROMPT + STEPS).tolist()]
 
 
@@ -72,7 +72,7 @@ def image(name: str) -> np.ndarray | None:
     if vision is None:
         return None
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    return images.preprocess(images.read(noise), vision.image_size)
+    return images.preprocess(images.read(noise), vision.tower.image_size)
 
 
 def their_logits(folder: Path, ids: list[int], shown: np.ndarray | None, out: Path) -> None:

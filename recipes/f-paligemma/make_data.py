@@ -13,7 +13,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +24,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from common import TOKENIZERS, write_jsonl
 
-from gemkit.family import DecoderConfig, Global, Mlp, Vision, repeat
-from gemkit.nn import PaliGemma
+from gemkit.family import DecoderConfig, Global, Mlp, Modality, Vision, repeat
+from gemkit.nn import Multimodal
 from gemkit.text import Box, Place, Tokenizer, places, tasks
 from gemkit.text.vocabulary import IMAGE
 from gemkit.train.initialise import new_module
@@ -158,7 +158,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_model(TOKENIZERS / "shapes.model").with_places()
 
 
-def model(vocabulary: Tokenizer, seed: int = 0) -> PaliGemma:
+def model(vocabulary: Tokenizer, seed: int = 0) -> Multimodal:
     """A tower and a decoder of three layers each.
 
     Where patches are, and the rows of the places that are answered, begin on smooth curves: neighbours begin alike, and
@@ -168,7 +168,7 @@ def model(vocabulary: Tokenizer, seed: int = 0) -> PaliGemma:
     models do.
     """
     tower = Vision(SIDE, patch_size=16, width=96, depth=3, num_heads=4, mlp_width=288)
-    vision = replace(tower, image_token=vocabulary.id(IMAGE))
+    vision = Modality(tower, placeholder=vocabulary.id(IMAGE))
     config = DecoderConfig(
         vocab_size=len(vocabulary),
         width=96,
@@ -176,7 +176,7 @@ def model(vocabulary: Tokenizer, seed: int = 0) -> PaliGemma:
         max_context=256,
     )
     module = new_module(config, vision, seed=seed)
-    assert isinstance(module, PaliGemma)
+    assert isinstance(module, Multimodal)
     side = SIDE // tower.patch_size
     centres = (torch.arange(side) + 0.5) / side
     down_P, across_P = (where_PP.flatten() for where_PP in torch.meshgrid(centres, centres, indexing="ij"))
@@ -186,7 +186,7 @@ def model(vocabulary: Tokenizer, seed: int = 0) -> PaliGemma:
         where = [_curve(at_P, tower.width // 2, 3.0 * side) for at_P in (down_P, across_P)]
         embeddings.position_embedding.weight.copy_(0.5 * torch.cat(where, 1))
         embeddings.patch_embedding.weight.copy_(4 * _waves(tower.width // 3, tower.patch_size))
-        rows = module.embed_tokens.weight[first : first + 1024]
+        rows = module.decoder.embed_tokens.weight[first : first + 1024]
         rows.copy_(config.width**-0.5 * _curve(torch.arange(1024) / 1024, config.width, 100.0))
     return module
 

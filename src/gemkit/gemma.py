@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from gemkit.adapters.lora import Account, Rule
-    from gemkit.nn import Decoder, PaliGemma
+    from gemkit.nn import LanguageModel
     from gemkit.weights.quantize import Weights
 
 
@@ -92,7 +92,7 @@ class Gemma(ImageTasks):
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill, image
         self.runtime, self.report = runtime, runtime.report
-        image_token = None if self.vision is None else self.vision.image_token
+        image_token = None if self.vision is None else self.vision.placeholder
         self.completer = Completer(runtime, self.tokenizer, unused_ids(self.config, len(self.tokenizer), image_token))
         self._source, self._display_name = checkpoint.place.name, checkpoint.display_name
         self._scored = SCORE in checkpoint.reader.entries
@@ -106,7 +106,7 @@ class Gemma(ImageTasks):
         return str(tree(self.config, self.vision))
 
     @property
-    def module(self) -> Decoder | PaliGemma:
+    def module(self) -> LanguageModel:
         """The model as torch modules, with its weights. The native executor opens them from the same files when they
         are first read. What is changed in them counts from the next answer on (`sync`)."""
         return self.runtime.module
@@ -385,7 +385,7 @@ class Gemma(ImageTasks):
     def _images_line(self) -> list[str]:
         if self.vision is None:
             return []
-        size, tokens = self.vision.image_size, self.vision.num_patches
+        size, tokens = self.vision.tower.image_size, self.vision.tokens
         return [f"images     {size} x {size} pixels, {tokens:,} tokens each"]
 
     def save(

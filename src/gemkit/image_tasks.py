@@ -16,7 +16,7 @@ from gemkit import text as formats
 from gemkit.conversation import Completer, Stream
 from gemkit.detections import Detections
 from gemkit.errors import ConfigError, ModelError
-from gemkit.family import Vision
+from gemkit.family import Modality
 from gemkit.generate import Options, Result
 from gemkit.images.read import Picture, Source
 from gemkit.text import Prompt, Tokenizer, tasks
@@ -32,7 +32,7 @@ class ImageTasks:
     """Questions about images, for a class that has what is declared here."""
 
     label: str
-    vision: Vision | None
+    vision: Modality | None
     tokenizer: Tokenizer
     completer: Completer
 
@@ -185,11 +185,11 @@ class ImageTasks:
         pictures = [images.read(source) for source in (image if isinstance(image, tuple) else (image,))]
         if not pictures:
             raise ConfigError("a prompt on no image: give one, or several in a tuple")
-        return pictures, formats.image(self.tokenizer, text, patches=self.vision.num_patches, images=len(pictures))
+        return pictures, formats.image(self.tokenizer, text, patches=self.vision.tokens, images=len(pictures))
 
     def _pixels(self, pictures: Sequence[Picture]) -> list[Any]:
         assert self.vision is not None
-        return [images.preprocess(picture, self.vision.image_size) for picture in pictures]
+        return [images.preprocess(picture, self.vision.tower.image_size) for picture in pictures]
 
 
 def no_image_tower(label: str) -> ModelError:

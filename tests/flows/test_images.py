@@ -104,8 +104,8 @@ def test_answers_are_the_same_alone_and_in_a_batch(models, name, picture, other)
     stream = model.ask_stream((picture, other), "the same?", max_tokens=6)
     assert "".join(stream) == both.text
     assert stream.result.ids == both.ids
-    patches = model.vision.num_patches
-    assert stream.prompt.ids[: 2 * patches + 1] == [model.vision.image_token] * 2 * patches + [model.tokenizer.bos]
+    patches = model.vision.tokens
+    assert stream.prompt.ids[: 2 * patches + 1] == [model.vision.placeholder] * 2 * patches + [model.tokenizer.bos]
 
 
 def test_every_task_is_worded_as_in_training(model, picture, monkeypatch):
@@ -205,7 +205,7 @@ def test_an_answer_is_rated_by_its_image(model, picture, other):
 def test_without_an_image_it_continues_text(model):
     result = model.generate("a cat", max_tokens=4)
     assert result.timings.prompt_tokens == 1 + len(model.tokenizer.encode("a cat"))
-    assert model.vision.image_token not in result.ids  # a placeholder is never said
+    assert model.vision.placeholder not in result.ids  # a placeholder is never said
     assert "56 x 56 pixels, 16 tokens each" in model.summary()
 
 
@@ -468,7 +468,7 @@ def test_interrupted_captions_keep_what_there_is(run, models, picture, monkeypat
 def test_arrays_of_another_resolution_are_refused(model):
     """Through the executor, where a server hands in what it has preprocessed itself."""
     state = model.executor.new_state(1)
-    ids = [model.vision.image_token] * 16 + [model.tokenizer.bos]
+    ids = [model.vision.placeholder] * 16 + [model.tokenizer.bos]
     with pytest.raises(ConfigError, match=r"this tower sees \(images, 3, 56, 56\)"):
         model.executor.run([Chunk(0, ids, 1, [(0, 17)], [np.zeros((3, 224, 224), np.float32)])], state)
     one, other = np.zeros((3, 56, 56), np.float32), np.zeros((3, 224, 224), np.float32)

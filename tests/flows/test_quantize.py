@@ -5,7 +5,6 @@ import json
 import pytest
 
 import gemkit
-from gemkit.weights.load import weight
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 4
 
@@ -63,9 +62,9 @@ def test_plain_rounding(run, models, tmp_path):
     assert code == 0
     assert "to Q4_0:" in err
     module = gemkit.load(tmp_path / "x", executor="torch").module
-    assert weight(module, "layers.3.mlp.gate_proj.weight").kind.name == "Q4_0"
-    assert weight(module, "layers.3.mlp.down_proj.weight").kind.name == "Q5_0"
-    assert weight(module, "layers.3.self_attn.v_proj.weight").kind.name == "Q8_0"
+    assert module.get_param("layers.3.mlp.gate_proj.weight").kind.name == "Q4_0"
+    assert module.get_param("layers.3.mlp.down_proj.weight").kind.name == "Q5_0"
+    assert module.get_param("layers.3.self_attn.v_proj.weight").kind.name == "Q8_0"
 
 
 def test_a_second_time_finds_nothing_to_do(run, models, tmp_path):

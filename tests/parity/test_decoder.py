@@ -168,7 +168,7 @@ def test_window_counts_the_current_token():
     for p in module.parameters():
         torch.nn.init.normal_(p, 0, 0.2, generator=generator)
     ids = torch.arange(20)  # every token once, so a row of the embedding's gradient is a position
-    module.lm_head.hold("weight", torch.nn.Parameter(module.embed_tokens.weight.detach().clone()))
+    module.lm_head.set_param("weight", torch.nn.Parameter(module.embed_tokens.weight.detach().clone()))
     module(Batch.of([ids]))[15].sum().backward()
     seen = module.embed_tokens.weight.grad[:20].abs().sum(-1).nonzero().flatten().tolist()
     assert seen == list(range(15 - WINDOW + 1, 16))

@@ -25,7 +25,7 @@ NAMES = [
 ]
 TEXT = ["gemma-2b", "gemma-2-2b", "gemma-3-270m", "recurrentgemma-2b"]
 LEAVES = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|linear_x|linear_y|linear_out"
-PATCHES, PREFIX = TOWER.num_patches, TOWER.num_patches + 4
+PATCHES, PREFIX = TOWER.tokens, TOWER.tokens + 4
 # Adapters lengthen every sum. Of an image model they come after the tower's: see test_paligemma.py.
 TOLERANCE = 5e-5
 OURS = {"base": "nowhere", "named": "nowhere"}
@@ -48,8 +48,8 @@ def given(ours) -> dict:
     ids = tokens(PREFIX + WINDOW if ours.vision else 2 * WINDOW + 3)[0] % (VOCAB - 2)
     if ours.vision is None:
         return {"ids": ids, "pixels": None}
-    ids[:PATCHES] = TOWER.image_token
-    size = TOWER.image_size
+    ids[:PATCHES] = TOWER.placeholder
+    size = TOWER.tower.image_size
     return {"ids": ids, "pixels": torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(3)) * 2 - 1}
 
 

@@ -10,14 +10,14 @@ from safetensors.torch import load_file, save_file
 from gemkit import family
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.family import replace_layers
-from gemkit.nn import Batch, PaliGemma
+from gemkit.nn import Batch, Multimodal
 from gemkit.weights import config_hf, config_vision
 from gemkit.weights.export.hf import save_hf
 from gemkit.weights.maps import name_map
 from support.tiny import TOWER, VOCAB, WINDOW, assert_close, load, reference, save_reference, tiny
 
 NAMES = ["paligemma-3b-pt-224", "paligemma2-3b-pt-224", "paligemma2-28b-pt-224"]
-PATCHES = TOWER.num_patches
+PATCHES = TOWER.tokens
 # The tower's layers come before the decoder's, so sums are longer: Transformers' float32 is 1.2e-5 off its float64.
 TOLERANCE = 5e-5
 
@@ -28,21 +28,21 @@ def pair(request, tmp_path_factory):
     theirs = reference(tiny(request.param), TOWER)
     folder = save_reference(theirs, tmp_path_factory.mktemp(request.param))
     ours = load(folder)
-    assert isinstance(ours, PaliGemma)
+    assert isinstance(ours, Multimodal)
     assert (ours.config, ours.vision) == (tiny(request.param), TOWER)  # their config.json says the same architecture
     assert PATCHES > WINDOW  # a window would cut the prefix, if it could
     return ours, theirs
 
 
 def images(count: int, seed: int = 3) -> torch.Tensor:
-    shape = (count, 3, TOWER.image_size, TOWER.image_size)
+    shape = (count, 3, TOWER.tower.image_size, TOWER.tower.image_size)
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def ids(*lengths: int, shown: int = 1, seed: int = 1) -> list[torch.Tensor]:
     """Sequences of so many tokens after the placeholders of `shown` images."""
     generator = torch.Generator().manual_seed(seed)
-    placeholders = torch.full((shown * PATCHES,), TOWER.image_token)
+    placeholders = torch.full((shown * PATCHES,), TOWER.placeholder)
     return [torch.cat([placeholders, torch.randint(0, VOCAB - 2, (n,), generator=generator)]) for n in lengths]
 
 
@@ -191,7 +191,8 @@ def test_the_tolerance_would_notice(change, pair):
     ours, theirs = pair
     (sequence,), pixels, prefix = ids(5 + WINDOW), images(1), PATCHES + 5
     told = {"causal prefix": 0, "shorter prefix": prefix - 1, "longer prefix": prefix + 1}.get(change, prefix)
-    other = PaliGemma(ours.config, replace(ours.vision, norm_eps=2e-2) if change == "tower eps" else ours.vision)
+    vision = replace(ours.vision, tower=replace(ours.vision.tower, norm_eps=2e-2))
+    other = Multimodal(ours.config, vision if change == "tower eps" else ours.vision)
     other.load_state_dict(ours.state_dict())
     with torch.inference_mode():
         features = other.image_features(pixels)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from fetch_oracles import fetch
-from gemkit.family import Vision
+from gemkit.family import Modality, Vision
 from gemkit.text.vocabulary import PLACES
 from gemkit.train.data import encode_chat, encode_image
 from support.photographs import FOLDER, NAMES
 from support.vocabularies import published, tokenizer, tokenizer_json
 
-TOWER = Vision(224, patch_size=14, width=36, depth=1, num_heads=2, mlp_width=44, image_token=257152)
+TOWER = Modality(Vision(224, patch_size=14, width=36, depth=1, num_heads=2, mlp_width=44), placeholder=257152)
 
 
 # ---------------------------------------------------------------- chats
@@ -78,10 +78,10 @@ def processor() -> PaliGemmaProcessor:
         tokenizer_object=vocabulary, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
     )
     theirs.add_tokens(PLACES)
-    pictures = SiglipImageProcessorPil(size={"height": TOWER.image_size, "width": TOWER.image_size})
-    pictures.image_seq_length = TOWER.num_patches
+    pictures = SiglipImageProcessorPil(size={"height": TOWER.tower.image_size, "width": TOWER.tower.image_size})
+    pictures.image_seq_length = TOWER.tokens
     made = PaliGemmaProcessor(pictures, theirs)
-    assert made.image_token_id == TOWER.image_token
+    assert made.image_token_id == TOWER.placeholder
     return made
 
 

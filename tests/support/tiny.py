@@ -9,9 +9,8 @@ import torch
 import transformers
 
 from gemkit import family
-from gemkit.family import Attention, DecoderConfig, Layer, Vision, replace_layers
-from gemkit.nn import Decoder as Module
-from gemkit.nn import PaliGemma
+from gemkit.family import Attention, DecoderConfig, Layer, Modality, Vision, replace_layers
+from gemkit.nn import LanguageModel
 from gemkit.weights import config_hf
 from gemkit.weights.checkpoint import find
 from gemkit.weights.load import load_module
@@ -49,10 +48,10 @@ def with_windows(decoder: DecoderConfig, window: int) -> DecoderConfig:
 
 
 # 16 patches an image, twice a window; heads of 18, which like the real 72 is no power of two
-TOWER = Vision(56, patch_size=14, width=36, depth=3, num_heads=2, mlp_width=44, image_token=VOCAB - 2)
+TOWER = Modality(Vision(56, patch_size=14, width=36, depth=3, num_heads=2, mlp_width=44), placeholder=VOCAB - 2)
 
 
-def reference(decoder: DecoderConfig, vision: Vision | None = None, seed: int = 0) -> transformers.PreTrainedModel:
+def reference(decoder: DecoderConfig, vision: Modality | None = None, seed: int = 0) -> transformers.PreTrainedModel:
     """Transformers' model with random weights, float32, eager attention (its default may drop Gemma 2's soft cap)."""
     settings = config_hf.to_hf(decoder, vision)
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
@@ -86,7 +85,7 @@ def save_reference(model: transformers.PreTrainedModel, folder: Path, **options)
     return folder
 
 
-def load(path: Path, **options) -> Module | PaliGemma:
+def load(path: Path, **options) -> LanguageModel:
     """Our model from files, as the front door loads it."""
     with find(path) as checkpoint:
         return load_module(checkpoint, **options)[0]

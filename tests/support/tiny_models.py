@@ -53,7 +53,7 @@ def write(
     vocabulary, tower = tokenizer(code=code), None
     if family.get(name).vision is not None:
         vocabulary = vocabulary.with_places()
-        tower = replace(TOWER, image_token=vocabulary.id(IMAGE))
+        tower = replace(TOWER, placeholder=vocabulary.id(IMAGE))
     model = reference(replace(tiny(name), vocab_size=len(vocabulary), max_context=context), tower)
     if parrot:
         with torch.no_grad():

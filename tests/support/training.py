@@ -37,7 +37,7 @@ class NextToken:
 
     def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
         rows = Rows.of([example for unit in units for example in unit])
-        logits_MV = model.lm_head(rows.hidden(model))
+        logits_MV = model.decoder.lm_head(rows.hidden(model))
         wide = torch.promote_types(logits_MV.dtype, torch.float32)
         losses_M = F.cross_entropy(logits_MV.to(wide), rows.targets, reduction="none")
         right = (logits_MV.argmax(-1) == rows.targets).float() * rows.weights

@@ -23,7 +23,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from gemkit.adapters import peft as files
 from gemkit.adapters.layers import Adapter, EmbeddingLoRA, LoRA
 from gemkit.errors import ConfigError, WeightsError, nearest
 from gemkit.family import Prompt
-from gemkit.nn import Decoder, PaliGemma
+from gemkit.nn import LanguageModel
 from gemkit.nn.layers import Embedding, Head, Linear, LoRAHost
 from gemkit.ops import Quantized
 from gemkit.text.prompts import CHAT_TEMPLATE
@@ -45,10 +45,8 @@ from gemkit.weights.maps import NameMap, name_map
 from gemkit.weights.model_card import card
 
 Rule = Literal["lora", "keras"]
-Model: TypeAlias = Decoder | PaliGemma
 ALL_LINEAR = "all-linear"
 KERAS_TARGETS = ("q_proj", "v_proj")  # of `Backbone.enable_lora`
-_OUTSIDE = ("vision_tower", "multi_modal_projector")  # of the language model: only a target that says so reaches them
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -89,7 +87,7 @@ class _Merged:
 
 
 def enable_lora(
-    module: Model,
+    module: LanguageModel,
     rank: int,
     alpha: float | None = None,
     targets: str | Sequence[str] | None = None,
@@ -123,7 +121,7 @@ def enable_lora(
         targets = KERAS_TARGETS
     table = _table(module)
     owners = _owners(module)
-    chosen = _matching(owners, [ALL_LINEAR] if targets is None else targets, table)
+    chosen = _matching(owners, [ALL_LINEAR] if targets is None else targets, table, module.decoder_path)
     _check_name(module, name)
     heads = {path: _heads(module, path) if rule == "keras" else 1 for path in chosen}
     for path, owner in chosen.items():
@@ -181,48 +179,51 @@ def _check_settings(rank: int, alpha: float | None, rule: str, dropout: float) -
         raise ConfigError(f"dropout={dropout!r} must be from 0 to less than 1")
 
 
-def _check_name(module: Model, name: str) -> None:
+def _check_name(module: LanguageModel, name: str) -> None:
     if not _NAME.fullmatch(name) or hasattr(ModuleDict, name):
         raise ConfigError(f"name={name!r} cannot name an adapter: letters, digits, _ and - are used, such as default")
     if name in names(module):
         raise ConfigError(f"there is an adapter {name!r} already: remove it first, or give another name")
 
 
-def _heads(module: Model, path: str) -> int:
+def _heads(module: LanguageModel, path: str) -> int:
     """Heads that Keras gives an A each: its query, key and value kernels are (heads, in, head size)."""
     leaf = path.rpartition(".")[2]
-    if path.startswith(_OUTSIDE) or leaf not in ("q_proj", "k_proj", "v_proj"):
+    if not path.startswith(module.decoder_path) or leaf not in ("q_proj", "k_proj", "v_proj"):
         return 1
     attention: Any = module.get_submodule(path.rpartition(".")[0])
     return getattr(attention, leaf).weight.shape[0] // attention.head_dim
 
 
-def _matching(owners: Mapping[str, LoRAHost], targets: str | Sequence[str], table: NameMap) -> dict[str, LoRAHost]:
+def _matching(
+    owners: Mapping[str, LoRAHost], targets: str | Sequence[str], table: NameMap, decoder_path: str
+) -> dict[str, LoRAHost]:
     """The modules that targets select, in the order data meets them."""
     targets = [targets] if isinstance(targets, str) else list(targets)
     if not targets:
         raise ConfigError("targets=[] selects nothing: leave it out for every projection of the decoder")
     found: set[str] = set()
     for target in targets:
-        matched = [path for path, owner in owners.items() if _matches(path, owner, target, table)]
+        matched = [path for path, owner in owners.items() if _matches(path, owner, target, table, decoder_path)]
         if not matched:
             leaves = list(dict.fromkeys(path.rpartition(".")[2] for path in owners))
-            tower = "; of the image tower only what begins with vision_tower." if _OUTSIDE[0] in str([*owners]) else ""
+            inside = all(path.startswith(decoder_path) for path in owners)
+            tower = "" if inside else "; of the image tower only what begins with vision_tower."
             raise ConfigError(f"target {target!r} matches nothing; there is {', '.join(leaves)}{tower}")
         found.update(matched)
     return {path: owner for path, owner in owners.items() if path in found}
 
 
-def _matches(path: str, owner: LoRAHost, target: str, table: NameMap) -> bool:
-    outside = path.startswith(_OUTSIDE)
+def _matches(path: str, owner: LoRAHost, target: str, table: NameMap, decoder_path: str) -> bool:
+    outside = not path.startswith(decoder_path)  # only a target that says so reaches a tower
     if target == ALL_LINEAR:
         return isinstance(owner, Linear) and not outside
-    if outside and not target.startswith(_OUTSIDE):
+    if outside and not target.startswith(path.partition(".")[0]):
         return False
     return any(fnmatchcase(name, target) or fnmatchcase(name, "*." + target) for name in (path, *table.modules(path)))
 
 
-def _table(module: Model) -> NameMap:
+def _table(module: LanguageModel) -> NameMap:
     return name_map("safetensors", module.config, module.vision)
 
 
@@ -235,17 +236,17 @@ def _owners(module: Module) -> dict[str, LoRAHost]:
 # ── what there is ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def names(module: Model) -> list[str]:
+def names(module: LanguageModel) -> list[str]:
     """The adapters that a model has, merged ones included, in the order in which they came."""
     return list(dict.fromkeys(name for _, name, _ in _all(module)))
 
 
-def merged(module: Model) -> list[str]:
+def merged(module: LanguageModel) -> list[str]:
     """Those of them that are in the weights now."""
     return list(dict.fromkeys(n for owner in _owners(module).values() if owner.merged for n in owner.merged.names))
 
 
-def _all(module: Model) -> Iterator[tuple[str, str, Any]]:
+def _all(module: LanguageModel) -> Iterator[tuple[str, str, Any]]:
     """(module, name of the adapter, adapter) of every one."""
     for path, owner in _owners(module).items():
         held = dict(owner.merged.adapters.items()) if owner.merged else {}
@@ -254,7 +255,7 @@ def _all(module: Model) -> Iterator[tuple[str, str, Any]]:
             yield path, name, adapter
 
 
-def adapters_of(module: Model, name: str | None) -> dict[str, Any]:
+def adapters_of(module: LanguageModel, name: str | None) -> dict[str, Any]:
     """The adapters of a name, by module. None: of the only name that there is.
 
     Raises:
@@ -271,7 +272,7 @@ def adapters_of(module: Model, name: str | None) -> dict[str, Any]:
     return {path: adapter for path, held, adapter in _all(module) if held == name}
 
 
-def account(module: Model, name: str | None = None) -> Account:
+def account(module: LanguageModel, name: str | None = None) -> Account:
     """What an adapter changes."""
     of = adapters_of(module, name)
     name = name or names(module)[0]
@@ -286,7 +287,7 @@ def account(module: Model, name: str | None = None) -> Account:
     )
 
 
-def set_strength(module: Model, strength: float, name: str | None = None) -> None:
+def set_strength(module: LanguageModel, strength: float, name: str | None = None) -> None:
     """Let an adapter count more or less than it was trained to: 1 is as it was, 0 is off. It is not saved.
 
     Raises:
@@ -302,7 +303,7 @@ def set_strength(module: Model, strength: float, name: str | None = None) -> Non
         adapter.strength = float(strength)
 
 
-def remove(module: Model, name: str | None = None) -> None:
+def remove(module: LanguageModel, name: str | None = None) -> None:
     """Take an adapter away.
 
     Raises:
@@ -324,7 +325,7 @@ def remove(module: Model, name: str | None = None) -> None:
 # ── merging ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def merge(module: Model, only: str | None = None) -> list[str]:
+def merge(module: LanguageModel, only: str | None = None) -> list[str]:
     """Add adapters to the weights: the model computes the same without them beside it.
 
     The sum is made in float32 and rounded once. The weights as they were are kept for `unmerge`, so a merged model
@@ -383,7 +384,7 @@ def _merge(path: str, owner: LoRAHost, wanted: Sequence[str]) -> None:
     if not total.isfinite().all():
         raise WeightsError(f"{path} would have numbers that are not finite with {', '.join(wanted)} merged into it")
     rest = {name: adapter for name, adapter in beside.items() if name not in wanted}
-    owner.hold("weight", Parameter(total, requires_grad=False))
+    owner.set_param("weight", Parameter(total, requires_grad=False))
     owner.merged = _Merged(before, beside, tuple(wanted))
     owner.adapters = ModuleDict(rest) if rest else None
 
@@ -396,7 +397,7 @@ def delta(adapter: LoRA) -> Tensor:
     return (b @ by_head).flatten(0, 1) * adapter.factor
 
 
-def unmerge(module: Model) -> list[str]:
+def unmerge(module: LanguageModel) -> list[str]:
     """Take merged adapters out of the weights again, which are then bit for bit what they were.
 
     Returns:
@@ -419,7 +420,7 @@ def _unmerge(owner: LoRAHost) -> None:
     record, now = owner.merged, owner.weight.device
     added_since = [] if owner.adapters is None else [i for i in owner.adapters.items() if i[0] not in record.adapters]
     weight = record.weight if record.weight.device == now else Parameter(record.weight.to(now), requires_grad=False)
-    owner.hold("weight", weight)
+    owner.set_param("weight", weight)
     owner.merged = None
     owner.adapters = record.adapters.to(now)
     for name, adapter in added_since:
@@ -434,7 +435,7 @@ def _are(things: Collection[str]) -> str:
 
 
 def attach(
-    module: Model, folder: str | os.PathLike[str], name: str | None = None, *, trainable: bool = False
+    module: LanguageModel, folder: str | os.PathLike[str], name: str | None = None, *, trainable: bool = False
 ) -> Account:
     """Put an adapter from a folder beside the weights.
 
@@ -470,7 +471,7 @@ def attach(
     return account(module, name)
 
 
-def _free_name(module: Model, folder: Path) -> str:
+def _free_name(module: LanguageModel, folder: Path) -> str:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", hub.named(folder)).strip("-")[:50] or "adapter"
     if hasattr(ModuleDict, stem):
         stem += "-adapter"
@@ -499,7 +500,7 @@ def _check_copy(folder: Any, path: str, copy: Tensor, weight: Tensor | Quantized
 
 
 def save(
-    module: Model,
+    module: LanguageModel,
     folder: str | os.PathLike[str],
     name: str | None = None,
     *,
@@ -532,13 +533,13 @@ def save(
     return Path(folder).expanduser()
 
 
-def merged_card(module: Model, title: str, named: str, data: Sequence[str] = ()) -> str:
+def merged_card(module: LanguageModel, title: str, named: str, data: Sequence[str] = ()) -> str:
     """The model card of a model that adapters are merged into."""
     lines = [f"Merged into its weights: {_what(module, name)}" for name in merged(module)]
     return card(title, named, lines, adapter=False, data=data)
 
 
-def _what(module: Model, name: str) -> str:
+def _what(module: LanguageModel, name: str) -> str:
     told = account(module, name)
     leaves = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in told.modules))
     by_head = any(adapter.heads > 1 for adapter in adapters_of(module, name).values())
@@ -546,7 +547,7 @@ def _what(module: Model, name: str) -> str:
     return f"{name}, a LoRA of {rank_range(told.ranks)},{rule} {told.parameters:,} parameters, on {leaves}."
 
 
-def write(module: Model, folder: Path, name: str, *, base: str | None, named: str) -> None:
+def write(module: LanguageModel, folder: Path, name: str, *, base: str | None, named: str) -> None:
     """The two files of an adapter, into a folder that exists: for a checkpoint that has its own way to be complete.
 
     Raises:

@@ -117,7 +117,7 @@ def _prompt(args: argparse.Namespace, words: list[str], tokenizer: Tokenizer) ->
         vision = None if args.model is None else subject(args.model).vision
         if vision is None:
             raise no_image_tower(args.model or "the starter model")
-        return text.image(tokenizer, " ".join(words), patches=vision.num_patches)
+        return text.image(tokenizer, " ".join(words), patches=vision.tokens)
     if len(words) > 1:
         raise ConfigError(f"{len(words)} texts: one prompt, or the turns of a conversation with --chat")
     return text.complete(tokenizer, words[0], control=args.control)

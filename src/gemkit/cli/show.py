@@ -208,7 +208,7 @@ def _facts(shown, dtype, context: int) -> list[str]:
             f"{image.tokens / decoder.max_context:.1%} of the context, "
             f"{units.memory(image.state_bytes)} of cache, {units.flops(image.flops)}"
         )
-        if image.size == vision.image_size:
+        if image.size == vision.tower.image_size:
             facts["one image"] = f"{units.exact(image.tokens)} tokens of {image.size} x {image.size} pixels, {costs}"
         else:
             facts[f"at {image.size} px"] = f"{units.exact(image.tokens)} tokens, {costs}; another model"
@@ -264,7 +264,7 @@ def _record(shown, dtype, context: int) -> dict[str, Any]:
         "decode_bytes": cost.decode_bytes(decoder, context, dtype),
     }
     if vision:
-        costs["image_tokens"] = vision.num_patches
+        costs["image_tokens"] = vision.tokens
         costs["image_flops"] = cost.image_flops(decoder, vision)
         costs["images"] = [asdict(image) for image in cost.images(decoder, vision)]
     said = asdict(member) if member else {"name": shown.label}

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 
 from gemkit.errors import ConfigError, TextError
-from gemkit.family import DecoderConfig, Vision
+from gemkit.family import DecoderConfig, Modality
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +247,7 @@ def span_rows(chunks: Sequence[Chunk], lengths: Mapping[int, int]) -> list[tuple
     return found
 
 
-def image_rows(chunks: Sequence[Chunk], vision: Vision | None) -> list[int]:
+def image_rows(chunks: Sequence[Chunk], vision: Modality | None) -> list[int]:
     """The rows of the placeholders of the chunks that bring images, counted over all chunks.
 
     Raises:
@@ -262,11 +262,11 @@ def image_rows(chunks: Sequence[Chunk], vision: Vision | None) -> list[int]:
         if len(chunk.images):
             if vision is None:
                 raise ConfigError(f"{len(chunk.images)} images for a model without an image tower")
-            rows = [start + i for i, token in enumerate(chunk.ids) if token == vision.image_token]
-            if len(rows) != len(chunk.images) * vision.num_patches:
+            rows = [start + i for i, token in enumerate(chunk.ids) if token == vision.placeholder]
+            if len(rows) != len(chunk.images) * vision.tokens:
                 raise ConfigError(
-                    f"{len(chunk.images)} images of {vision.num_patches} patches each, and {len(rows)} "
-                    f"placeholders (id {vision.image_token}) for them: must agree"
+                    f"{len(chunk.images)} images of {vision.tokens} patches each, and {len(rows)} "
+                    f"placeholders (id {vision.placeholder}) for them: must agree"
                 )
             found += rows
         start += len(chunk.ids)

@@ -11,20 +11,20 @@ import torch
 from gemkit import family
 from gemkit.executors.interface import Chunk, Output, Outputs, StopFlag, check_ids, image_rows, span_rows
 from gemkit.executors.native import dequantize
-from gemkit.nn import Batch, Decoder, PaliGemma, State
+from gemkit.nn import Batch, LanguageModel, State
 from gemkit.ops import attention_kernel
 
 dequantize.enable()
 
 
 class TorchExecutor:
-    """Runs a `nn.Decoder` or a `nn.PaliGemma` chunk by chunk, without recording gradients."""
+    """Runs a `nn.LanguageModel` chunk by chunk, without recording gradients."""
 
     name = "torch"
 
-    def __init__(self, module: Decoder | PaliGemma):
+    def __init__(self, module: LanguageModel):
         self.module = module.eval()
-        self.device = module.norm.weight.device
+        self.device = module.device
 
     @property
     def decoder(self) -> family.DecoderConfig:

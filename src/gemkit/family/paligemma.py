@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from gemkit.family.gemma1 import GEMMA1_2B
 from gemkit.family.gemma2 import GEMMA2_2B, GEMMA2_9B, GEMMA2_27B
-from gemkit.family.schema import DecoderConfig, Member, Vision
+from gemkit.family.schema import DecoderConfig, Member, Modality, Vision
 
+IMAGE_TOKEN = 257_152  # `<image>`, the first row after those that are used
 ROWS = 257_216  # released Hugging Face tables
 ROWS_USED = 257_152  # 256,000 pieces, 1024 <loc> and 128 <seg>: the tables of big_vision and Keras
 
@@ -36,7 +37,7 @@ def _member(generation: int, size: str, tuning: str, pixels: int, decoder: Decod
         vocabulary="paligemma",
         prompts=("image",),
         released=released,
-        vision=Vision(image_size=pixels),
+        vision=Modality(Vision(image_size=pixels), placeholder=IMAGE_TOKEN),
         aliases=(keras.replace("3b_pt_", "3b_"),),  # Keras leaves "pt" out of the first generation's names
         source=f"arXiv:{'2412.03555' if version else '2407.07726'}; google-research/big_vision",
     )

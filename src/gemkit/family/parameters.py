@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gemkit.family.schema import DecoderConfig, Recurrent, Vision
+from gemkit.family.schema import DecoderConfig, Modality, Recurrent, Vision
 
 Parameters = Iterator[tuple[str, tuple[int, ...]]]
 
 
-def parameters(decoder: DecoderConfig, vision: Vision | None = None) -> Parameters:
+def parameters(decoder: DecoderConfig, vision: Modality | None = None) -> Parameters:
     """Name and shape of every parameter, in the order data meets them; the tied head is not repeated.
 
     The same list as the module's own `named_parameters()` (a test compares them), without torch. Linear weights are
@@ -19,9 +19,9 @@ def parameters(decoder: DecoderConfig, vision: Vision | None = None) -> Paramete
     if vision is None:
         yield from _decoder(decoder)
         return
-    for name, shape in _tower(vision):
+    for name, shape in _tower(vision.tower):
         yield "vision_tower." + name, shape
-    yield from _affine("multi_modal_projector.linear", decoder.width, vision.width)
+    yield from _affine("multi_modal_projector.linear", decoder.width, vision.tower.width, bias=vision.projection.bias)
     for name, shape in _decoder(decoder):
         yield "language_model." + name, shape
 

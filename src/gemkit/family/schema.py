@@ -235,7 +235,7 @@ def _check_softcap(part: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class Vision:
-    """A SigLIP image tower (arXiv:2303.15343) and its projection to the decoder's width."""
+    """A SigLIP image tower (arXiv:2303.15343)."""
 
     image_size: int  # pixels on a side
     patch_size: int = 14
@@ -244,7 +244,6 @@ class Vision:
     num_heads: int = 16
     mlp_width: int = 4304
     norm_eps: float = 1e-6
-    image_token: int = 257_152  # the id that holds the place of a patch in a prompt
 
     def __post_init__(self):
         _check_counts(self, "the image tower", "image_size", "patch_size", "width", "depth", "num_heads", "mlp_width")
@@ -257,6 +256,27 @@ class Vision:
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear projection of a tower's features to the decoder's width."""
+
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of input besides text: its tower, the projection of features, and their place in a prompt."""
+
+    tower: Vision
+    placeholder: int  # the token id that holds the place of one feature in a prompt
+    projection: Projection = Projection()
+
+    @property
+    def tokens(self) -> int:
+        """Placeholders of one image: one a patch."""
+        return self.tower.num_patches
 
 
 Tuning = Literal["pretrained", "instruction-tuned", "mix"]
@@ -275,6 +295,6 @@ class Member:
     vocabulary: Literal["gemma", "codegemma", "paligemma", "gemma3"]
     prompts: tuple[Prompt, ...]  # what it was trained to answer
     released: str  # ISO date
-    vision: Vision | None = None
+    vision: Modality | None = None
     aliases: tuple[str, ...] = ()
     source: str = ""  # report and configuration that the numbers come from

@@ -17,7 +17,7 @@ class Subject:
 
     label: str
     decoder: family.DecoderConfig
-    vision: family.Vision | None = None
+    vision: family.Modality | None = None
     member: family.Member | None = None
 
 

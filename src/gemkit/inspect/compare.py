@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gemkit.errors import ConfigError
-from gemkit.family import Attention, DecoderConfig, Layer, Member, Rope, Vision
+from gemkit.family import Attention, DecoderConfig, Layer, Member, Modality, Rope
 from gemkit.inspect import Subject, cost, units
 from gemkit.inspect.explain import bfloat16, confusions, explanation
 
@@ -374,7 +374,7 @@ def _of_layers(field: str) -> Callable[[Subject], Any]:
     return lambda s: shared(getattr(mixer, field) for mixer in s.decoder.attention)
 
 
-def _of_vision(measure: Callable[[DecoderConfig, Vision], Any]) -> Callable[[Subject], Any]:
+def _of_vision(measure: Callable[[DecoderConfig, Modality], Any]) -> Callable[[Subject], Any]:
     return lambda s: measure(s.decoder, s.vision) if s.vision else None
 
 
@@ -471,13 +471,13 @@ _QUANTITIES = (
         units.memory,
         True,
     ),
-    _Quantity("image_size", "Images", "pixels on a side", _of_vision(lambda _, v: v.image_size), units.exact),
-    _Quantity("image_tokens", "Images", "tokens an image", _of_vision(lambda _, v: v.num_patches), units.exact, True),
+    _Quantity("image_size", "Images", "pixels on a side", _of_vision(lambda _, v: v.tower.image_size), units.exact),
+    _Quantity("image_tokens", "Images", "tokens an image", _of_vision(lambda _, v: v.tokens), units.exact, True),
     _Quantity(
         "image_share",
         "Images",
         "of the context",
-        _of_vision(lambda d, v: v.num_patches / d.max_context),
+        _of_vision(lambda d, v: v.tokens / d.max_context),
         "{:.1%}".format,
     ),
     _Quantity("image_flops", "Images", "FLOP an image", _of_vision(cost.image_flops), units.flops, True),
@@ -485,7 +485,7 @@ _QUANTITIES = (
         "image_state",
         "Images",
         "cache an image",
-        _of_vision(lambda d, v: cost.state_bytes(d, v.num_patches).total),
+        _of_vision(lambda d, v: cost.state_bytes(d, v.tokens).total),
         units.memory,
         True,
     ),

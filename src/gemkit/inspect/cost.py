@@ -1,7 +1,7 @@
 """What a member costs: parameters, bytes and arithmetic, from its data alone.
 
-Pure functions of a `Decoder` (and a `Vision`), exact by the lists that `family.parameters` gives. Bytes of a state
-count what must be remembered, not what an implementation reserves. A context is a number of tokens, the one being
+Pure functions of a `DecoderConfig` (and a `Modality`), exact by the lists that `family.parameters` gives. Bytes of a
+state count what must be remembered, not what an implementation reserves. A context is a number of tokens, the one being
 decoded included; contexts beyond `max_context` are arithmetic like any other.
 """
 
@@ -13,7 +13,7 @@ from typing import Literal
 
 from gemkit.block_types import KINDS
 from gemkit.errors import ConfigError
-from gemkit.family import Attention, DecoderConfig, Recurrent, Vision, parameters
+from gemkit.family import Attention, DecoderConfig, Modality, Recurrent, parameters
 
 Dtype = Literal["float32", "bfloat16", "int8", "int4"]
 
@@ -52,7 +52,7 @@ class ByKind:
         return self.global_attention + self.sliding_attention + self.recurrent
 
 
-def count(decoder: DecoderConfig, vision: Vision | None = None) -> Count:
+def count(decoder: DecoderConfig, vision: Modality | None = None) -> Count:
     """Parameters, split as the family's reports split them."""
     embedding = decoder.vocab_size * decoder.width
     text = sum(prod(shape) for _, shape in parameters(decoder))
@@ -63,7 +63,7 @@ def count(decoder: DecoderConfig, vision: Vision | None = None) -> Count:
     )
 
 
-def weight_bytes(decoder: DecoderConfig, vision: Vision | None = None, dtype: Dtype = "bfloat16") -> int:
+def weight_bytes(decoder: DecoderConfig, vision: Modality | None = None, dtype: Dtype = "bfloat16") -> int:
     """Bytes of the weights.
 
     In int8 and int4 the decoder's projections and its embedding are in blocks of 32 with a scale each (8.5 and 4.5
@@ -149,15 +149,15 @@ def decode_bytes(decoder: DecoderConfig, context: int, dtype: Dtype = "bfloat16"
     return weight_bytes(decoder, dtype=dtype) + state_bytes(decoder, context).total
 
 
-def image_flops(decoder: DecoderConfig, vision: Vision) -> int:
+def image_flops(decoder: DecoderConfig, vision: Modality) -> int:
     """Floating-point operations of the image tower and projection for one image, counted as in `decode_flops`."""
     weights = sum(
         prod(shape)
         for name, shape in parameters(decoder, vision)
         if not name.startswith("language_model") and len(shape) > 1 and "position_embedding" not in name
     )
-    patches = vision.num_patches
-    return 2 * weights * patches + 4 * vision.width * patches * patches * vision.depth
+    patches = vision.tokens
+    return 2 * weights * patches + 4 * vision.tower.width * patches * patches * vision.tower.depth
 
 
 RESOLUTIONS = (224, 448, 896)  # that members with an image tower are released for
@@ -173,21 +173,17 @@ class Image:
     flops: int  # of tower and projection
 
 
-def images(decoder: DecoderConfig, vision: Vision) -> list[Image]:
+def images(decoder: DecoderConfig, vision: Modality) -> list[Image]:
     """What an image costs at the resolution of this tower, and then at the other published ones, for comparison.
 
     Each resolution is a member of its own, with its own table of positions; all else of the tower is the same.
     """
-    others = [size for size in RESOLUTIONS if size != vision.image_size and size % vision.patch_size == 0]
-    towers = [replace(vision, image_size=size) for size in (vision.image_size, *others)]
+    others = [size for size in RESOLUTIONS if size != vision.tower.image_size and size % vision.tower.patch_size == 0]
+    sizes = (vision.tower.image_size, *others)
+    sights = [replace(vision, tower=replace(vision.tower, image_size=size)) for size in sizes]
     return [
-        Image(
-            tower.image_size,
-            tower.num_patches,
-            state_bytes(decoder, tower.num_patches).total,
-            image_flops(decoder, tower),
-        )
-        for tower in towers
+        Image(size, sight.tokens, state_bytes(decoder, sight.tokens).total, image_flops(decoder, sight))
+        for size, sight in zip(sizes, sights, strict=True)
     ]
 
 

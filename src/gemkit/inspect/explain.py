@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemkit.family import DecoderConfig, Vision
+from gemkit.family import DecoderConfig, Modality
 from gemkit.inspect.units import exact
 
 # keys are those of the rows in compare.py (a test holds the two together)
@@ -148,7 +148,7 @@ def explanation(key: str) -> str:
     return " ".join(EXPLANATIONS[key].split())
 
 
-def confusions(key: str, decoder: DecoderConfig, vision: Vision | None) -> list[str]:
+def confusions(key: str, decoder: DecoderConfig, vision: Modality | None) -> list[str]:
     """The common mistake about a quantity of this decoder, with its own numbers; often empty."""
     d, v = decoder.width, decoder.vocab_size
     mixers = dict.fromkeys((mixer.heads, mixer.kv_heads, mixer.head_dim) for mixer in decoder.attention)

@@ -91,7 +91,7 @@ class Depths:
             module = Decoder(decoder)
         for name, shape in family.parameters(decoder):
             weight = torch.empty(shape, dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5)
-            module.hold(name, torch.nn.Parameter(weight, requires_grad=False))
+            module.set_param(name, torch.nn.Parameter(weight, requires_grad=False))
         self.threads = torch.get_num_threads()
         self.executor = TorchExecutor(module)
         self.state = self.executor.new_state(1, room=tokens)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
-from gemkit.family import Attention, DecoderConfig, Vision, parameters
+from gemkit.family import Attention, DecoderConfig, Modality, parameters
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -41,7 +41,7 @@ class Line:
     published: str = ""
 
 
-def tree(decoder: DecoderConfig, vision: Vision | None = None) -> Node:
+def tree(decoder: DecoderConfig, vision: Modality | None = None) -> Node:
     """The modules of a member, in the order data meets them."""
     shapes = dict(parameters(decoder, vision))
     published = _published(decoder)
@@ -144,12 +144,12 @@ _CONTAINERS = {
 
 
 def _class_of(
-    name: str, groups: dict[str, Shapes], own: Shapes, decoder: DecoderConfig, vision: Vision | None
+    name: str, groups: dict[str, Shapes], own: Shapes, decoder: DecoderConfig, vision: Modality | None
 ) -> tuple[str, str]:
     """Class and detail of a module, by its name and by the parameters in it."""
     if groups:
         if name == "":
-            return ("PaliGemma" if vision else "Decoder"), ""
+            return ("Multimodal" if vision else "Decoder"), ""
         if name.isdigit():
             return ("EncoderLayer" if "layer_norm1" in groups else "Block"), ""
         if name in ("self_attn", "mlp") and ("out_proj" in groups or "fc1" in groups):
@@ -161,7 +161,7 @@ def _class_of(
     if "embed" in name and len(weight) == 2:
         return "Embedding", f"{weight[0]}, {weight[1]}"
     if len(weight) == 1:
-        eps = decoder.norm_eps if vision is None or "bias" not in own else vision.norm_eps
+        eps = decoder.norm_eps if vision is None or "bias" not in own else vision.tower.norm_eps
         return ("LayerNorm" if "bias" in own else "RMSNorm"), f"{weight}, eps={eps}"
     if name == "patch_embedding":
         return "PatchEmbedding", f"{weight[1]}, {weight[0]}, patch_size={weight[2]}"

@@ -18,7 +18,7 @@ One block, twice the same figure (a norm, a branch, a sum):
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from torch.nn import Module, ModuleList
 
@@ -26,10 +26,9 @@ from gemkit import family, ops
 from gemkit.errors import ConfigError
 from gemkit.nn.batch import Batch
 from gemkit.nn.griffin import Recurrent
-from gemkit.nn.layers import Embedding, Head, Linear, ParamModule, RMSNorm
+from gemkit.nn.layers import Embedding, Head, Linear, RMSNorm
+from gemkit.nn.model import LanguageModel, Output
 from gemkit.nn.state import State
-
-Output = Literal["logits", "hidden", "loss", "reward"]
 
 
 class Attention(Module):
@@ -106,13 +105,10 @@ class Block(Module):
         return ops.add(x_TD, branch_TD)
 
 
-class Decoder(Module):
-    """Token ids to logits, for any member's `family.DecoderConfig`. New weights are zeros: load or initialise them.
+class Decoder(LanguageModel):
+    """The text decoder: token ids to logits, for any member's `family.DecoderConfig`."""
 
-    `model(batch)` computes a ragged batch, `model(tokens_BT)` the rows of a rectangle.
-    """
-
-    vision = None  # it sees no images itself: `paligemma.PaliGemma` hands it the features of some
+    vision = None  # it sees no images itself: `multimodal.Multimodal` hands it their features
 
     def __init__(self, config: family.DecoderConfig):
         super().__init__()
@@ -121,33 +117,29 @@ class Decoder(Module):
         self.layers = ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.lm_head = Head(self.embed_tokens, config.final_softcap)
-        self.score: Any = None  # of a reward model: a `layers.Score`, which reads what the head reads
+        self.score = None
+
+    @property
+    def decoder(self) -> Decoder:
+        return self
+
+    @property
+    def blocks(self) -> list[Module]:
+        return list(self.layers)
 
     def forward(
         self,
         batch: Batch | Any,
         state: State | None = None,
         rows=None,
-        features_ED=None,
+        pixels_ICSS=None,
         *,
+        features_ED=None,
         output: Output = "logits",
         loss: ops.ChunkedLoss | None = None,
     ):
-        """What the last of these makes of every token, or of `rows` of them only: norm, then head.
-
-        Args:
-            batch: a `Batch` of T tokens, or a (B, T) tensor of ids.
-            state: what was remembered of the sequences before; it remembers these tokens after.
-            rows: (R,) int64: the rows of output among the T tokens. None: all.
-            features_ED: what stands in the rows `batch.image_rows` instead of an embedding, unscaled.
-            output: "logits": (R, V) or (T, V), for a (B, T) tensor (B, T, V); in float32 where a final soft cap
-                applies, else in the run dtype. "hidden": the hidden state after the last norm, (R, D). "loss": what
-                `loss` makes of the logits, a chunk of rows at a time. "reward": (R,), the number of a reward head.
-            loss: of the output "loss".
-
-        Raises:
-            ConfigError: for a reward of a model that has no such head.
-        """
+        if pixels_ICSS is not None:
+            features_ED = self.image_features(pixels_ICSS)
         if not isinstance(batch, Batch):
             return self.forward(Batch.rows(batch), state, rows, output=output, loss=loss).unflatten(0, batch.shape)
         x_RD = self._hidden(batch, state, rows, features_ED)
@@ -187,16 +179,3 @@ class Decoder(Module):
         if rows is not None:
             x_TD = ops.take_rows(x_TD, rows)
         return self.norm(x_TD)
-
-    def hold(self, name: str, value) -> None:
-        """Put a weight where it belongs by its name; the head follows the embedding."""
-        path, _, leaf = name.rpartition(".")
-        owner = self.get_submodule(path)
-        assert isinstance(owner, ParamModule)
-        owner.hold(leaf, value)
-        if path == "embed_tokens":
-            self.lm_head.hold(leaf, value)
-
-    def new_state(self, slots: int = 1, room: int = 0) -> State:
-        """An empty memory for `slots` sequences, of which `room` tokens may be rolled back."""
-        return State(self.config, slots, room)

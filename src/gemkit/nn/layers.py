@@ -14,7 +14,7 @@ class ParamModule(Module):
 
     weight: Any
 
-    def hold(self, name: str, value) -> None:
+    def set_param(self, name: str, value) -> None:
         """Replace a weight: by a `Parameter`, or by something quantized, which no optimizer must ever find."""
         self._parameters.pop(name, None)
         self.__dict__.pop(name, None)

@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from gemkit.errors import ModelError
 from gemkit.family import DecoderConfig as Config
-from gemkit.nn import Batch, Decoder, PaliGemma
+from gemkit.nn import Batch, Decoder, LanguageModel
 from gemkit.nn.batch import Patches
 from gemkit.ops import Quantized
 from gemkit.ops.symbolic import OpSpec, Shape, Symbol, dtype_name
@@ -30,11 +30,11 @@ def trace(module: Decoder, *, sees: bool = False) -> Program:
     recorder = _Recorder(module)
     batch = _SymbolicBatch(recorder)
     state, features = _SymbolicState(module.config), batch.features(module.config.width) if sees else None
-    output = recorder.run(module, lambda: module(batch, state, batch.rows, features))
+    output = recorder.run(module, lambda: module(batch, state, batch.rows, features_ED=features))
     return recorder.program(batch.symbols, output)
 
 
-def trace_tower(module: PaliGemma) -> Program:
+def trace_tower(module: LanguageModel) -> Program:
     """The image tower and its projection for any number of images: "pixels" (I, 3, S, S) to (T, D), where T is the
     patches of all images, one image after another.
 
@@ -42,7 +42,8 @@ def trace_tower(module: PaliGemma) -> Program:
         ModelError: as `trace`.
     """
     recorder = _Recorder(module)
-    size = module.vision.image_size
+    assert module.vision is not None
+    size = module.vision.tower.image_size
     pixels_ICSS = recorder.new(("I", 3, size, size), "float32")
     output = recorder.run(module, lambda: module.image_features(pixels_ICSS))
     return recorder.program({"pixels": pixels_ICSS}, output)

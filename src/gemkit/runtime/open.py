@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from gemkit.errors import ConfigError, ModelError
 from gemkit.executors.native import library
@@ -17,11 +17,9 @@ from gemkit.weights.report import Report
 
 if TYPE_CHECKING:
     from gemkit.executors.torch import TorchExecutor
-    from gemkit.nn import Decoder, PaliGemma
+    from gemkit.nn import LanguageModel
     from gemkit.runtime.repack import Repacker
     from gemkit.weights.load import Progress
-
-    Module: TypeAlias = Decoder | PaliGemma
 
 
 def open_runtime(checkpoint: Checkpoint, options: LoadOptions, *, progress: Progress | None = None) -> Runtime:
@@ -42,7 +40,7 @@ def open_runtime(checkpoint: Checkpoint, options: LoadOptions, *, progress: Prog
         runner, report = load_native(checkpoint, options, progress=progress)
         place = checkpoint.place
 
-        def modules() -> Module:
+        def modules() -> LanguageModel:
             from gemkit.weights.load import load_module
 
             with open_checkpoint(place) as again:
@@ -74,7 +72,7 @@ class Runtime:
         modules: opens the torch modules; it is called once, for a native executor.
     """
 
-    def __init__(self, executor: NativeExecutor | TorchExecutor, report: Report, modules: Callable[[], Module]):
+    def __init__(self, executor: NativeExecutor | TorchExecutor, report: Report, modules: Callable[[], LanguageModel]):
         self.report = report
         self._executor: Any = executor
         self._modules = modules
@@ -93,7 +91,7 @@ class Runtime:
         return self._module is not None
 
     @property
-    def module(self) -> Module:
+    def module(self) -> LanguageModel:
         """The model as torch modules, with its weights. Reads them from the checkpoint the first time, if the executor
         is native."""
         with self.lock:

@@ -64,7 +64,7 @@ def load_native(
     return native, report
 
 
-def executor_of(pack: Pack, decoder: family.DecoderConfig, vision: family.Vision | None) -> NativeExecutor:
+def executor_of(pack: Pack, decoder: family.DecoderConfig, vision: family.Modality | None) -> NativeExecutor:
     """The executor of a packed model, with its image tower if it sees.
 
     Raises:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemkit.executors.native.executor import NativeExecutor
 from gemkit.runtime.pack_cache import executor_of
+
+if TYPE_CHECKING:
+    from gemkit.nn import LanguageModel
 
 
 class Repacker:
@@ -18,7 +21,7 @@ class Repacker:
     torch's inference mode, which can only be replaced.
     """
 
-    def __init__(self, module: Any, native: NativeExecutor):
+    def __init__(self, module: LanguageModel, native: NativeExecutor):
         """
         Args:
             native: executes `module` as it is now.
@@ -49,14 +52,14 @@ class _Same(weakref.ref):  # type: ignore[type-arg]
         return mine is not None and isinstance(other, _Same) and mine is other()
 
 
-def _stamps(module: Any) -> dict[str, Any]:
+def _stamps(module: LanguageModel) -> dict[str, Any]:
     """What is another after each change of a weight, by name, and of what else a program is made from."""
     from gemkit.adapters.layers import Adapter
     from gemkit.ops import Quantized
 
     stamps: dict[str, Any] = {}
     for path, owner in module.named_modules():
-        path = path.removeprefix("language_model.")
+        path = path.removeprefix(module.decoder_path).removeprefix(".")
         held: dict[str, Any] = dict(owner.named_parameters(recurse=False))
         held |= {leaf: value for leaf, value in vars(owner).items() if isinstance(value, Quantized)}
         for leaf, value in held.items():

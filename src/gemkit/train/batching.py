@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemkit.errors import ConfigError
-from gemkit.nn import Batch
+from gemkit.nn import Batch, LanguageModel
 from gemkit.ops import ChunkedLoss
 
 
@@ -94,10 +94,10 @@ class Rows:
             there(np.stack(pictures).astype(np.float32)) if pictures else None,
         )
 
-    def hidden(self, model: Any) -> Tensor:
+    def hidden(self, model: LanguageModel) -> Tensor:
         """(M, D): the hidden state after the last norm of each row. `model` is a `Decoder` or a `PaliGemma`."""
         return model(self.batch, None, self.rows, self.pixels_ICSS, output="hidden")
 
-    def loss(self, model: Any, loss: ChunkedLoss) -> Any:
+    def loss(self, model: LanguageModel, loss: ChunkedLoss) -> Any:
         """The result of a loss of the logits of each row, by the model's own forward."""
         return model(self.batch, None, self.rows, self.pixels_ICSS, output="loss", loss=loss)

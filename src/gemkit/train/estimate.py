@@ -25,7 +25,7 @@ from gemkit import family
 from gemkit.errors import ConfigError
 from gemkit.inspect.units import exact, memory
 from gemkit.memory import resident_memory
-from gemkit.nn import Batch, Decoder, PaliGemma, build
+from gemkit.nn import Batch, LanguageModel, build
 from gemkit.ops.linear_cross_entropy import CHUNK, extra_bytes
 from gemkit.train.experiment import Experiment
 from gemkit.train.trainer import blocks_again
@@ -39,7 +39,7 @@ _LIBRARIES = 400_000_000  # of the process without a model, where the system doe
 # Time of a whole step over that of its products alone, at the rate that a product of its size is measured with.
 _OVERHEAD = 1.4
 
-Prepare = Callable[[Decoder | PaliGemma], Any]  # freezes, puts adapters in: what `run` does to the real module
+Prepare = Callable[[LanguageModel], Any]  # freezes, puts adapters in: what `run` does to the real module
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Plan:
 def predict(
     experiment: Experiment,
     decoder: family.DecoderConfig,
-    vision: family.Vision | None,
+    vision: family.Modality | None,
     prepare: Prepare,
     *,
     dtype: torch.dtype,
@@ -211,7 +211,7 @@ def flops_per_second(decoder: family.DecoderConfig, tokens: int, dtype: torch.dt
 # ── a model without content ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _fake(decoder: family.DecoderConfig, vision: family.Vision | None, prepare: Prepare, dtype: torch.dtype) -> Any:
+def _fake(decoder: family.DecoderConfig, vision: family.Modality | None, prepare: Prepare, dtype: torch.dtype) -> Any:
     """The mode in which tensors have no content; the module in it; and of its parameters: what is trained, by name,
     bytes of it, of masters, and of all."""
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -238,7 +238,7 @@ def _fake(decoder: family.DecoderConfig, vision: family.Vision | None, prepare: 
     return mode, (module, (trained, bytes_trained, bytes_masters, bytes_all))
 
 
-def _computed(module: Any, sequences: int, length: int, dtype: torch.dtype) -> tuple[float, float, float]:
+def _computed(module: LanguageModel, sequences: int, length: int, dtype: torch.dtype) -> tuple[float, float, float]:
     """Bytes at the highest moment, bytes kept for the gradient, and operations, of sequences forward and back.
 
     More than two are not computed: each takes what the second takes besides the first.
@@ -286,11 +286,11 @@ class _KnownBatch(Batch):
 
 
 def _batch(
-    sequences: int, length: int, vision: family.Vision | None, dtype: torch.dtype
+    sequences: int, length: int, vision: family.Modality | None, dtype: torch.dtype
 ) -> tuple[Batch, Tensor | None]:
     """Sequences of one length, each with an image if the model sees them."""
     total = sequences * length
-    patches = 0 if vision is None else min(vision.num_patches, length)
+    patches = 0 if vision is None else min(vision.tokens, length)
     none = torch.zeros(sequences, dtype=torch.int64)
     batch = _KnownBatch(
         torch.zeros(total, dtype=torch.int64),
@@ -305,7 +305,7 @@ def _batch(
     object.__setattr__(batch, "seen_whole", patches)
     if vision is None:
         return batch, None
-    size = vision.image_size
+    size = vision.tower.image_size
     return batch, torch.zeros(sequences, 3, size, size, dtype=dtype)
 
 

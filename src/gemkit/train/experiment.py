@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gemkit.errors import ConfigError, nearest
-from gemkit.family import Attention, DecoderConfig, Layer, Mixer, Mlp, Recurrent, Vision, get, repeat
+from gemkit.family import Attention, DecoderConfig, Layer, Mixer, Mlp, Modality, Recurrent, Vision, get, repeat
 from gemkit.train import OBJECTIVES
 
 Decay = Literal["constant", "cosine", "linear", "rsqrt"]
@@ -178,7 +178,7 @@ class Experiment:
             )
 
 
-def published(settings: Optimizer, decoder: DecoderConfig, vision: Vision | None, *, new: bool) -> Optimizer:
+def published(settings: Optimizer, decoder: DecoderConfig, vision: Modality | None, *, new: bool) -> Optimizer:
     """The settings, with what was left out as the family publishes it.
 
     RecurrentGemma's fine-tuning colab: rate 1e-4, betas 0.9 and 0.96, decay 0.1. PaliGemma's transfers (big_vision,
@@ -355,7 +355,7 @@ def _fitting(hint: Any, value: Any, where: str, name: str) -> Any:
 # ── a model from nothing ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def new_model(values: Mapping[str, Any], vocab_size: int) -> tuple[DecoderConfig, Vision | None]:
+def new_model(values: Mapping[str, Any], vocab_size: int) -> tuple[DecoderConfig, Modality | None]:
     """The architecture that a table `[model.new]` describes.
 
     Its keys are the fields of `family.DecoderConfig`, and beside them `heads`, `kv_heads`, `head_dim`, `scale`,
@@ -363,7 +363,8 @@ def new_model(values: Mapping[str, Any], vocab_size: int) -> tuple[DecoderConfig
     numbers are those that are left out. `layers` is a pattern that is repeated to `depth` layers, of tables such as
     {kind = "sliding", window = 512}, {kind = "global"} and {kind = "recurrent", width = 256, num_blocks = 4}; a `rope`
     is a table with `base`, and any field of `family.Attention` may stand in a layer's own table. `vision` is a table of
-    the fields of `family.Vision`. `scale` is by default that of `head_dim`, the rows of the table are `vocab_size`.
+    the fields of `family.Vision`; the placeholder of its patches is the last row until a vocabulary tells another.
+    `scale` is by default that of `head_dim`, the rows of the table are `vocab_size`.
 
     Raises:
         ConfigError: for a field that there is not, or that is missing.
@@ -388,8 +389,9 @@ def new_model(values: Mapping[str, Any], vocab_size: int) -> tuple[DecoderConfig
     decoder = DecoderConfig(**found)
     if tower is None:
         return decoder, None
-    of_member = {} if member is None or member.vision is None else member.vision.__dict__
-    return decoder, _typed(Vision, {**of_member, **tower}, where, "vision.")
+    seen = None if member is None else member.vision
+    vision = _typed(Vision, {**(seen.tower.__dict__ if seen else {}), **tower}, where, "vision.")
+    return decoder, Modality(vision, placeholder=vocab_size - 1)
 
 
 # fields of `family.Attention` that `[model.new]` sets for every attention layer

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gemkit import family
-from gemkit.nn import Decoder, PaliGemma, build
+from gemkit.nn import LanguageModel, build
 
 MIN_DECAY, MAX_DECAY = 0.9, 0.999
 _CONV_SCALE = 0.01
@@ -26,20 +26,20 @@ _CONV_SCALE = 0.01
 
 def new_module(
     decoder: family.DecoderConfig,
-    vision: family.Vision | None = None,
+    vision: family.Modality | None = None,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> Decoder | PaliGemma:
+) -> LanguageModel:
     """A model of random weights, ready to be trained. The same seed gives the same model."""
     with torch.device("meta"):
         module = build(decoder, vision)
     for i, (name, shape) in enumerate(family.parameters(decoder, vision)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + i)
         value = draw(name, shape, decoder, generator)
-        module.hold(name, Parameter(value.to(device, dtype)))
-    module.embed_tokens.run_dtype = dtype
+        module.set_param(name, Parameter(value.to(device, dtype)))
+    module.decoder.embed_tokens.run_dtype = dtype
     return module
 
 

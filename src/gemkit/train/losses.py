@@ -69,7 +69,7 @@ def distillation(
     """
     if not 0 <= beta <= 1 or temperature <= 0:
         raise ConfigError(f"beta={beta} must be from 0 to 1 and temperature={temperature} above 0")
-    return ChunkedLoss(_Divergence(weights_M, beta, temperature), teacher=(teacher.lm_head, y_ME.detach()))
+    return ChunkedLoss(_Divergence(weights_M, beta, temperature), teacher=(teacher.decoder.lm_head, y_ME.detach()))
 
 
 def token_logprobs(targets_M: Tensor, *, temperature: float = 1.0, entropy: bool = False) -> ChunkedLoss:

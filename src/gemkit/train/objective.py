@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from gemkit.nn import LanguageModel
 from gemkit.train.batching import Unit
 
 
@@ -33,7 +34,7 @@ class Objective(Protocol):
         """What there is to learn of one record; an empty list if nothing. It depends on its arguments alone."""
         ...
 
-    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+    def prepare(self, model: LanguageModel, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
         """Once a step, before any gradient: what must be known of the units first, such as answers to their prompts."""
         ...
 
@@ -41,6 +42,6 @@ class Objective(Protocol):
         """What the losses of a whole step are divided by: the weights of its tokens, or the number of its pairs."""
         ...
 
-    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
+    def loss(self, model: LanguageModel, units: Sequence[Unit]) -> Loss:
         """The loss of some units of a step, with a gradient."""
         ...

@@ -38,7 +38,7 @@ from gemkit.executors.torch import TorchExecutor
 from gemkit.family import Prompt
 from gemkit.generate import Request
 from gemkit.memory import available_memory
-from gemkit.nn import Decoder, PaliGemma, build
+from gemkit.nn import LanguageModel, build
 from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import IMAGE
 from gemkit.train import OBJECTIVES, objectives
@@ -72,7 +72,7 @@ class Run:
 
     experiment: Experiment  # with nothing left out
     decoder: family.DecoderConfig
-    vision: family.Vision | None
+    vision: family.Modality | None
     tokenizer: Tokenizer
     prompts: tuple[Prompt, ...]  # what the model will have been trained to answer
     label: str
@@ -102,7 +102,7 @@ class Run:
             tokenizer = _tokenizer(Path(experiment.model.tokenizer).expanduser(), experiment)
             decoder, vision = settings.new_model(experiment.model.new, len(tokenizer))
             if vision is not None:
-                vision = replace(vision, image_token=tokenizer.id(IMAGE))
+                vision = replace(vision, placeholder=tokenizer.id(IMAGE))
             prompts: tuple[Prompt, ...] = ("complete",)
         else:
             checkpoint = find(experiment.model.name or None)
@@ -307,7 +307,7 @@ class Run:
             )
         replace_bytes(folder / EXPERIMENT, settings.to_toml(self.experiment).encode())
 
-    def _load(self, progress: Callable[[int, int], Any] | None) -> Decoder | PaliGemma:
+    def _load(self, progress: Callable[[int, int], Any] | None) -> LanguageModel:
         model = self.experiment.model
         if self.checkpoint is None:
             return new_module(
@@ -341,7 +341,7 @@ class Run:
         )
         return next(steps)
 
-    def _sampler(self, module: Decoder | PaliGemma) -> Callable[[], list[tuple[str, str]]]:
+    def _sampler(self, module: LanguageModel) -> Callable[[], list[tuple[str, str]]]:
         if self.vision is not None:
             raise ConfigError("watch.samples: a model that sees images is not asked for samples; look at held_out")
         asked = self.experiment.watch
@@ -394,7 +394,7 @@ class Run:
                         parts.append(hashlib.sha256(file.read(_SAMPLE)).hexdigest())
         return _digest(parts)
 
-    def _save(self, module: Decoder | PaliGemma, outcome: Outcome, folder: Path) -> None:
+    def _save(self, module: LanguageModel, outcome: Outcome, folder: Path) -> None:
         """The model into the run folder, its configuration last: without that it is no model yet."""
         work = folder / ".model"
         shutil.rmtree(work, ignore_errors=True)
@@ -431,7 +431,7 @@ class Run:
         return card(title, self.checkpoint.display_name, lines, adapter=bool(e.lora.rank), data=data)
 
 
-def _prepare(module: Any, experiment: Experiment) -> lora.Account | None:
+def _prepare(module: LanguageModel, experiment: Experiment) -> lora.Account | None:
     """Say which weights are trained: adapters, or all but those that are frozen."""
     e = experiment.lora
     if e.rank:

@@ -26,12 +26,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Parameter
 from torch.utils import deterministic as _deterministic
 
 from gemkit.errors import NoSpaceError, TrainingError
 from gemkit.inspect import curves
 from gemkit.memory import peak_memory
+from gemkit.nn import LanguageModel
 from gemkit.train import nonfinite
 from gemkit.train.batching import Unit
 from gemkit.train.checkpoint import Checkpoints, Saved, replace_bytes
@@ -99,7 +100,7 @@ class Trainer:
     """Trains a module.
 
     Args:
-        model: a `Decoder` or a `PaliGemma`, its weights loaded.
+        model: a `LanguageModel`, its weights loaded.
         objective: what is learned.
         source: the units of each step.
         experiment: its `optimizer` has nothing left out.
@@ -114,7 +115,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Any,
+        model: LanguageModel,
         objective: Objective,
         source: Source,
         experiment: Experiment,
@@ -439,17 +440,10 @@ def _settings(experiment: Experiment) -> Iterator[None]:
         deterministic.fill_uninitialized_memory = filled
 
 
-def blocks(model: Any) -> list[Module]:
-    """What is computed again as one: the blocks of the decoder, and those of the image tower."""
-    language = getattr(model, "language_model", model)
-    tower = [] if model.vision is None else model.vision_tower.encoder.layers
-    return [*tower, *language.layers]
-
-
 @contextlib.contextmanager
-def blocks_again(model: Any, on: bool) -> Iterator[None]:
+def blocks_again(model: LanguageModel, on: bool) -> Iterator[None]:
     """Keep the inputs of blocks alone, and compute what is in them once more when the gradient needs it."""
-    wrapped = blocks(model) if on else []
+    wrapped = model.blocks if on else []
     if on:
         from torch.utils.checkpoint import checkpoint
 
@@ -469,7 +463,7 @@ def blocks_again(model: Any, on: bool) -> Iterator[None]:
 
 def _peak_memory(model: Any) -> int:
     """Bytes: of the process at most so far, or of the device."""
-    device = model.norm.weight.device
+    device = model.device
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return peak_memory()

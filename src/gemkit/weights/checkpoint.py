@@ -14,7 +14,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
-from gemkit.family import DecoderConfig, Member, Prompt, Vision
+from gemkit.family import DecoderConfig, Member, Modality, Prompt
 from gemkit.text import Tokenizer
 from gemkit.weights.describe import Description, describe, prompts_of, read_tokenizer
 from gemkit.weights.fit import fit
@@ -60,7 +60,7 @@ class Checkpoint:
         return self.description.decoder
 
     @property
-    def vision(self) -> Vision | None:
+    def vision(self) -> Modality | None:
         return self.description.vision
 
     @cached_property

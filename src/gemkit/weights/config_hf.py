@@ -11,7 +11,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemkit.errors import ConfigError, WeightsError
-from gemkit.family import Attention, DecoderConfig, Global, Layer, Mixer, Mlp, Recurrent, Rope, Sliding, Vision, repeat
+from gemkit.family import (
+    Attention,
+    DecoderConfig,
+    Global,
+    Layer,
+    Mixer,
+    Mlp,
+    Modality,
+    Recurrent,
+    Rope,
+    Sliding,
+    repeat,
+)
 from gemkit.weights.config_keys import Keys, refuse_differences, section
 from gemkit.weights.config_vision import paligemma_to_hf
 
@@ -243,7 +255,7 @@ def _hf_griffin(keys: Keys) -> DecoderConfig:
     )
 
 
-def to_hf(decoder: DecoderConfig, vision: Vision | None = None) -> dict[str, Any]:
+def to_hf(decoder: DecoderConfig, vision: Modality | None = None) -> dict[str, Any]:
     """The `config.json` that Transformers loads this model from (both its current and its older keys).
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemkit.errors import ConfigError
-from gemkit.family import DecoderConfig, Vision
+from gemkit.family import DecoderConfig, Modality, Vision
 from gemkit.weights.config_keys import Keys, section
 
 # Published defaults of the tower's configuration class, models/siglip/configuration_siglip.py of Transformers 5.23.
@@ -24,7 +24,7 @@ _SIGLIP_DEFAULTS = {
 }
 
 
-def vision_from_hf(config: Mapping[str, Any], where: str) -> Vision | None:
+def vision_from_hf(config: Mapping[str, Any], where: str) -> Modality | None:
     """The image tower that a `config.json` describes, if it is one that runs here. Raises as `from_hf` does."""
     if config.get("model_type") != "paligemma":
         return None
@@ -45,7 +45,7 @@ def vision_from_hf(config: Mapping[str, Any], where: str) -> Vision | None:
             f"{where}: image_token_index={image_token} has no row in a vocabulary of {rows}: the released tables have "
             "257,216"
         )
-    return Vision(
+    tower = Vision(
         image_size=keys.whole("image_size"),
         patch_size=keys.whole("patch_size"),
         width=keys.whole("hidden_size"),
@@ -53,8 +53,8 @@ def vision_from_hf(config: Mapping[str, Any], where: str) -> Vision | None:
         num_heads=keys.whole("num_attention_heads"),
         mlp_width=keys.whole("intermediate_size"),
         norm_eps=keys.number("layer_norm_eps"),
-        image_token=image_token,
     )
+    return Modality(tower, placeholder=image_token)
 
 
 def _image_token(config: Mapping[str, Any], where: str) -> int:
@@ -62,7 +62,7 @@ def _image_token(config: Mapping[str, Any], where: str) -> int:
     return keys.whole("image_token_index" if keys.get("image_token_index") is not None else "image_token_id")
 
 
-def paligemma_to_hf(text: dict[str, Any], decoder: DecoderConfig, vision: Vision) -> dict[str, Any]:
+def paligemma_to_hf(text: dict[str, Any], decoder: DecoderConfig, vision: Modality) -> dict[str, Any]:
     """The `config.json` of a PaliGemma; `text` is that of its decoder.
 
     Raises:
@@ -74,14 +74,14 @@ def paligemma_to_hf(text: dict[str, Any], decoder: DecoderConfig, vision: Vision
         )
     tower = {
         "model_type": "siglip_vision_model",
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-        "hidden_size": vision.width,
-        "num_hidden_layers": vision.depth,
-        "num_attention_heads": vision.num_heads,
-        "intermediate_size": vision.mlp_width,
-        "layer_norm_eps": vision.norm_eps,
-        "num_image_tokens": vision.num_patches,
+        "image_size": vision.tower.image_size,
+        "patch_size": vision.tower.patch_size,
+        "hidden_size": vision.tower.width,
+        "num_hidden_layers": vision.tower.depth,
+        "num_attention_heads": vision.tower.num_heads,
+        "intermediate_size": vision.tower.mlp_width,
+        "layer_norm_eps": vision.tower.norm_eps,
+        "num_image_tokens": vision.tokens,
         "projection_dim": decoder.width,
         "hidden_act": "gelu_pytorch_tanh",
         "vision_use_head": False,
@@ -89,27 +89,27 @@ def paligemma_to_hf(text: dict[str, Any], decoder: DecoderConfig, vision: Vision
     config = {
         "architectures": ["PaliGemmaForConditionalGeneration"],
         "model_type": "paligemma",
-        "image_token_index": vision.image_token,
+        "image_token_index": vision.placeholder,
         "projection_dim": decoder.width,
         "hidden_size": decoder.width,
         "vocab_size": decoder.vocab_size,
         "tie_word_embeddings": True,
         **{name: text[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
-        "text_config": {**text, "num_image_tokens": vision.num_patches},
+        "text_config": {**text, "num_image_tokens": vision.tokens},
         "vision_config": tower,
     }
     assert vision_from_hf(config, "config.json") == vision
     return config
 
 
-def preprocessor_to_hf(vision: Vision) -> dict[str, Any]:
+def preprocessor_to_hf(vision: Modality) -> dict[str, Any]:
     """The `preprocessor_config.json` that goes with an image tower: as released, bicubic, to -1 to 1."""
     return {
         "image_processor_type": "SiglipImageProcessor",
         "processor_class": "PaliGemmaProcessor",
-        "image_seq_length": vision.num_patches,
+        "image_seq_length": vision.tokens,
         "do_resize": True,
-        "size": {"height": vision.image_size, "width": vision.image_size},
+        "size": {"height": vision.tower.image_size, "width": vision.tower.image_size},
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

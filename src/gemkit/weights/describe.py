@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemkit.errors import WeightsError
-from gemkit.family import DecoderConfig, Member, Prompt, Vision
+from gemkit.family import DecoderConfig, Member, Modality, Prompt
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import FIM_PREFIX
 from gemkit.text.vocabulary import IMAGE
@@ -30,7 +30,7 @@ class Description:
     """The architecture of a checkpoint."""
 
     decoder: DecoderConfig
-    vision: Vision | None = None
+    vision: Modality | None = None
     member: Member | None = None  # by its name, or by its shapes where a file has no configuration
     notes: tuple[str, ...] = ()  # for the user: how it was read
 
@@ -83,9 +83,9 @@ def read_tokenizer(reader: Reader, place: Place, description: Description) -> To
     else:
         tokenizer = _tokenizer_in(place.folder, description.member)
     vision = description.vision
-    if vision is not None and vision.image_token != (image := tokenizer.id(IMAGE)):
+    if vision is not None and vision.placeholder != (image := tokenizer.id(IMAGE)):
         raise WeightsError(
-            f"{place.label}: its image_token_index is {vision.image_token}, and {IMAGE} is token {image} of its "
+            f"{place.label}: its image_token_index is {vision.placeholder}, and {IMAGE} is token {image} of its "
             "tokenizer: they belong to different models"
         )
     rows, pieces = description.decoder.vocab_size, len(tokenizer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemkit import family
 from gemkit.errors import WeightsError
-from gemkit.family import DecoderConfig, Member, Vision
+from gemkit.family import DecoderConfig, Member, Modality
 from gemkit.files import DTYPES
 from gemkit.weights.formats.base import Reader
 from gemkit.weights.maps import Part, name_map
@@ -17,7 +17,7 @@ SCORE = "score.weight"
 TIED_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "output.weight")
 
 
-def fit(reader: Reader, decoder: DecoderConfig, vision: Vision | None, label: str) -> list[Part]:
+def fit(reader: Reader, decoder: DecoderConfig, vision: Modality | None, label: str) -> list[Part]:
     """Where each parameter of the model is.
 
     Raises:
@@ -49,7 +49,7 @@ def _fits(reader: Reader, member: Member) -> bool:
     return not _compare(reader, member.decoder, member.vision)[1]
 
 
-def _compare(reader: Reader, decoder: DecoderConfig, vision: Vision | None) -> tuple[list[Part], list[str]]:
+def _compare(reader: Reader, decoder: DecoderConfig, vision: Modality | None) -> tuple[list[Part], list[str]]:
     """Where each parameter is, and every tensor that is missing, misshapen, of another type or left over."""
     shapes = dict(family.parameters(decoder, vision))
     table = name_map(reader.format, decoder, vision)

@@ -16,7 +16,7 @@ from gemkit import family
 from gemkit.block_types import KINDS, Kind
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.memory import available_memory
-from gemkit.nn import Decoder, PaliGemma, build
+from gemkit.nn import LanguageModel, build
 from gemkit.nn.layers import Score
 from gemkit.ops import Quantized
 from gemkit.weights import quantize
@@ -40,7 +40,7 @@ def load_module(
     weights: Weights | None = None,
     calibrate: bool | str = True,
     progress: Progress | None = None,
-) -> tuple[Decoder | PaliGemma, Report]:
+) -> tuple[LanguageModel, Report]:
     """The model of a checkpoint with its weights, which record no gradients.
 
     Args:
@@ -71,7 +71,7 @@ def load_module(
     fitted = {name: kind for name, kind in kinds.items() if calibrate is not False and kind is not quantize.INT8}
     for name, sharing in by_file_name(part for part in parts if part.param_name not in fitted).items():
         loading.read(name, sharing)
-    module.embed_tokens.run_dtype = run_dtype
+    module.decoder.embed_tokens.run_dtype = run_dtype
     if SCORE in checkpoint.reader.entries and only == ("",):
         put_score(module, checkpoint.reader.read(SCORE))
     if fitted:
@@ -95,7 +95,7 @@ class _Loading:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        module: Decoder | PaliGemma,
+        module: LanguageModel,
         parts: Sequence[Part],
         run_dtype: torch.dtype,
         device: torch.device,
@@ -134,12 +134,12 @@ class _Loading:
             value = value.dequantize()
             self._made_dense += 1
         if isinstance(value, Quantized):
-            self._module.hold(name, value.to(self._device))
+            self._module.set_param(name, value.to(self._device))
             return
         cast = value.to(self._run_dtype)
         if cast.dtype != value.dtype and not torch.equal(cast.to(value.dtype), value):
             self._rounded[stored_as] += 1
-        self._module.hold(name, Parameter(cast.to(self._device), requires_grad=False))
+        self._module.set_param(name, Parameter(cast.to(self._device), requires_grad=False))
 
     def _advance(self, name: str) -> None:
         self._done += self._reader.entries[name].nbytes
@@ -155,21 +155,21 @@ class _Loading:
         return [f"{count} weights were rounded from {stored} to {dtype}" for stored, count in self._rounded.items()]
 
 
-def put_score(module: Decoder | PaliGemma, weight_1D: Any) -> None:
+def put_score(module: LanguageModel, weight_1D: Any) -> None:
     """Give a model the head of a reward model, in float32, which records no gradients.
 
     Raises:
         WeightsError: if it is not one row as wide as the model, or the model is one that has none.
     """
-    if isinstance(module, PaliGemma) or tuple(weight_1D.shape) != (1, module.config.width):
-        wanted = "a model of text alone" if isinstance(module, PaliGemma) else f"(1, {module.config.width})"
+    if module.vision is not None or tuple(weight_1D.shape) != (1, module.config.width):
+        wanted = "a model of text alone" if module.vision is not None else f"(1, {module.config.width})"
         raise WeightsError(f"{SCORE} is {tuple(weight_1D.shape)}: a reward head is one row, for {wanted}")
     module.score = Score(module.config.width)
-    device = module.norm.weight.device
+    device = module.device
     module.score.weight = Parameter(weight_1D.detach().to(device, torch.float32), requires_grad=False)
 
 
-def _kinds(checkpoint: Checkpoint, module: Decoder | PaliGemma, weights: Weights, quantized: bool) -> dict[str, Kind]:
+def _kinds(checkpoint: Checkpoint, module: LanguageModel, weights: Weights, quantized: bool) -> dict[str, Kind]:
     """The block type of each weight that is quantized on the way."""
     kinds = {}
     for part in checkpoint.parts:
@@ -180,7 +180,7 @@ def _kinds(checkpoint: Checkpoint, module: Decoder | PaliGemma, weights: Weights
     return kinds
 
 
-def _quantizing(module: Decoder | PaliGemma, roundings: list[Rounding], calibrated: bool) -> list[str]:
+def _quantizing(module: LanguageModel, roundings: list[Rounding], calibrated: bool) -> list[str]:
     """What a user should know of how weights were quantized."""
     notes = []
     for kind in (quantize.INT8, quantize.INT5, quantize.INT4):
@@ -197,9 +197,9 @@ def _quantizing(module: Decoder | PaliGemma, roundings: list[Rounding], calibrat
     return notes
 
 
-def _quantized(module: Decoder | PaliGemma) -> list[tuple[str, Quantized]]:
+def _quantized(module: LanguageModel) -> list[tuple[str, Quantized]]:
     """The quantized weights of a module."""
-    values = [(name, weight(module, name)) for name, _ in family.parameters(module.config, module.vision)]
+    values = [(name, module.get_param(name)) for name, _ in family.parameters(module.config, module.vision)]
     return [(name, value) for name, value in values if isinstance(value, Quantized)]
 
 
@@ -251,10 +251,10 @@ def _check_memory(
         )
 
 
-def _check_tied_heads(checkpoint: Checkpoint, module: Decoder | PaliGemma, weights: Weights | None) -> None:
+def _check_tied_heads(checkpoint: Checkpoint, module: LanguageModel, weights: Weights | None) -> None:
     for name in TIED_HEADS:
         if name in checkpoint.reader.entries:
-            head, table = checkpoint.reader.read(name), module.embed_tokens.weight
+            head, table = checkpoint.reader.read(name), module.decoder.embed_tokens.weight
             if weights is not None and isinstance(head, Tensor) and isinstance(table, Quantized):
                 head = quantize.nearest(head, table.kind, name)  # as the embedding was: equal if they were equal
             if isinstance(table, Quantized) and isinstance(head, Quantized):
@@ -272,13 +272,7 @@ def _check_tied_heads(checkpoint: Checkpoint, module: Decoder | PaliGemma, weigh
                 )
 
 
-def weight_bytes(module: Decoder | PaliGemma) -> int:
+def weight_bytes(module: LanguageModel) -> int:
     """Bytes of all weights, the tied head counted once."""
     names = [name for name, _ in family.parameters(module.config, module.vision)]
-    return sum(weight(module, name).nbytes for name in names)
-
-
-def weight(module: Decoder | PaliGemma, name: str) -> Tensor | Quantized:
-    """A weight by its name, dense or quantized."""
-    path, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(path), leaf)
+    return sum(module.get_param(name).nbytes for name in names)

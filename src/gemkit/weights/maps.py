@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from gemkit.family import Attention, DecoderConfig, Vision
+from gemkit.family import Attention, DecoderConfig, Modality
 from gemkit.weights.formats.base import Format
 
 if TYPE_CHECKING:
@@ -439,7 +439,7 @@ _MAPS: dict[Format, tuple[NameMap, ...]] = {
 }
 
 
-def name_map(format: Format, decoder: DecoderConfig, vision: Vision | None = None) -> NameMap:
+def name_map(format: Format, decoder: DecoderConfig, vision: Modality | None = None) -> NameMap:
     """The table for a model in a format, chosen by what it has. Only one format has names for an image tower."""
     if vision is not None and format == "safetensors":
         return HF_PALIGEMMA2 if decoder.post_norms else HF_PALIGEMMA1

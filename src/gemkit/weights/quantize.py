@@ -35,7 +35,7 @@ from torch.nn import Module
 
 from gemkit.block_types import KINDS, Kind
 from gemkit.errors import ConfigError, WeightsError
-from gemkit.nn import Batch, Decoder, PaliGemma
+from gemkit.nn import Batch, LanguageModel
 from gemkit.nn.layers import Embedding, Linear
 from gemkit.ops.quantized import Quantized
 
@@ -54,7 +54,6 @@ _MORE_BITS = {
     "down_proj.weight": INT5,
 }
 _INTO_NORMS = ("o_proj.weight", "down_proj.weight", "linear_out.weight")  # where the decoder has post norms
-_OUTSIDE = ("vision_tower.", "multi_modal_projector.")  # of the decoder
 
 _PIECE = 1 << 22  # elements looked at together, where a weight need not be dense as a whole
 SEQUENCE = 512  # tokens of a calibration text that see each other
@@ -82,7 +81,7 @@ def check(weights: str | None) -> None:
         raise ConfigError(f"weights={weights!r} is not one of int8, int4, or None to keep them as they are")
 
 
-def kind_of(decoder: Decoder | PaliGemma, name: str, weights: Weights) -> Kind | None:
+def kind_of(decoder: LanguageModel, name: str, weights: Weights) -> Kind | None:
     """What a weight becomes by its name; None: it stays dense."""
     owner = dict(_owners(decoder)).get(name)
     if owner is None or owner.weight.shape[1] % GROUP:
@@ -92,10 +91,10 @@ def kind_of(decoder: Decoder | PaliGemma, name: str, weights: Weights) -> Kind |
     return _MORE_BITS.get(".".join(name.split(".")[-2:]), INT4)
 
 
-def _owners(decoder: Decoder | PaliGemma) -> Iterator[tuple[str, Linear | Embedding]]:
-    """Every matrix that a decoder multiplies by, or looks up in, by its name; the tied head is not repeated."""
-    for name, module in decoder.named_modules():
-        if isinstance(module, Linear | Embedding) and not name.startswith(_OUTSIDE):
+def _owners(model: LanguageModel) -> Iterator[tuple[str, Linear | Embedding]]:
+    """Every matrix that the decoder multiplies by, or looks up in, by its name; the tied head is not repeated."""
+    for name, module in model.decoder.named_modules(prefix=model.decoder_path):
+        if isinstance(module, Linear | Embedding):
             yield f"{name}.weight", module
 
 
@@ -104,7 +103,7 @@ def is_as_small(kind: Kind, target: Kind) -> bool:
     return sum(kind.bits) <= sum(target.bits)
 
 
-def undivided(decoder: Decoder | PaliGemma) -> list[str]:
+def undivided(decoder: LanguageModel) -> list[str]:
     """Names of the matrices that would be quantized, but for their width."""
     return [name for name, owner in _owners(decoder) if owner.weight.shape[1] % GROUP]
 
@@ -315,7 +314,7 @@ def calibration_text() -> str:
 
 
 def calibrate(
-    decoder: Decoder | PaliGemma,
+    decoder: LanguageModel,
     kinds: Mapping[str, Kind],
     take: Callable[[str], Tensor | Quantized],
     bos: int,
@@ -356,7 +355,7 @@ def calibrate(
                 inputs, moments = x_TI, [h_II.cpu() for h_II in second_moments(x_TI, y_TO)]
             after = fitted(dense(before), moments, kinds[name], name)
             roundings.append(rounding(name, before, after))
-            decoder.hold(name, after.to(x_TI.device))
+            decoder.set_param(name, after.to(x_TI.device))
 
         return quantize
 
@@ -367,7 +366,7 @@ def calibrate(
     try:
         with torch.no_grad():  # not inference_mode, whose tensors nothing could ever be trained around
             sequences = [[bos, *ids[start : start + SEQUENCE]] for start in range(0, len(ids), SEQUENCE)]
-            device = decoder.norm.weight.device
+            device = decoder.device
             decoder(Batch.of(sequences, device=device), None, torch.tensor([0], device=device))
     finally:
         for hook in hooks:

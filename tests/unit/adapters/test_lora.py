@@ -20,7 +20,7 @@ from support.tiny import TOWER, tiny
 IDS = [1, 5, 9, 2, 7]
 
 
-def model(name: str = "gemma-2b", seed: int = 0) -> nn.Decoder | nn.PaliGemma:
+def model(name: str = "gemma-2b", seed: int = 0) -> nn.LanguageModel:
     """A member at test size with random weights."""
     module = nn.build(tiny(name), TOWER if name.startswith("pali") else None)
     generator = torch.Generator().manual_seed(seed)
@@ -107,7 +107,7 @@ def test_published_names_are_targets_too():
 
 def test_the_image_tower_only_if_asked():
     told = lora.enable_lora(model("paligemma-3b-pt-224"), 2, targets=["vision_tower.*.q_proj"])
-    assert len(told.modules) == TOWER.depth
+    assert len(told.modules) == TOWER.tower.depth
     told = lora.enable_lora(model("paligemma-3b-pt-224"), 2, targets=["q_proj"])
     assert not any(path.startswith("vision_tower") for path in told.modules)
 
@@ -228,30 +228,30 @@ def test_bookkeeping_of_merges():
 @pytest.mark.parametrize(("target", "other"), [("lm_head", "embeddings"), ("embed_tokens", "logits")])
 def test_the_tied_table_is_not_merged_into(target, other):
     module = model()
-    table = module.embed_tokens.weight.clone()
+    table = module.decoder.embed_tokens.weight.clone()
     lora.enable_lora(module, 2, targets=[target, "q_proj"])
     train(module)
     with pytest.raises(ConfigError, match=f"{target} has an adapter, .* it would change the {other} too"):
         lora.merge(module)
     assert lora.merged(module) == []
-    assert torch.equal(module.embed_tokens.weight, table)
-    assert module.lm_head.weight is module.embed_tokens.weight
+    assert torch.equal(module.decoder.embed_tokens.weight, table)
+    assert module.decoder.lm_head.weight is module.decoder.embed_tokens.weight
 
 
 def test_an_adapter_of_the_head_never_changes_the_embedding_and_the_other_way_about():
     module, ids = model(), torch.tensor(IDS)
-    embedded, x_TD = module.embed_tokens(ids), torch.randn(3, module.config.width)
-    head = module.lm_head(x_TD)
+    embedded, x_TD = module.decoder.embed_tokens(ids), torch.randn(3, module.config.width)
+    head = module.decoder.lm_head(x_TD)
     lora.enable_lora(module, 2, targets="lm_head")
     train(module)
-    assert torch.equal(module.embed_tokens(ids), embedded)
-    assert not torch.equal(module.lm_head(x_TD), head)
+    assert torch.equal(module.decoder.embed_tokens(ids), embedded)
+    assert not torch.equal(module.decoder.lm_head(x_TD), head)
     lora.remove(module)
     lora.enable_lora(module, 2, targets="embed_tokens")
-    assert torch.equal(module.embed_tokens(ids), embedded)  # A begins with zeros
+    assert torch.equal(module.decoder.embed_tokens(ids), embedded)  # A begins with zeros
     train(module)
-    assert not torch.equal(module.embed_tokens(ids), embedded)
-    assert torch.equal(module.lm_head(x_TD), head)
+    assert not torch.equal(module.decoder.embed_tokens(ids), embedded)
+    assert torch.equal(module.decoder.lm_head(x_TD), head)
 
 
 def test_a_sum_that_is_not_finite_changes_nothing():
@@ -278,7 +278,7 @@ def quantized() -> nn.Decoder:
     module = model("gemma-2-2b")
     for name, weight in [*module.named_parameters()]:
         if weight.dim() == 2 and weight.shape[1] % 32 == 0:
-            module.hold(name, quantize.nearest(weight.detach(), quantize.INT4, name))
+            module.set_param(name, quantize.nearest(weight.detach(), quantize.INT4, name))
     return module
 
 
@@ -287,9 +287,9 @@ def test_qlora_trains_beside_codes():
     coded, dense = quantized(), quantized()
     for name, owner in lora._owners(dense).items():
         if isinstance(owner.weight, Quantized) and name != "lm_head":
-            dense.hold(f"{name}.weight", torch.nn.Parameter(owner.weight.dequantize(), requires_grad=False))
+            dense.set_param(f"{name}.weight", torch.nn.Parameter(owner.weight.dequantize(), requires_grad=False))
     assert isinstance(coded.layers[0].self_attn.q_proj.weight, Quantized)
-    assert isinstance(coded.lm_head.weight, Quantized)
+    assert isinstance(coded.decoder.lm_head.weight, Quantized)
     for module in (coded, dense):
         lora.enable_lora(module, 2, targets=["all-linear", "lm_head", "embed_tokens"])
         train(module)
@@ -513,7 +513,7 @@ def test_a_truncated_file_is_refused(folder):
 
 def test_a_table_that_was_trained_too_is_refused(folder):
     module = model()
-    key, own = "base_model.model.model.embed_tokens.weight", module.embed_tokens.weight.detach().clone()
+    key, own = "base_model.model.model.embed_tokens.weight", module.decoder.embed_tokens.weight.detach().clone()
     edit_tensors(folder, lambda t: t | {key: own})
     lora.attach(module, folder)
     edit_tensors(folder, lambda t: t | {key: own + 0.1})

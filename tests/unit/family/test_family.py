@@ -70,13 +70,13 @@ def test_image_sizes_are_the_published_ones(name):
     of_keras, of_hugging_face = IMAGE[name]
     assert total(member.decoder, member.vision) == of_hugging_face
     assert total(replace(member.decoder, vocab_size=ROWS_USED), member.vision) == of_keras
-    assert total(member.decoder, member.vision, of="vision_tower.") == TOWER[member.vision.image_size]
+    assert total(member.decoder, member.vision, of="vision_tower.") == TOWER[member.vision.tower.image_size]
 
 
 def test_every_member_has_a_pinned_size():
     pinned = {get(name).decoder for name in TEXT} | {get(name).decoder for name in IMAGE}
     assert {member.decoder for member in members()} == pinned
-    assert {member.vision.image_size for member in members() if member.vision} == set(TOWER)
+    assert {member.vision.tower.image_size for member in members() if member.vision} == set(TOWER)
 
 
 @pytest.mark.parametrize(

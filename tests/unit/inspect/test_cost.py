@@ -7,7 +7,7 @@ from math import prod
 import pytest
 
 from gemkit.errors import ConfigError
-from gemkit.family import Global, Mlp, Recurrent, Rope, Sliding, Vision, get, parameters, repeat
+from gemkit.family import Global, Mlp, Modality, Recurrent, Rope, Sliding, Vision, get, parameters, repeat
 from gemkit.inspect import cost
 
 
@@ -156,7 +156,7 @@ def test_image_flops_are_those_that_torch_counts():
     import transformers as hf
     from torch.utils.flop_counter import FlopCounterMode
 
-    vision = Vision(image_size=112, width=96, depth=2, num_heads=4, mlp_width=160)
+    vision = Modality(Vision(image_size=112, width=96, depth=2, num_heads=4, mlp_width=160), placeholder=0)
     config = hf.SiglipVisionConfig(
         image_size=112,
         patch_size=14,

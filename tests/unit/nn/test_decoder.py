@@ -10,7 +10,7 @@ from gemkit.nn import Batch
 from gemkit.ops.quantized import Quantized
 
 
-def on_meta(name: str) -> nn.Decoder | nn.PaliGemma:
+def on_meta(name: str) -> nn.LanguageModel:
     with torch.device("meta"):
         return nn.build(family.get(name).decoder, family.get(name).vision)
 
@@ -54,7 +54,7 @@ def test_the_tree_of_gemma_7b_reads_like_transformers():
 def test_the_head_is_the_embedding():
     module = nn.Decoder(tiny_config())
     assert module.lm_head.weight is module.embed_tokens.weight
-    module.hold("embed_tokens.weight", torch.nn.Parameter(torch.ones(64, 32)))
+    module.set_param("embed_tokens.weight", torch.nn.Parameter(torch.ones(64, 32)))
     assert module.lm_head.weight is module.embed_tokens.weight
     module.to(torch.bfloat16)
     assert module.lm_head.weight is module.embed_tokens.weight
@@ -87,19 +87,19 @@ def quantized(rows: int, columns: int) -> Quantized:
 def test_quantized_weights_move_but_are_never_cast_nor_trained():
     module = nn.Decoder(tiny_config())
     weight = quantized(64, 32)
-    module.hold("embed_tokens.weight", weight)
+    module.set_param("embed_tokens.weight", weight)
     module.to(torch.bfloat16)
     assert module.lm_head.weight.planes["scales"].dtype == torch.float16
     assert "embed_tokens.weight" not in dict(module.named_parameters())
     assert module.to("meta").embed_tokens.weight.device.type == "meta"
-    module.hold("embed_tokens.weight", torch.nn.Parameter(torch.zeros(64, 32)))  # and back to a dense one
+    module.set_param("embed_tokens.weight", torch.nn.Parameter(torch.zeros(64, 32)))  # and back to a dense one
     assert "embed_tokens.weight" in dict(module.named_parameters())
     assert "Q8_0" in repr(_with(quantized(64, 32)))
 
 
 def _with(weight: Quantized) -> nn.decoder.Linear:
     linear = nn.decoder.Linear(32, 64)
-    linear.hold("weight", weight)
+    linear.set_param("weight", weight)
     return linear
 
 
@@ -165,12 +165,13 @@ def test_compiled_modules_give_the_same_numbers():
             torch.testing.assert_close(compiled(batch), module(batch))
 
 
-TINY_TOWER = family.Vision(4, patch_size=2, width=8, depth=1, num_heads=2, mlp_width=8, image_token=63)
+_TOWER = family.Vision(4, patch_size=2, width=8, depth=1, num_heads=2, mlp_width=8)
+TINY_TOWER = family.Modality(_TOWER, placeholder=63)
 
 
-def tiny_paligemma() -> nn.PaliGemma:
+def tiny_paligemma() -> nn.Multimodal:
     torch.manual_seed(0)
-    module = nn.PaliGemma(tiny_config(), TINY_TOWER)
+    module = nn.Multimodal(tiny_config(), TINY_TOWER)
     for p in module.parameters():
         torch.nn.init.normal_(p, 0, 0.3)
     return module
@@ -196,7 +197,7 @@ def test_image_features_are_where_the_batch_says_and_unscaled():
     rows = [5, 6, 7, 8, 0, 1, 2, 3]  # of the first image, which the second sequence shows, then of the second
     module(Batch.of([[63] * 4 + [7], [63] * 4 + [9]], spans=[(0, 5), (5, 10)], image_rows=rows), pixels_ICSS=pixels)
     assert torch.equal(got[0][rows], module.image_features(pixels))
-    assert torch.equal(got[0][[4, 9]], module.embed_tokens(torch.tensor([7, 9])))
+    assert torch.equal(got[0][[4, 9]], module.language_model.embed_tokens(torch.tensor([7, 9])))
 
 
 def test_what_an_image_model_refuses():
@@ -208,8 +209,8 @@ def test_what_an_image_model_refuses():
         module(batch, pixels_ICSS=torch.zeros(2, 3, 4, 4))
     with pytest.raises(ConfigError, match="0 image features for 4 image_rows"):
         module(batch)
-    with pytest.raises(ConfigError, match="image_token=63 is beyond the 63 rows"):
-        nn.PaliGemma(tiny_config(vocab_size=63), TINY_TOWER)
+    with pytest.raises(ConfigError, match="placeholder=63 is beyond the 63 rows"):
+        nn.Multimodal(tiny_config(vocab_size=63), TINY_TOWER)
     recurrent = nn.Decoder(tiny_config(layers=layers(family.Recurrent(32, num_blocks=2))))
     with pytest.raises(ConfigError, match="a recurrent layer cannot see what comes after"):
         recurrent(Batch.of([[1, 2]], spans=[(0, 2)]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gemkit import family, nn
 from gemkit.errors import ConfigError
 from gemkit.executors.torch import TorchExecutor
-from gemkit.family import Global, Mlp, Sliding, Vision, repeat
+from gemkit.family import Global, Mlp, Modality, Sliding, Vision, repeat
 from gemkit.generate import Chunk, Request, complete, generate, score
 from support.outputs import dense
 
@@ -25,12 +25,12 @@ CONFIG = family.DecoderConfig(
     max_context=256,
     post_norms=True,
 )
-TOWER = Vision(6, patch_size=2, width=12, depth=1, num_heads=2, mlp_width=16, image_token=63)
-PATCHES = TOWER.num_patches  # 9: more than a window
+TOWER = Modality(Vision(6, patch_size=2, width=12, depth=1, num_heads=2, mlp_width=16), placeholder=63)
+PATCHES = TOWER.tokens  # 9: more than a window
 
 
-def random_module() -> nn.PaliGemma:
-    module = nn.PaliGemma(CONFIG, TOWER)
+def random_module() -> nn.Multimodal:
+    module = nn.Multimodal(CONFIG, TOWER)
     generator = torch.Generator().manual_seed(0)
     for p in module.parameters():
         torch.nn.init.normal_(p, 0, 0.3, generator=generator)

@@ -130,14 +130,14 @@ def test_a_traced_program_goes_to_json_and_back(name):
 
 
 def test_a_tower_is_traced_for_any_number_of_images():
-    program = trace_tower(nn.PaliGemma(tiny("paligemma-3b-pt-224"), TOWER))
-    assert program.inputs["pixels"].shape == ("I", 3, TOWER.image_size, TOWER.image_size)
+    program = trace_tower(nn.Multimodal(tiny("paligemma-3b-pt-224"), TOWER))
+    assert program.inputs["pixels"].shape == ("I", 3, TOWER.tower.image_size, TOWER.tower.image_size)
     assert program.output.shape == ("T", tiny("paligemma-3b-pt-224").width)
     attention = [node for node in program.nodes if node.op == "attention"]
-    assert [node.operands["batch"] for node in attention] == [Boundaries(TOWER.num_patches)] * TOWER.depth
+    assert [node.operands["batch"] for node in attention] == [Boundaries(TOWER.tokens)] * TOWER.tower.depth
     assert Program.from_json(program.to_json()) == program
     # each image's patches see one another: what `inspect.cost` counts for an image
-    flops = sum(node.cost(tokens=TOWER.num_patches).flops for node in program.nodes)
+    flops = sum(node.cost(tokens=TOWER.tokens).flops for node in program.nodes)
     assert flops == image_flops(tiny("paligemma-3b-pt-224"), TOWER)
 
 

@@ -49,7 +49,7 @@ def own_bytes(native: NativeExecutor) -> dict[str, int]:
 def agree(native: NativeExecutor, module: nn.Decoder) -> None:
     """As near as keys and values in float16 let them be, and for quantized weights activations in int8."""
     ours, theirs = logits(native), logits(TorchExecutor(module))
-    quantized = isinstance(module.embed_tokens.weight, gemkit.ops.Quantized)
+    quantized = isinstance(module.decoder.embed_tokens.weight, gemkit.ops.Quantized)
     assert np.abs(ours - theirs).max() <= (0.1 if quantized else 5e-3) * np.abs(theirs).max()
 
 
@@ -100,7 +100,7 @@ def test_a_trained_weight_is_packed_again_alone():
         agree(following.executor(), module)
     assert set(own_bytes(following.executor())) == {"layers.0.mlp.up_proj.weight", "norm.weight"}
     with torch.no_grad():
-        module.embed_tokens.weight.mul_(0.5)  # the table, its head, and a sketch of it, if it has one
+        module.decoder.embed_tokens.weight.mul_(0.5)  # the table, its head, and a sketch of it, if it has one
     agree(following.executor(), module)
     assert "embed_tokens.weight" in own_bytes(following.executor())
     assert not np.array_equal(logits(following.executor()), before)

@@ -42,7 +42,7 @@ def plan(name, prepare=whole, *, dtype=torch.float32, checkpointing=False, of=No
 
 
 def tower(name):
-    return replace(TOWER, image_token=VOCAB - 2) if family.get(name).vision else None
+    return replace(TOWER, placeholder=VOCAB - 2) if family.get(name).vision else None
 
 
 def measured(name, prepare, *, checkpointing=False) -> tuple[int, int]:
@@ -54,8 +54,8 @@ def measured(name, prepare, *, checkpointing=False) -> tuple[int, int]:
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     pixels, rows, spans = None, [], []
     if module.vision is not None:
-        pixels = torch.zeros(2, 3, module.vision.image_size, module.vision.image_size)
-        patches = module.vision.num_patches
+        pixels = torch.zeros(2, 3, module.vision.tower.image_size, module.vision.tower.image_size)
+        patches = module.vision.tokens
         rows, spans = torch.arange(2 * patches), [(0, patches), (LENGTH, LENGTH + patches)]
     batch = Batch.of([torch.zeros(LENGTH, dtype=torch.int64)] * 2, spans=spans, image_rows=rows)
     with blocks_again(module, checkpointing), _Meter() as meter:

@@ -144,9 +144,9 @@ def test_a_model_like_a_member():
         {"like": "recurrentgemma-2b", "layers": [{"kind": "recurrent", "width": 64, "num_blocks": 4}]}, 9
     )
     assert griffin.layers == (Layer(Recurrent(64, 4), Mlp(7680)),)
-    _, tower = new_model({"like": "paligemma-3b-pt-224", "vision": {"image_size": 28, "depth": 2}}, 9)
-    assert tower is not None
-    assert (tower.image_size, tower.depth, tower.width) == (28, 2, 1152)
+    _, vision = new_model({"like": "paligemma-3b-pt-224", "vision": {"image_size": 28, "depth": 2}}, 9)
+    assert vision is not None
+    assert (vision.tower.image_size, vision.tower.depth, vision.tower.width) == (28, 2, 1152)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_decays_are_distributed_as_published():
 def test_a_new_model_knows_nothing(name):
     """Its loss on random tokens is that of guessing, and some more: a tied table first says the same token again, whose
     logit is the part of the stream that the embedding still is, times the root of the width."""
-    vision = replace(TOWER, image_token=VOCAB - 2) if family.get(name).vision else None
+    vision = replace(TOWER, placeholder=VOCAB - 2) if family.get(name).vision else None
     module = new_module(tiny(name), vision)
     ids = torch.randint(0, VOCAB, (200,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -68,4 +68,4 @@ def test_a_new_model_knows_nothing(name):
     again = new_module(tiny(name), vision)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
     other = new_module(tiny(name), vision, seed=1)
-    assert not torch.equal(module.embed_tokens.weight, other.embed_tokens.weight)
+    assert not torch.equal(module.decoder.embed_tokens.weight, other.decoder.embed_tokens.weight)

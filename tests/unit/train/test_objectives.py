@@ -70,7 +70,7 @@ def encoded(objective, *records):
 def log_softmax(model, units) -> tuple[Rows, Tensor]:
     """Of all rows that count, and all of the vocabulary."""
     rows = Rows.of([example for unit in units for example in unit])
-    return rows, torch.log_softmax(model.lm_head(rows.hidden(model)), -1)
+    return rows, torch.log_softmax(model.decoder.lm_head(rows.hidden(model)), -1)
 
 
 def picked(rows: Rows, log_p_MV: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def test_pretrain(name):
     assert len(units) == 6  # 15 tokens in pieces of 7 after a <bos>
     loss = objective.loss(model, units)
     rows, log_p_MV = log_softmax(model, units)
-    penalty = 0.01 * torch.logsumexp(model.lm_head(rows.hidden(model)), -1).square().sum()
+    penalty = 0.01 * torch.logsumexp(model.decoder.lm_head(rows.hidden(model)), -1).square().sum()
     assert_same_gradient(model, loss.total, penalty - picked(rows, log_p_MV).sum())
     assert objective.size(units) == 30
     assert loss.metrics["nll"] == pytest.approx(-picked(rows, log_p_MV).sum().item())
@@ -121,7 +121,7 @@ def test_sft(name):
 
 def test_image():
     words = WORDS.with_places()
-    vision = replace(TOWER, image_token=words.id(IMAGE))
+    vision = replace(TOWER, placeholder=words.id(IMAGE))
     model, objective = model_of("paligemma-3b-pt-224", words=words, vision=vision), Image(words, vision)
     picture = np.random.default_rng(1).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     units = encoded(
@@ -144,8 +144,8 @@ def test_distill(name, settings):
     prepared = objective.prepare(model, units, rng())
     rows, _ = log_softmax(model, units)
     heat = settings.get("temperature", 1.0)
-    log_p_MV = torch.log_softmax(model.lm_head(rows.hidden(model)) / heat, -1)
-    log_q_MV = torch.log_softmax(teacher.lm_head(rows.hidden(teacher)) / heat, -1).detach()
+    log_p_MV = torch.log_softmax(model.decoder.lm_head(rows.hidden(model)) / heat, -1)
+    log_q_MV = torch.log_softmax(teacher.decoder.lm_head(rows.hidden(teacher)) / heat, -1).detach()
     p_MV, q_MV, beta = log_p_MV.exp(), log_q_MV.exp(), settings.get("beta", 0.0)
     if "sampled" in settings:
         ids_MK, probs_MK = (torch.cat([unit[0].extra["teacher"][i] for unit in prepared]) for i in (0, 1))
@@ -167,7 +167,7 @@ def test_gemma_2s_loss_has_the_gradient_of_the_divergence():
     objective = Distill(WORDS, teacher)
     units = encoded(objective, TEXT)
     rows, log_p_MV = log_softmax(model, units)
-    q_MV = torch.softmax(teacher.lm_head(rows.hidden(teacher)), -1).detach()
+    q_MV = torch.softmax(teacher.decoder.lm_head(rows.hidden(teacher)), -1).detach()
     ours = objective.loss(model, objective.prepare(model, units, rng())).total
     entropy = -(q_MV * q_MV.log()).sum()
     assert_same_gradient(model, ours + entropy, -(q_MV * log_p_MV).sum())
@@ -226,7 +226,7 @@ def test_rl(name, variant):
     rows, _ = log_softmax(model, units)
 
     def at_temperature(module) -> Tensor:
-        return picked(rows, torch.log_softmax(module.lm_head(rows.hidden(module)) / 0.8, -1))
+        return picked(rows, torch.log_softmax(module.decoder.lm_head(rows.hidden(module)) / 0.8, -1))
 
     now_M, then_M = at_temperature(model), at_temperature(before).detach()
     advantages = torch.tensor([unit[0].extra["advantage"] for unit in units], dtype=torch.float64)
@@ -272,9 +272,9 @@ def test_the_reference_of_all_weights_is_a_copy_that_stays():
     model = model_of("gemma-2-2b")
     kept = reference.frozen(model)
     with torch.no_grad():
-        model.embed_tokens.weight.add_(1)
-    assert not torch.equal(kept.embed_tokens.weight, model.embed_tokens.weight)
-    assert kept.lm_head.weight is kept.embed_tokens.weight
+        model.decoder.embed_tokens.weight.add_(1)
+    assert not torch.equal(kept.decoder.embed_tokens.weight, model.decoder.embed_tokens.weight)
+    assert kept.decoder.lm_head.weight is kept.decoder.embed_tokens.weight
     assert not any(weight.requires_grad for weight in kept.parameters())
 
 

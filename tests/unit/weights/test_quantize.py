@@ -16,7 +16,6 @@ from gemkit.ops.quantized import Quantized
 from gemkit.weights import quantize
 from gemkit.weights.export.hf import save_hf
 from gemkit.weights.formats.safetensors import SafetensorsReader
-from gemkit.weights.load import weight
 from gemkit.weights.quantize import INT4, INT5, INT8
 from support.tiny import tiny
 from support.tiny_models import edit_config, tokenizer, write
@@ -218,7 +217,7 @@ def test_a_saved_model_is_the_same_bit_for_bit(folder, tmp_path, weights):
     again = gemkit.load(model.save(tmp_path / "saved", quantized=True), executor="torch")
     held = 0
     for part, _ in gemkit.family.parameters(model.config):
-        ours, theirs = weight(model.module, part), weight(again.module, part)
+        ours, theirs = model.module.get_param(part), again.module.get_param(part)
         if isinstance(ours, Quantized):
             held += 1
             assert ours.kind is theirs.kind
@@ -264,12 +263,12 @@ def test_rows_that_do_not_divide_stay_dense(tmp_path):
     with torch.device("meta"):
         module = Decoder(config)
     for name, shape in gemkit.family.parameters(config):
-        module.hold(name, torch.nn.Parameter(drawn(*shape), requires_grad=False))
+        module.set_param(name, torch.nn.Parameter(drawn(*shape), requires_grad=False))
     save_hf(module, tmp_path / "odd", tokenizer=tokenizer())
     model = gemkit.load(tmp_path / "odd", weights="int8", executor="torch")
     assert any("18 matrices stay dense: their rows do not divide into 32" in note for note in model.report.notes)
-    assert isinstance(weight(model.module, "layers.0.mlp.down_proj.weight"), torch.Tensor)
-    assert weight(model.module, "layers.0.mlp.up_proj.weight").kind is INT8
+    assert isinstance(model.module.get_param("layers.0.mlp.down_proj.weight"), torch.Tensor)
+    assert model.module.get_param("layers.0.mlp.up_proj.weight").kind is INT8
 
 
 def test_options_that_mean_nothing_are_refused(folder):

@@ -27,7 +27,7 @@ class Tower(Protocol):
     """Whatever turns images into what the decoder sees of them (`weights.native.TorchTower` is one)."""
 
     @property
-    def vision(self) -> family.Vision: ...
+    def vision(self) -> family.Modality: ...
 
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """(I * P, D) float32, from images of (3, S, S) in -1 to 1."""

@@ -30,7 +30,7 @@ from gemkit.executors.native.lower import (
     plain_weights,
 )
 from gemkit.executors.native.packfile import KINDS, PLAIN, Entry, Pack, Writer
-from gemkit.nn import Decoder, PaliGemma
+from gemkit.nn import LanguageModel
 from gemkit.program.ir import Weight
 from gemkit.program.trace import trace, trace_tower
 
@@ -40,7 +40,7 @@ _TOWER = ("vision_tower.", "multi_modal_projector.")
 
 
 def pack(
-    module: Decoder | PaliGemma,
+    module: LanguageModel,
     target: Path | None = None,
     source: str = "",
     notes: Sequence[str] = (),
@@ -62,8 +62,8 @@ def pack(
         ModelError: if the native executor cannot run the module.
         WeightsError: if there is no room for the file anywhere.
     """
-    tower = lower(trace_tower(module)) if isinstance(module, PaliGemma) else None
-    lowered = lower(trace(_decoder(module), sees=tower is not None))
+    tower = lower(trace_tower(module)) if module.vision is not None else None
+    lowered = lower(trace(module.decoder, sees=tower is not None))
     programs = [lowered] if tower is None else [lowered, tower]
     sizes: dict[Any, tuple[int, int, int, int]] = {}
     for weight in packed_weights(*programs):
@@ -93,7 +93,7 @@ def pack(
         raise WeightsError(f"there is no room for {writer.total:,} bytes of packed weights: {error}") from error
 
 
-def _written(module: Decoder | PaliGemma, writer: Writer, target: Path, over: Pack | None) -> Pack:
+def _written(module: LanguageModel, writer: Writer, target: Path, over: Pack | None) -> Pack:
     with writer.file(target) as whole, ThreadPoolExecutor(threads()) as pool:
         places = {entry.name: entry for entry in writer.entries}
         for weight, entry in zip(writer.order, writer.entries, strict=True):
@@ -142,15 +142,9 @@ def _sketch(table: Entry, packed: np.ndarray, room: np.ndarray, each: Callable[.
     list(each(part, range(0, tiles, 256)))
 
 
-def _decoder(module: Decoder | PaliGemma) -> Decoder:
-    return module.language_model if isinstance(module, PaliGemma) else module
-
-
-def _held(module: Decoder | PaliGemma, name: str) -> Any:
+def _held(module: LanguageModel, name: str) -> Any:
     """A weight by its name in a program: the decoder's are named from the decoder on."""
-    path, _, leaf = name.rpartition(".")
-    owner = module if name.startswith(_TOWER) else _decoder(module)
-    return getattr(owner.get_submodule(path), leaf)
+    return module.get_param(name) if name.startswith(_TOWER) else module.decoder.get_param(name)
 
 
 def _floats(plain: Plain) -> int:
@@ -165,7 +159,7 @@ def _floats(plain: Plain) -> int:
             return columns
 
 
-def _values(module: Decoder | PaliGemma, plain: Plain) -> np.ndarray:
+def _values(module: LanguageModel, plain: Plain) -> np.ndarray:
     match plain:
         case Frequencies(rotated, base, factor):
             return ops.rope_frequencies(rotated, base, factor).numpy()

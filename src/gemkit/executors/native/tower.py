@@ -13,7 +13,7 @@ import numpy as np
 from gemkit.errors import ConfigError, ModelError
 from gemkit.executors.native.library import library, threads
 from gemkit.executors.native.packfile import Pack
-from gemkit.family import Vision
+from gemkit.family import Modality
 
 _MISFIT, _DONE, _NO_MEMORY = -1, 0, 2
 
@@ -21,7 +21,7 @@ _MISFIT, _DONE, _NO_MEMORY = -1, 0, 2
 class NativeTower:
     """Runs the image tower and the projection of a packed model."""
 
-    def __init__(self, vision: Vision, width: int, pack: Pack):
+    def __init__(self, vision: Modality, width: int, pack: Pack):
         """
         Args:
             width: of the decoder, and so of a feature.
@@ -47,14 +47,14 @@ class NativeTower:
             ConfigError: if they are of another resolution than the tower.
             ModelError: if memory runs out.
         """
-        size = self.vision.image_size
+        size = self.vision.tower.image_size
         for image in images:
             if image.shape != (3, size, size):
                 raise ConfigError(
                     f"pixels of shape {image.shape}: this tower sees (images, 3, {size}, {size}); resize to "
                     f"{size} x {size}, or load the member of the other resolution"
                 )
-        patches = patches_of(np.stack(images), self.vision.patch_size)
+        patches = patches_of(np.stack(images), self.vision.tower.patch_size)
         features = np.empty((len(patches), self.width), np.float32)
         given, made = (patches.ctypes.data, *patches.shape), (features.ctypes.data, self.width)
         result = self._library.gk_encode(self._handle, threads(), *given, *made)

@@ -22,7 +22,7 @@ import numpy as np
 
 from gemkit import images
 from gemkit.errors import ContextError, TextError
-from gemkit.family import Vision
+from gemkit.family import Modality
 from gemkit.images.read import Source
 from gemkit.text import Tokenizer, prompts
 from gemkit.text.vocabulary import IMAGE
@@ -125,7 +125,7 @@ def encode_image(
     prompt: str,
     suffix: str,
     *,
-    vision: Vision,
+    vision: Modality,
     context: int | None = None,
     average: Literal["example", "token"] = "example",
 ) -> Example:
@@ -148,7 +148,7 @@ def encode_image(
     Source: prefix-LM loss on the suffix, averaged per example: google-research/big_vision, trainers/proj/paligemma.
     """
     sources = pictures if isinstance(pictures, list | tuple) else [pictures]
-    made = prompts.image(tokenizer, prompt, patches=vision.num_patches, images=len(sources))
+    made = prompts.image(tokenizer, prompt, patches=vision.tokens, images=len(sources))
     said = [*tokenizer.encode(suffix), tokenizer.eos]
     _fits(len(made) + len(said), context, "pictures, prompt and suffix")
     return _learned(
@@ -156,7 +156,7 @@ def encode_image(
         said,
         weight=1 / len(said) if average == "example" else 1.0,
         prefix=made.prefix,
-        images=tuple(images.preprocess(images.read(source), vision.image_size) for source in sources),
+        images=tuple(images.preprocess(images.read(source), vision.tower.image_size) for source in sources),
         image_token=tokenizer.id(IMAGE),
     )
 

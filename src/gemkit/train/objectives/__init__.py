@@ -21,7 +21,8 @@ import torch
 from gemkit.adapters import lora
 from gemkit.adapters.resolve import find
 from gemkit.errors import ConfigError, nearest
-from gemkit.family import Vision
+from gemkit.family import Modality
+from gemkit.nn import LanguageModel
 from gemkit.text import Tokenizer
 from gemkit.train.data.infilling import Infilling
 from gemkit.train.experiment import Experiment
@@ -43,7 +44,7 @@ REGISTRY: dict[str, Any] = {
 _MODELS = {"distill": "teacher", "rl": "reward"}  # options that name a model, which `attach` loads
 
 
-def make(experiment: Experiment, tokenizer: Tokenizer, vision: Vision | None, form: str) -> Objective:
+def make(experiment: Experiment, tokenizer: Tokenizer, vision: Modality | None, form: str) -> Objective:
     """The objective that an experiment asks for; models that it needs are not loaded yet.
 
     Args:
@@ -75,7 +76,7 @@ def others(experiment: Experiment) -> int:
     return int(needs_copy) + int(bool(experiment.options.get(_MODELS.get(experiment.objective, ""))))
 
 
-def attach(objective: Objective, experiment: Experiment, module: Any) -> None:
+def attach(objective: Objective, experiment: Experiment, module: LanguageModel) -> None:
     """Give an objective the models that it needs, and a reward model its head: after adapters are in, before training.
 
     Raises:
@@ -90,18 +91,18 @@ def attach(objective: Objective, experiment: Experiment, module: Any) -> None:
         if not named:
             raise ConfigError("distill has no teacher: options.teacher=MODEL")
         with find(named) as checkpoint:
-            objective.teacher = load_module(checkpoint, device=module.norm.weight.device)[0]
+            objective.teacher = load_module(checkpoint, device=module.device)[0]
     if isinstance(objective, Grpo) and objective.judge is None:
         if not named:
             raise ConfigError("rl has nothing that rewards: options.reward=MODEL, or a function of yours by --reward")
         with find(named) as checkpoint:
-            judge = load_module(checkpoint, device=module.norm.weight.device)[0]
+            judge = load_module(checkpoint, device=module.device)[0]
             for folder in checkpoint.place.adapters:
                 lora.attach(judge, folder)
             objective.judge = judges.Reward(judge, checkpoint.tokenizer, checkpoint.prompts)
 
 
-def new_score(module: Any, seed: int) -> None:
+def new_score(module: LanguageModel, seed: int) -> None:
     """A reward head, drawn as Transformers draws its own: normal, 0.02 wide. One that is there is trained further."""
     if module.vision is not None:
         raise ConfigError("a reward model reads text alone, and this model has an image tower")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gemkit.errors import ConfigError
+from gemkit.nn import LanguageModel
 from gemkit.text import Tokenizer
 from gemkit.train import losses
 from gemkit.train.batching import Unit
@@ -60,7 +61,7 @@ class Distill:
         return (self._text if "text" in record else self._answers).encode(record, rng)
 
     @torch.no_grad()
-    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+    def prepare(self, model: LanguageModel, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
         if self.teacher is None:
             raise ConfigError("distill has no teacher: name one")
         if self.teacher.config.vocab_size != model.config.vocab_size:
@@ -68,7 +69,7 @@ class Distill:
                 f"the teacher has a vocabulary of {self.teacher.config.vocab_size} and the student of "
                 f"{model.config.vocab_size}: distillation needs the same"
             )
-        drawn = torch.Generator(model.norm.weight.device).manual_seed(int(rng.integers(2**62)))
+        drawn = torch.Generator(model.device).manual_seed(int(rng.integers(2**62)))
         return [self._taught(unit, drawn) for unit in units]
 
     def _taught(self, unit: Unit, drawn: torch.Generator) -> Unit:
@@ -86,7 +87,7 @@ class Distill:
     def size(self, units: Sequence[Unit]) -> float:
         return weight(units)
 
-    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
+    def loss(self, model: LanguageModel, units: Sequence[Unit]) -> Loss:
         rows = rows_of(model, units)
         told: list[Tensor] = [
             torch.cat(parts).to(rows.weights.device)

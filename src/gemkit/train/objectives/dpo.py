@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from gemkit.errors import ConfigError, DataError
+from gemkit.nn import LanguageModel
 from gemkit.text import Tokenizer
 from gemkit.train import losses
 from gemkit.train.batching import Unit
@@ -58,7 +59,7 @@ class Dpo:
     def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
         return [pair(self.tokenizer, record, self.context)]
 
-    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+    def prepare(self, model: LanguageModel, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
         with reference.before_training(model, self.reference) as before:
             known = [[float(part.sum(dtype=torch.float64)) for part in reference.logprobs(before, u)] for u in units]
         return [
@@ -72,7 +73,7 @@ class Dpo:
     def size(self, units: Sequence[Unit]) -> float:
         return float(len(units))
 
-    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
+    def loss(self, model: LanguageModel, units: Sequence[Unit]) -> Loss:
         rows = rows_of(model, units)
         logprobs_M = rows.loss(model, losses.token_logprobs(rows.targets))
         sums_E = torch.stack([part.sum() for part in reference.per_sequence(logprobs_M, units)])

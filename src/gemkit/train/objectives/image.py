@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from gemkit.family import Vision
+from gemkit.family import Modality
 from gemkit.text import Tokenizer
 from gemkit.train.batching import Unit
 from gemkit.train.data.encoding import encode_image
@@ -28,7 +28,7 @@ class Image(NextToken):
     def __init__(
         self,
         tokenizer: Tokenizer,
-        vision: Vision,
+        vision: Modality,
         *,
         context: int | None = None,
         average: Literal["example", "token"] = "example",

@@ -14,6 +14,7 @@ import torch
 
 from gemkit.errors import ConfigError, ModelError
 from gemkit.family import Prompt
+from gemkit.nn import LanguageModel
 from gemkit.text import Tokenizer
 from gemkit.train.data.encoding import encode_answer
 from gemkit.train.objectives.reward import rewards
@@ -32,7 +33,7 @@ class Reward:
         ModelError: if it has no reward head.
     """
 
-    def __init__(self, module: Any, tokenizer: Tokenizer, prompts: Collection[Prompt] = ()):
+    def __init__(self, module: LanguageModel, tokenizer: Tokenizer, prompts: Collection[Prompt] = ()):
         if getattr(module, "score", None) is None:
             raise ModelError("the model has no reward head (score.weight): `gemkit tune reward` trains one")
         self.module, self.tokenizer, self.in_turns = module, tokenizer, "chat" in prompts

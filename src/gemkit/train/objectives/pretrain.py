@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gemkit.nn import LanguageModel
 from gemkit.text import Tokenizer
 from gemkit.train import losses
 from gemkit.train.batching import Rows, Unit
@@ -26,13 +27,13 @@ class NextToken:
     smoothing = 0.0  # share of the target that is spread over the vocabulary
     z_loss = 0.0  # factor of the square of log Z
 
-    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+    def prepare(self, model: LanguageModel, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
         return list(units)
 
     def size(self, units: Sequence[Unit]) -> float:
         return weight(units)
 
-    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
+    def loss(self, model: LanguageModel, units: Sequence[Unit]) -> Loss:
         alike = sorted(units, key=lambda unit: [(example.prefix, len(example)) for example in unit])
         rows = rows_of(model, alike)  # attention takes short neighbours of one length at once
         loss = losses.cross_entropy(rows.targets, rows.weights, smoothing=self.smoothing, z_loss=self.z_loss)
@@ -59,9 +60,9 @@ class Pretrain(NextToken):
         return [(piece,) for piece in encode_text(self.tokenizer, record["text"], context=self.context)]
 
 
-def rows_of(model: Any, units: Sequence[Unit]) -> Rows:
+def rows_of(model: LanguageModel, units: Sequence[Unit]) -> Rows:
     """All sequences of units, end to end, where the model is."""
-    return Rows.of([*chain.from_iterable(units)], model.norm.weight.device)
+    return Rows.of([*chain.from_iterable(units)], model.device)
 
 
 def weight(units: Sequence[Unit]) -> float:

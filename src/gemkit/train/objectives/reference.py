@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from gemkit.adapters.layers import Adapter
+from gemkit.nn import LanguageModel
 from gemkit.train import losses
 from gemkit.train.batching import Unit
 from gemkit.train.objectives.pretrain import rows_of
 
 
-def frozen(model: Any) -> Any:
+def frozen(model: LanguageModel) -> Any:
     """The model as it is now, for as long as it is trained; None where adapters are trained: without them it is that.
 
     What is copied is every weight, so a full fine-tuning holds the model twice.
@@ -29,7 +30,7 @@ def frozen(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def before_training(model: Any, other: Any) -> Iterator[Any]:
+def before_training(model: LanguageModel, other: Any) -> Iterator[Any]:
     """The reference: another model, or this one with the adapters off that are trained. Nothing is recorded."""
     adapters = [] if other is not None else _trained_adapters(model)
     strengths, was_training = [adapter.strength for adapter in adapters], model.training
@@ -46,7 +47,7 @@ def before_training(model: Any, other: Any) -> Iterator[Any]:
         model.train(was_training)
 
 
-def logprobs(model: Any, unit: Unit, temperature: float = 1.0) -> list[Tensor]:
+def logprobs(model: LanguageModel, unit: Unit, temperature: float = 1.0) -> list[Tensor]:
     """Log-probability of each token that counts, of each sequence of a unit."""
     rows = rows_of(model, [unit])
     found_M = rows.loss(model, losses.token_logprobs(rows.targets, temperature=temperature))
@@ -60,7 +61,7 @@ def per_sequence(values_M: Tensor, units: Sequence[Unit]) -> list[Tensor]:
     return [values_M[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
-def _trained_adapters(model: Any) -> list[Adapter]:
+def _trained_adapters(model: LanguageModel) -> list[Adapter]:
     return [
         module
         for module in model.modules()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemkit.errors import ConfigError
-from gemkit.nn import Batch
+from gemkit.nn import Batch, LanguageModel
 from gemkit.text import Tokenizer
 from gemkit.train import losses
 from gemkit.train.batching import Unit
@@ -42,13 +42,13 @@ class Reward:
     def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
         return [pair(self.tokenizer, record, self.context)]
 
-    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+    def prepare(self, model: LanguageModel, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
         return list(units)
 
     def size(self, units: Sequence[Unit]) -> float:
         return float(len(units))
 
-    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
+    def loss(self, model: LanguageModel, units: Sequence[Unit]) -> Loss:
         rewards_E = rewards(model, [example.ids for example in chain.from_iterable(units)])
         chosen_B, rejected_B = rewards_E[0::2], rewards_E[1::2]
         total = losses.bradley_terry(chosen_B, rejected_B).sum()
@@ -60,11 +60,11 @@ class Reward:
         return Loss(total, metrics)
 
 
-def rewards(model: Any, sequences: Sequence[Any]) -> Tensor:
+def rewards(model: LanguageModel, sequences: Sequence[Any]) -> Tensor:
     """The reward of each sequence of ids, (B,): what `score` makes of its last token.
 
     Raises:
         ConfigError: if the model has no such head.
     """
-    batch = Batch.of([torch.as_tensor(ids) for ids in sequences], device=model.norm.weight.device)
-    return model(batch, None, (batch.starts[1:] - 1).to(model.norm.weight.device), output="reward")
+    batch = Batch.of([torch.as_tensor(ids) for ids in sequences], device=model.device)
+    return model(batch, None, (batch.starts[1:] - 1).to(model.device), output="reward")

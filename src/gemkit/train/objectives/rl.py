@@ -12,6 +12,7 @@ from gemkit import generate as loop
 from gemkit.errors import ConfigError
 from gemkit.executors.torch import TorchExecutor
 from gemkit.generate import Request, Sampling
+from gemkit.nn import LanguageModel
 from gemkit.text import Tokenizer, prompts
 from gemkit.train import losses
 from gemkit.train.batching import Example, Unit
@@ -77,7 +78,7 @@ class Grpo:
             return []
         return [(Example(ids, np.zeros(len(ids), np.float32), extra={"record": record}),)]
 
-    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+    def prepare(self, model: LanguageModel, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
         """Answers to every prompt, their rewards as advantages, and what the reference makes of their tokens."""
         if self.judge is None:
             raise ConfigError("rl has nothing that rewards: name a reward model, or a function with --reward")
@@ -104,7 +105,7 @@ class Grpo:
                     unit[0].extra["reference"] = known  # type: ignore[index]
         return made
 
-    def _answers(self, model: Any, asked: Sequence[Example], rng: np.random.Generator) -> list[loop.Result]:
+    def _answers(self, model: LanguageModel, asked: Sequence[Example], rng: np.random.Generator) -> list[loop.Result]:
         stops = {True: prompts.stop_ids(self.tokenizer, "chat"), False: prompts.stop_ids(self.tokenizer, "complete")}
         unused = loop.unused_ids(model.config, len(self.tokenizer))
         requests = [
@@ -130,7 +131,7 @@ class Grpo:
     def size(self, units: Sequence[Unit]) -> float:
         return float(len(units))
 
-    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
+    def loss(self, model: LanguageModel, units: Sequence[Unit]) -> Loss:
         examples = [example for unit in units for example in unit]
         rows = rows_of(model, units)
         logprobs_M = rows.loss(model, losses.token_logprobs(rows.targets, temperature=self.temperature))

@@ -17,7 +17,7 @@ import torch
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.family import Prompt
 from gemkit.files import DTYPES, atomic_file
-from gemkit.nn import Decoder, PaliGemma
+from gemkit.nn import LanguageModel
 from gemkit.ops import Quantized
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import CHAT_TEMPLATE
@@ -26,14 +26,13 @@ from gemkit.weights import config_gguf
 from gemkit.weights.export.tensors import file_parts, file_tensors
 from gemkit.weights.formats.gguf_blocks import to_blocks
 from gemkit.weights.formats.gguf_writer import TensorSpec, write_gguf
-from gemkit.weights.load import weight
 from gemkit.weights.maps import Part
 
 _NAMES = {torch_name: name for name, (_, torch_name) in DTYPES.items()}
 
 
 def save_gguf(
-    module: Decoder | PaliGemma,
+    module: LanguageModel,
     path: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | None = None,
@@ -68,15 +67,15 @@ def save_gguf(
     return target
 
 
-def _spec(module: Decoder | PaliGemma, name: str, parts: list[Part], dtype: torch.dtype | None) -> TensorSpec:
-    part, value = parts[0], weight(module, parts[0].param_name)
+def _spec(module: LanguageModel, name: str, parts: list[Part], dtype: torch.dtype | None) -> TensorSpec:
+    part, value = parts[0], module.get_param(parts[0].param_name)
     if isinstance(value, Quantized):
         return TensorSpec(name, value.kind.name, part.shape)
     stored = torch.float32 if part.layout.plus_one else dtype or value.dtype
     return TensorSpec(name, _NAMES[str(stored).removeprefix("torch.")], part.layout.shape)
 
 
-def _contents(module: Decoder | PaliGemma, dtype: torch.dtype | None) -> Iterator[np.ndarray]:
+def _contents(module: LanguageModel, dtype: torch.dtype | None) -> Iterator[np.ndarray]:
     for _, value in file_tensors(module, "gguf", dtype=dtype, quantized=True):
         yield to_blocks(value) if isinstance(value, Quantized) else value.reshape(-1).view(torch.uint8).numpy()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from gemkit.errors import WeightsError
 from gemkit.family import Prompt
 from gemkit.files import atomic_folder, refuse_existing, write_safetensors
-from gemkit.nn import Decoder, PaliGemma
+from gemkit.nn import LanguageModel
 from gemkit.ops import Quantized
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import CHAT_TEMPLATE
@@ -28,7 +28,7 @@ SHARD_BYTES = 5_000_000_000  # as published checkpoints are cut
 
 
 def save_hf(
-    module: Decoder | PaliGemma,
+    module: LanguageModel,
     folder: str | os.PathLike[str],
     *,
     tokenizer: Tokenizer | None = None,
@@ -119,7 +119,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _write_weights(
-    module: Decoder | PaliGemma, folder: Path, dtype: torch.dtype | None, kinds: dict[str, str] | None, shard_bytes: int
+    module: LanguageModel, folder: Path, dtype: torch.dtype | None, kinds: dict[str, str] | None, shard_bytes: int
 ) -> str:
     dtypes: set[torch.dtype] = set()
     files: list[tuple[Path, list[str]]] = []
@@ -146,7 +146,7 @@ def _write_weights(
 
 
 def _published(
-    module: Decoder | PaliGemma, dtype: torch.dtype | None, kinds: dict[str, str] | None
+    module: LanguageModel, dtype: torch.dtype | None, kinds: dict[str, str] | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight under its published name; of quantized ones, if `kinds` is given, the planes, their block types into
     `kinds`."""

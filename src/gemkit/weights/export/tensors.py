@@ -9,14 +9,13 @@ from torch import Tensor
 
 from gemkit import family
 from gemkit.errors import ConfigError
-from gemkit.nn import Decoder, PaliGemma
+from gemkit.nn import LanguageModel
 from gemkit.ops import Quantized
 from gemkit.weights.formats.base import Format
-from gemkit.weights.load import weight
 from gemkit.weights.maps import Part, by_file_name, name_map
 
 
-def file_parts(module: Decoder | PaliGemma, format: Format) -> dict[str, list[Part]]:
+def file_parts(module: LanguageModel, format: Format) -> dict[str, list[Part]]:
     """The parameters of each tensor that a file of this format holds, in the order of the model.
 
     Raises:
@@ -31,7 +30,7 @@ def file_parts(module: Decoder | PaliGemma, format: Format) -> dict[str, list[Pa
 
 
 def file_tensors(
-    module: Decoder | PaliGemma, format: Format, *, dtype: torch.dtype | None = None, quantized: bool = False
+    module: LanguageModel, format: Format, *, dtype: torch.dtype | None = None, quantized: bool = False
 ) -> Iterator[tuple[str, Tensor | Quantized]]:
     """Every tensor of a file by its name, on the CPU, one after the other.
 
@@ -44,7 +43,7 @@ def file_tensors(
         ConfigError: if the format has no name for a parameter.
     """
     for name, parts in file_parts(module, format).items():
-        first = weight(module, parts[0].param_name)
+        first = module.get_param(parts[0].param_name)
         if quantized and isinstance(first, Quantized) and parts[0].plain:
             yield name, first.to("cpu")
             continue
@@ -52,8 +51,8 @@ def file_tensors(
         yield name, given[0] if len(given) == 1 else torch.cat(given)
 
 
-def _given(module: Decoder | PaliGemma, part: Part, dtype: torch.dtype | None) -> Tensor:
-    value = weight(module, part.param_name)
+def _given(module: LanguageModel, part: Part, dtype: torch.dtype | None) -> Tensor:
+    value = module.get_param(part.param_name)
     dense = value.dequantize() if isinstance(value, Quantized) else value.detach()
     rounded = dtype if dtype is not None and not part.layout.plus_one else dense.dtype
     return part.give(dense.to(device="cpu", dtype=rounded).contiguous())

@@ -9,12 +9,12 @@ import torch
 
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.files import atomic_file
-from gemkit.nn import Decoder, PaliGemma
+from gemkit.nn import LanguageModel
 from gemkit.weights.export.tensors import file_tensors
 
 
 def save_torch_checkpoint(
-    module: Decoder | PaliGemma, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+    module: LanguageModel, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
 ) -> Path:
     """Write the weights as `torch.save` does: {"model_state_dict": {name: tensor}}, or {name: tensor} for a
     RecurrentGemma. Such a file has no configuration: it is read back as the member of these shapes.

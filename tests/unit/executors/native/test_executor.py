@@ -52,9 +52,9 @@ def randomised(name: str, quantized: bool = False, depth: int | None = None) -> 
         if "recurrent_param" in path:
             value.uniform_(-8, 2, generator=generator)
         if quantized and ("_proj" in path or path.startswith("embed_tokens")):
-            module.hold(path, q8_0(value))
+            module.set_param(path, q8_0(value))
         else:
-            module.hold(path, torch.nn.Parameter(value, requires_grad=False))
+            module.set_param(path, torch.nn.Parameter(value, requires_grad=False))
     return module.eval()
 
 
@@ -315,7 +315,7 @@ def wide():
             value *= 4
             value[::100] *= 8
         held = q8_0(value) if "_proj" in path or path.startswith("embed_tokens") else value
-        module.hold(path, held if isinstance(held, Quantized) else torch.nn.Parameter(held, requires_grad=False))
+        module.set_param(path, held if isinstance(held, Quantized) else torch.nn.Parameter(held, requires_grad=False))
     return NativeExecutor(module.config, pack(module))
 
 

@@ -34,14 +34,14 @@ def test_steps_cover_every_node_once(name):
 
 
 def test_steps_of_a_tower_cover_every_node_once():
-    program = trace_tower(nn.PaliGemma(tiny("paligemma-3b-pt-224"), TOWER))
+    program = trace_tower(nn.Multimodal(tiny("paligemma-3b-pt-224"), TOWER))
     lowered = lower(program)
     covered = [node.result.number for step in lowered.steps for node in step.nodes]
     assert sorted(covered) == sorted(n.result.number for n in program.nodes if n.op not in RENAMES)
-    assert sum(step.op == "attend_within" for step in lowered.steps) == TOWER.depth
+    assert sum(step.op == "attend_within" for step in lowered.steps) == TOWER.tower.depth
     assert {w.name for w in [*packed_weights(lowered), *plain_weights(lowered)]} == set(program.weights())
     kernel = next(w for w in packed_weights(lowered) if "patch_embedding" in w.name)
-    assert kernel.shape == (TOWER.width, 3 * TOWER.patch_size**2)
+    assert kernel.shape == (TOWER.tower.width, 3 * TOWER.tower.patch_size**2)
 
 
 @pytest.mark.parametrize("name", NAMES)

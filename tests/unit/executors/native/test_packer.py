@@ -31,7 +31,7 @@ def unpacked(pack, entry) -> np.ndarray:
 
 def test_every_weight_is_in_the_pack_with_its_numbers():
     """Of the decoder and of the tower; a kernel of patches as a matrix."""
-    module = randomised(nn.PaliGemma(tiny("paligemma-3b-pt-224"), TOWER))
+    module = randomised(nn.Multimodal(tiny("paligemma-3b-pt-224"), TOWER))
     packed = pack(module)
     entries = {entry.name: entry for entry in packed.table if not entry.name.startswith("rope")}
     names = [name.removeprefix("language_model.") for name, _ in parameters(module.config, module.vision)]

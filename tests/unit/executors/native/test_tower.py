@@ -15,18 +15,19 @@ from gemkit.errors import ConfigError, ModelError
 from gemkit.executors.native.packer import pack
 from gemkit.executors.native.packfile import Pack
 from gemkit.executors.native.tower import NativeTower, patches_of
-from gemkit.family import Vision
+from gemkit.family import Modality, Vision
 from gemkit.weights.quantize import nearest
 from support.tiny import TOWER, tiny
 
 # 100 patches: more than a page of keys and not whole pages; heads of 72, as published, and widths of whole blocks
-WIDE = Vision(40, patch_size=4, width=288, depth=2, num_heads=4, mlp_width=320, image_token=TOWER.image_token)
+_WIDE = Vision(40, patch_size=4, width=288, depth=2, num_heads=4, mlp_width=320)
+WIDE = Modality(_WIDE, placeholder=TOWER.placeholder)
 
 
-def randomised(vision: Vision, dtype: torch.dtype = torch.float32) -> nn.PaliGemma:
+def randomised(vision: Modality, dtype: torch.dtype = torch.float32) -> nn.Multimodal:
     generator = torch.Generator().manual_seed(0)
     decoder = tiny("paligemma-3b-pt-224")
-    module = nn.PaliGemma(replace(decoder, layers=decoder.layers[:1]), vision)
+    module = nn.Multimodal(replace(decoder, layers=decoder.layers[:1]), vision)
     with torch.no_grad():
         for path, weight in module.named_parameters():
             gain = 1.5 if "q_proj" in path or "k_proj" in path else 1
@@ -38,18 +39,18 @@ def randomised(vision: Vision, dtype: torch.dtype = torch.float32) -> nn.PaliGem
     return module.to(dtype).eval()
 
 
-def images(vision: Vision, count: int) -> list[np.ndarray]:
+def images(vision: Modality, count: int) -> list[np.ndarray]:
     rng = np.random.default_rng(1)
-    size = vision.image_size
+    size = vision.tower.image_size
     return [rng.uniform(-1, 1, (3, size, size)).astype(np.float32) for _ in range(count)]
 
 
-def tower(module: nn.PaliGemma, packed: Pack | None = None) -> NativeTower:
+def tower(module: nn.Multimodal, packed: Pack | None = None) -> NativeTower:
     return NativeTower(module.vision, module.config.width, pack(module) if packed is None else packed)
 
 
 @torch.inference_mode()
-def expected(module: nn.PaliGemma, shown: list[np.ndarray]) -> np.ndarray:
+def expected(module: nn.Multimodal, shown: list[np.ndarray]) -> np.ndarray:
     dtype = module.multi_modal_projector.linear.bias.dtype
     return module.image_features(torch.from_numpy(np.stack(shown)).to(dtype)).float().numpy()
 
@@ -121,7 +122,7 @@ def test_a_quantized_tower_runs_as_the_decoder_does():
     module, shown = randomised(WIDE), images(WIDE, 2)
     for path, weight in list(module.named_parameters()):
         if path.startswith("vision_tower.encoder") and weight.dim() == 2:
-            module.hold(path, nearest(weight, KINDS["Q8_0"], path))
+            module.set_param(path, nearest(weight, KINDS["Q8_0"], path))
     got, wanted = tower(module).features(shown), expected(module, shown)
     assert 1e-4 < off(got, wanted) < 3e-2
 
@@ -129,7 +130,7 @@ def test_a_quantized_tower_runs_as_the_decoder_does():
 def test_the_tolerance_would_notice():
     """Of another epsilon in the norms."""
     module, shown = randomised(WIDE), images(WIDE, 1)
-    other = nn.PaliGemma(module.config, replace(WIDE, norm_eps=1e-3))
+    other = nn.Multimodal(module.config, replace(WIDE, tower=replace(WIDE.tower, norm_eps=1e-3)))
     other.load_state_dict(module.state_dict())
     assert off(tower(module).features(shown), expected(other, shown)) > 1e-4
 

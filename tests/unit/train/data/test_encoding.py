@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemkit.errors import ContextError, ImageError, ModelError, TextError
-from gemkit.family import Vision
+from gemkit.family import Modality, Vision
 from gemkit.images import preprocess, read
 from gemkit.text import chat, complete, image
 from gemkit.train.data import (
@@ -19,7 +19,7 @@ from gemkit.train.data import (
 )
 from support.vocabularies import tokenizer
 
-TOWER = Vision(56, patch_size=14, width=36, depth=1, num_heads=2, mlp_width=44, image_token=257152)
+TOWER = Modality(Vision(56, patch_size=14, width=36, depth=1, num_heads=2, mlp_width=44), placeholder=257152)
 CONTENT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n\t<>|_"), max_size=20)
 SAID = CONTENT.filter(str.strip)
 CONVERSATION = [

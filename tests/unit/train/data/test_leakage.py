@@ -34,7 +34,7 @@ def examples(seed=1):
 
 def logits(model, some):
     rows = Rows.of(some)
-    return rows, model.lm_head(rows.hidden(model))
+    return rows, model.decoder.lm_head(rows.hidden(model))
 
 
 def cross_entropy(logits, targets):

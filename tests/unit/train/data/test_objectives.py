@@ -6,13 +6,13 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from gemkit.family import Vision
+from gemkit.family import Modality, Vision
 from gemkit.train.data import Infilling, Steps, encode_image, encode_infill, open_data
 from gemkit.train.objectives.image import Image
 from gemkit.train.objectives.infill import Infill
 from support.vocabularies import tokenizer
 
-TOWER = Vision(28, patch_size=14, width=36, depth=1, num_heads=2, mlp_width=44, image_token=257152)
+TOWER = Modality(Vision(28, patch_size=14, width=36, depth=1, num_heads=2, mlp_width=44), placeholder=257152)
 
 
 def ids(units):

@@ -18,7 +18,7 @@ from gemkit.weights.export.gguf import save_gguf
 from gemkit.weights.export.hf import save_hf
 from gemkit.weights.export.torch_checkpoint import save_torch_checkpoint
 from gemkit.weights.formats.gguf_blocks import block_bytes
-from gemkit.weights.load import load_module, weight
+from gemkit.weights.load import load_module
 from gemkit.weights.maps import Layout, Part, name_map
 from support.tiny import TOWER, load, reference, tiny
 from support.vocabularies import small_model
@@ -198,7 +198,7 @@ def bits(module):
     """Every weight's bytes, of quantized ones those of each plane."""
     found = {}
     for name, _ in family.parameters(module.config):
-        value = weight(module, name)
+        value = module.get_param(name)
         planes = value.planes if isinstance(value, Quantized) else {"": value.detach()}
         found |= {(name, p): plane.contiguous().view(torch.uint8).numpy().tobytes() for p, plane in planes.items()}
     return found
