@@ -94,7 +94,7 @@ class Depths:
             module.set_param(name, torch.nn.Parameter(weight, requires_grad=False))
         self.threads = torch.get_num_threads()
         self.executor = TorchExecutor(module)
-        self.state = self.executor.new_state(1, room=tokens)
+        self.state = self.executor.new_state(1)
         self._tokens = tokens
         self._next = 0
 
@@ -151,10 +151,10 @@ class Depths:
 
     def round(self) -> tuple[float, int | None]:
         """Seconds of decoding some tokens from here, which are then forgotten; resident bytes meanwhile."""
-        mark = self.state.mark(0)
+        snapshot = self.state.snapshot(0)
         seconds = _seconds(lambda: self.decode(self._tokens))
         memory = resident_memory()
-        self.state.rollback(mark)
+        self.state.restore(snapshot, 0)
         return seconds, memory
 
 

@@ -103,6 +103,7 @@ class LanguageModel(Module):
         path, _, leaf = name.rpartition(".")
         return getattr(self.get_submodule(path), leaf)
 
-    def new_state(self, slots: int = 1, room: int = 0) -> State:
-        """An empty memory for `slots` sequences, of which `room` tokens may be rolled back."""
-        return State(self.config, slots, room)
+    def new_state(self, slots: int = 1) -> State:
+        """An empty memory for `slots` sequences, to begin with."""
+        weight = self.decoder.norm.weight  # in the run dtype, whatever the others are stored in
+        return State(self.config, slots, dtype=weight.dtype, device=weight.device)

@@ -1,22 +1,23 @@
-"""What a model remembers of sequences between calls: explicit, handed in and out, never kept on a module.
+"""The memory of sequences between calls: a KV cache and recurrent states, explicit, never kept on a module.
 
     state = model.new_state(slots=2)
     logits = model(Batch.of([prompt_a, prompt_b]), state)
-    mark = state.mark(0)
-    logits = model(Batch.of([draft], offsets=state.lengths[:1], slots=[0]), state)
-    state.rollback(mark)                         # as if the draft had never been
+    snapshot = state.snapshot(0)
+    logits = model(Batch.of([draft], offsets=[state.lengths[0]], slots=[0]), state)
+    state.restore(snapshot, 0)                   # as if the draft had never been
+    other = state.restore(snapshot)              # a slot of its own that goes on from there
 
-A state has `slots`, one a sequence, and one entry a layer by the layer's kind. Callers know nothing of how the entries
-store what they store. Keys are remembered after rotation, with absolute positions, so nothing is ever rotated again.
-A forward pass that dies on its way leaves the state as it was: tokens count when all layers have them.
+A state has slots, one a sequence, and one entry a layer by the layer's kind. Callers know nothing of how the entries
+store what they store. A snapshot is immutable and shares memory with slots and other snapshots. Keys are remembered
+after rotation, with absolute positions, so nothing is ever rotated again. A forward pass that dies on its way leaves
+the state as it was: tokens count when all layers have them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,168 +27,206 @@ from torch import Tensor
 
 from gemkit import family
 from gemkit.errors import StateError
-from gemkit.files import atomic_file, write_safetensors
+from gemkit.nn import state_file
+from gemkit.nn.state_file import Tensors
 
-Span = tuple[int, int, int, int]  # of a batch: first row, end row, state slot, position of the first row
-Tensors = dict[str, Tensor]
+Sequences = Iterable[tuple[int, int, int, int]]  # of a batch: first row, end row, slot, position of the first row
 
 
-@dataclass
-class _Span:
-    """Keys and values of consecutive positions of one sequence, in buffers with room to grow at the end."""
+@dataclass(eq=False)
+class _Buffer:
+    """Keys and values of consecutive positions of one sequence, with room to grow at the end.
+
+    One slot at most writes to it, and never before `shared`: those rows belong to snapshots.
+    """
 
     k_CKH: Tensor
     v_CKH: Tensor
     first: int  # position of row 0
-    count: int  # rows in use
+    writer: int | None = None
+    shared: int = 0
 
     @property
-    def end(self) -> int:
-        return self.first + self.count
+    def nbytes(self) -> int:
+        return self.k_CKH.nbytes + self.v_CKH.nbytes
+
+    def rows(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of these positions."""
+        rows = slice(first - self.first, end - self.first)
+        return self.k_CKH[rows], self.v_CKH[rows]
+
+
+@dataclass(frozen=True, eq=False)
+class _KeysValues:
+    """An attention layer's memory of one sequence: the rows of a buffer before position `end`."""
+
+    memory: _Buffer
+    end: int
+
+    def tensors(self) -> Tensors:
+        keys, values = self.memory.rows(self.memory.first, self.end)
+        return {"keys": keys, "values": values}
 
 
 class KVCache:
-    """What one attention layer remembers: every position, or those that the window of a coming token can reach.
+    """The KV cache of one attention layer: every position, or those that the window of a coming token can reach.
 
-    A sliding layer keeps `window - 1 + room` positions when its buffer is compacted, where `room` is how many tokens
-    may be taken back. Compaction copies that many rows once every `window` tokens or so, and in between a read is a
-    view: the rows are always in the order of their positions.
+    A sliding layer keeps `window - 1` positions when it moves to a new buffer. That copies so many rows once every
+    `window` tokens or so, and in between a read is a view: the rows are always in the order of their positions.
     """
 
-    def __init__(self, slots: int, heads: tuple[int, int], window: int | None, room: int):
-        self._heads = heads  # (K, H)
-        self._window = window
-        self._room = room
-        self._spans: list[_Span | None] = [None] * slots
+    def __init__(self, mixer: family.Attention):
+        self._heads = (mixer.kv_heads, mixer.head_dim)
+        self._before, _ = mixer.visible
+        self._held: dict[int, _KeysValues] = {}
 
     def append(self, slot: int, position: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
         """Remember the tokens from `position` on; whatever was there from `position` on is forgotten."""
         _refuse_gradients(k_TKH, v_TKH)
-        span = self._spans[slot]
-        if span is None:
-            span = _Span(k_TKH[:0], v_TKH[:0], position, 0)
-        self._cut(span, position)
-        new = k_TKH.shape[0]
-        if span.count + new > span.k_CKH.shape[0]:
-            span = self._grown(span, new)
-        self._spans[slot] = span
-        span.k_CKH[span.count : span.count + new] = k_TKH
-        span.v_CKH[span.count : span.count + new] = v_TKH
-        span.count += new
+        held, new = self._held.get(slot), len(k_TKH)
+        if held is None:
+            held = _KeysValues(_Buffer(k_TKH[:0], v_TKH[:0], position), position)
+        assert position <= held.end, "a gap in a sequence"
+        buffer = held.memory
+        if self._fits(slot, buffer, position, new):
+            buffer.writer = slot
+        else:
+            self._leave(slot)
+            first, capacity = self._layout(buffer, position, new)
+            kept = buffer.rows(first, position)
+            k_CKH, v_CKH = (_extended(rows, capacity) for rows in kept)
+            buffer = _Buffer(k_CKH, v_CKH, first, writer=slot)
+        keys, values = buffer.rows(position, position + new)
+        keys.copy_(k_TKH)
+        values.copy_(v_TKH)
+        self._held[slot] = _KeysValues(buffer, position + new)
 
     def read(self, slot: int) -> tuple[Tensor, Tensor, int]:
         """Keys and values (S, K, H), and the position of the first of them."""
-        span = self._spans[slot]
-        assert span is not None, "read before append"
-        return span.k_CKH[: span.count], span.v_CKH[: span.count], span.first
+        held = self._held[slot]
+        return *held.memory.rows(held.memory.first, held.end), held.memory.first
 
     def commit(self, slot: int) -> None:
-        """Nothing is to do: the next tokens write over what a broken step left behind their position."""
+        """No-op: the next tokens write over what a broken step left behind their position."""
 
-    def mark(self, slot: int) -> None:
-        """Nothing is to be held: going back is to forget the end."""
+    def hold(self, slot: int, length: int) -> _KeysValues:
+        """What `slot` remembers of its first `length` tokens, from now on protected from its writer."""
+        buffer = self._held[slot].memory
+        buffer.shared = max(buffer.shared, length)
+        return _KeysValues(buffer, length)
 
-    def check(self, slot: int, length: int) -> None:
-        """Refuse to go back to `length` tokens if what their next token must see was dropped."""
-        span = self._spans[slot]
-        if span is not None and length < span.end:
-            self._cut(_Span(span.k_CKH, span.v_CKH, span.first, span.count), length)
+    def put(self, slot: int, held: _KeysValues, keep: int) -> None:
+        """Let `slot` remember this, and the first `keep` tokens that it has appended since (`can_keep`)."""
+        length, now = held.end + keep, self._held.get(slot)
+        if keep and now is not None:
+            if now.memory is held.memory or now.memory.first <= self._first_seen(length):
+                self._held[slot] = _KeysValues(now.memory, length)
+                return
+            first = min(self._first_seen(length), held.end)  # of two buffers: what was before, and what is kept
+            parts = zip(held.memory.rows(first, held.end), now.memory.rows(held.end, length), strict=True)
+            k_SKH, v_SKH = (torch.cat(pair) for pair in parts)
+            held = _KeysValues(_Buffer(k_SKH, v_SKH, first), length)
+        self._leave(slot)
+        self._held[slot] = held
 
-    def rollback(self, slot: int, length: int, _: None) -> None:
-        span = self._spans[slot]
-        if span is not None and length < span.end:
-            self._cut(span, length)
-
-    def fork(self, source: int, target: int) -> None:
-        span = self._spans[source]
-        self._spans[target] = span and _Span(span.k_CKH.clone(), span.v_CKH.clone(), span.first, span.count)
+    def can_keep(self, slot: int, held: _KeysValues, keep: int) -> bool:
+        """Whether the buffers of both still have all that a token after the kept ones sees."""
+        now = self._held[slot].memory
+        return now is held.memory or now.first <= max(self._first_seen(held.end + keep), held.end)
 
     def free(self, slot: int) -> None:
-        self._spans[slot] = None
+        self._leave(slot)
+        self._held.pop(slot, None)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(s.k_CKH.nbytes + s.v_CKH.nbytes for s in self._spans if s is not None)
+    def held(self, slot: int) -> _Buffer | None:
+        return self._held[slot].memory if slot in self._held else None
 
-    def dump(self, slot: int, length: int) -> Tensors:
-        """The rows in use for `length` tokens; their positions end there."""
-        span = self._spans[slot]
-        assert span is not None
-        count = length - span.first
-        return {"keys": span.k_CKH[:count], "values": span.v_CKH[:count]}
+    def needed(self, slot: int, length: int, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of a new buffer, if the next `tokens` of a slot with `length` do not fit into the one it has."""
+        row, held = 2 * self._heads[0] * self._heads[1] * dtype.itemsize, self._held.get(slot)
+        if held is not None and self._fits(slot, held.memory, length, tokens):
+            return 0
+        empty = torch.empty(0)
+        buffer = _Buffer(empty, empty, length) if held is None else held.memory
+        return row * self._layout(buffer, length, tokens)[1]
 
-    def restore(self, slot: int, length: int, tensors: Tensors, where: str) -> None:
-        """Remember what was dumped.
+    def loaded(self, length: int, tensors: Tensors, dtype: torch.dtype, where: str) -> _KeysValues:
+        """The memory of `length` tokens from the tensors of a file.
 
         Raises:
-            StateError: if these tensors cannot be the memory of `length` tokens.
+            StateError: if they cannot be that.
         """
-        k_SKH, v_SKH = _take(tensors, ("keys", "values"), where)
-        count = k_SKH.shape[0] if k_SKH.ndim else 0
-        least = length - self._needed(length)
+        state_file.expect_names(tensors, ("keys", "values"), where)
+        keys, values = tensors["keys"], tensors["values"]
+        count = keys.shape[0] if keys.ndim else 0
+        least = length - self._first_seen(length)
         if not least <= count <= length:
             raise StateError(f"{where}: holds {count} of {length} positions, must hold {least} at least")
-        for name, tensor in (("keys", k_SKH), ("values", v_SKH)):
-            _expect(tensor, (count, *self._heads), k_SKH.dtype, f"{where}.{name}")
-        self._spans[slot] = _Span(k_SKH, v_SKH, length - count, count)
+        for name, tensor in tensors.items():
+            state_file.expect(tensor, (count, *self._heads), dtype, f"{where}.{name}")
+        return _KeysValues(_Buffer(keys, values, length - count, shared=length), length)
 
-    def _needed(self, position: int) -> int:
-        """The first position that a token at `position` sees."""
-        return 0 if self._window is None else max(0, position - self._window + 1)
+    def _fits(self, slot: int, buffer: _Buffer, position: int, new: int) -> bool:
+        mine = buffer.writer in (None, slot) and position >= buffer.shared
+        return mine and position - buffer.first + new <= len(buffer.k_CKH)
 
-    def _cut(self, span: _Span, position: int) -> None:
-        if span.first > self._needed(position):
-            raise StateError(
-                f"cannot go back to position {position}: a layer with a window of {self._window} has dropped "
-                f"positions before {span.first}; make the state with room={span.end - position} or more"
-            )
-        assert position <= span.end, "a gap in a sequence"
-        span.count = position - span.first
-
-    def _grown(self, span: _Span, new: int) -> _Span:
-        """A copy of what must be kept, in a buffer with room for `new` rows and a while beyond."""
-        drop = 0
-        if self._window is not None:
-            drop = max(0, span.count - (self._window - 1 + self._room))
-        kept = span.count - drop
+    def _layout(self, buffer: _Buffer, position: int, new: int) -> tuple[int, int]:
+        """Of a new buffer for `new` tokens from `position` on: its first position, and its rows, with room beyond."""
+        first = max(buffer.first, self._first_seen(position))
+        kept = position - first
         # twice the window, or half as much again, makes the cost of copying a constant per token
-        capacity = kept + max(new, self._window or max(256, kept // 2))
-        buffers = []
-        for old in (span.k_CKH, span.v_CKH):
-            buffer = old.new_empty((capacity, *old.shape[1:]))
-            buffer[:kept] = old[drop : span.count]
-            buffers.append(buffer)
-        return _Span(buffers[0], buffers[1], span.first + drop, kept)
+        spare = max(256, kept // 2) if self._before is None else self._before + 1
+        return first, kept + max(new, spare)
+
+    def _first_seen(self, position: int) -> int:
+        """The first position that a token at `position` sees."""
+        return 0 if self._before is None else max(0, position - self._before)
+
+    def _leave(self, slot: int) -> None:
+        held = self._held.get(slot)
+        if held is not None and held.memory.writer == slot:
+            held.memory.writer = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Point:
-    """A recurrent layer at one position of a sequence. Its tensors are never written to, so that copies share them."""
+    """A recurrent layer's memory of one sequence. Its tensors are never written to, so that snapshots share them."""
 
     tail_CR: Tensor  # last inputs of the convolution, in the run dtype
     hidden_R: Tensor  # float32
 
+    @property
+    def memory(self) -> _Point:
+        return self
 
-class Recurrence:
-    """What one recurrent layer remembers: its state after the last token, of a size that never changes.
+    @property
+    def nbytes(self) -> int:
+        return self.tail_CR.nbytes + self.hidden_R.nbytes
+
+    def tensors(self) -> Tensors:
+        return {"tail": self.tail_CR, "hidden": self.hidden_R}
+
+
+class RecurrentState:
+    """The memory of one recurrent layer: its state after the last token, of a size that never changes.
 
     A step replaces the state, so what it leaves waits beside it until `commit`.
     """
 
-    def __init__(self, slots: int, layer: family.Recurrent):
-        self._layer = layer
-        self._points: list[_Point | None] = [None] * slots
+    def __init__(self, mixer: family.Recurrent):
+        self._mixer = mixer
+        self._points: dict[int, _Point] = {}
         self._tails: dict[int, Tensor] = {}
         self._hiddens: dict[int, Tensor] = {}
 
     def tail(self, slot: int) -> Tensor | None:
         """The last inputs of the convolution (C - 1, R), oldest first; None before the first token."""
-        point = self._points[slot]
+        point = self._points.get(slot)
         return point and point.tail_CR
 
     def hidden(self, slot: int) -> Tensor | None:
         """The hidden state (R,) float32; None before the first token."""
-        point = self._points[slot]
+        point = self._points.get(slot)
         return point and point.hidden_R
 
     def keep_tail(self, slot: int, tail_CR: Tensor) -> None:
@@ -202,197 +241,247 @@ class Recurrence:
         """The step is over: what it left is the state."""
         self._points[slot] = _Point(self._tails.pop(slot), self._hiddens.pop(slot))
 
-    def mark(self, slot: int) -> _Point | None:
+    def hold(self, slot: int, _: int) -> _Point:
         return self._points[slot]
 
-    def check(self, slot: int, length: int) -> None:
-        """Every mark can be gone back to: it holds the state itself."""
+    def put(self, slot: int, held: _Point, _: int) -> None:
+        self._points[slot] = held
 
-    def rollback(self, slot: int, _: int, point: _Point | None) -> None:
-        self._points[slot] = point
-
-    def fork(self, source: int, target: int) -> None:
-        self._points[target] = self._points[source]
+    def can_keep(self, *_: Any) -> bool:
+        """Never: a recurrence can only be again what it was when it was held."""
+        return False
 
     def free(self, slot: int) -> None:
-        self._points[slot] = None
+        for held in (self._points, self._tails, self._hiddens):
+            held.pop(slot, None)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(point.tail_CR.nbytes + point.hidden_R.nbytes for point in self._points if point is not None)
+    def held(self, slot: int) -> _Point | None:
+        return self._points.get(slot)
 
-    def dump(self, slot: int, _: int) -> Tensors:
-        point = self._points[slot]
-        assert point is not None
-        return {"tail": point.tail_CR, "hidden": point.hidden_R}
+    def needed(self, slot: int, _: int, tokens: int, dtype: torch.dtype) -> int:
+        """Bytes of a state; one that is replaced is given back, unless a snapshot holds it: counted by `State`."""
+        return self._mixer.width * ((self._mixer.conv_width - 1) * dtype.itemsize + torch.float32.itemsize)
 
-    def restore(self, slot: int, _: int, tensors: Tensors, where: str) -> None:
-        """Remember what was dumped; refuse with a StateError what cannot be this layer's."""
-        tail_CR, hidden_R = _take(tensors, ("tail", "hidden"), where)
-        _expect(tail_CR, (self._layer.conv_width - 1, self._layer.width), tail_CR.dtype, f"{where}.tail")
-        _expect(hidden_R, (self._layer.width,), torch.float32, f"{where}.hidden")
-        self._points[slot] = _Point(tail_CR, hidden_R)
+    def loaded(self, _: int, tensors: Tensors, dtype: torch.dtype, where: str) -> _Point:
+        """The memory from the tensors of a file; a StateError for those that cannot be this layer's."""
+        state_file.expect_names(tensors, ("tail", "hidden"), where)
+        point = _Point(tensors["tail"], tensors["hidden"])
+        state_file.expect(point.tail_CR, (self._mixer.conv_width - 1, self._mixer.width), dtype, f"{where}.tail")
+        state_file.expect(point.hidden_R, (self._mixer.width,), torch.float32, f"{where}.hidden")
+        return point
 
 
-@dataclass(frozen=True)
-class Mark:
-    """A place to come back to."""
+class Snapshot:
+    """The memory of one sequence at one moment. Immutable; it shares memory with slots and other snapshots."""
 
-    slot: int
-    length: int
-    entries: tuple[Any, ...]  # what each layer needs to come back
+    def __init__(self, decoder: family.DecoderConfig, length: int, layers: tuple[_KeysValues | _Point, ...]):
+        self.decoder, self.length, self.layers = decoder, length, layers
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file, which appears under its name only when it is complete.
+
+        It holds a tensor for each kind of thing that a layer remembers, and a manifest in its header. It belongs to a
+        model of this architecture with the same weights; the architecture is checked when it is read.
+
+        Raises:
+            StateError: if it cannot be written.
+        """
+        tensors = {f"{i}.{name}": t for i, layer in enumerate(self.layers) for name, t in layer.tensors().items()}
+        return state_file.write(Path(path).expanduser(), self.decoder, self.length, tensors)
 
 
 class State:
-    """The memory of a decoder for `slots` sequences.
+    """The memory of a decoder: slots, one a sequence, that come and go.
 
     Args:
         decoder: the architecture; a state serves this one only.
-        slots: sequences it can hold.
-        room: how many tokens a `rollback` may take back at most; sliding layers keep that many more positions.
+        slots: added to begin with, from 0 on.
+        dtype: that the model runs in.
+        device: where a snapshot is loaded to.
     """
 
-    def __init__(self, decoder: family.DecoderConfig, slots: int, room: int = 0):
-        if slots < 1 or room < 0:
-            raise StateError(f"slots={slots} must be at least 1, and room={room} at least 0")
-        self.decoder = decoder
-        self.lengths = dict.fromkeys(range(slots), 0)  # tokens remembered in each slot: layers may hold fewer
-        self.layers: list[Any] = [_entry(layer.mixer, slots, room) for layer in decoder.layers]
-        self.room = room
+    def __init__(
+        self,
+        decoder: family.DecoderConfig,
+        slots: int = 0,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        if slots < 0:
+            raise StateError(f"slots={slots} must be at least 0")
+        self.decoder, self._dtype, self._device = decoder, dtype, device
+        self.lengths = dict.fromkeys(range(slots), 0)  # tokens remembered by each live slot: layers may hold fewer
+        self.layers: list[Any] = [_entry(layer.mixer) for layer in decoder.layers]
+        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+        self._before: dict[int, weakref.WeakSet[Snapshot]] = {slot: weakref.WeakSet() for slot in self.lengths}
 
-    def mark(self, slot: int) -> Mark:
-        """A place in `slot` that `rollback` returns to."""
-        self._checked(slot)
-        return Mark(slot, self.lengths[slot], tuple(entry.mark(slot) for entry in self.layers))
-
-    def rollback(self, mark: Mark, keep: int = 0) -> None:
-        """Forget everything since `mark`, but for its first `keep` tokens.
-
-        A recurrent layer can only be again what it was at the mark: with one, those are forgotten as well. `lengths`
-        say what was kept.
-
-        Raises:
-            StateError: if the slot has been shorter since, or a sliding layer had no `room` to keep what is needed.
-                Nothing has changed then.
-        """
-        if any(isinstance(entry, Recurrence) for entry in self.layers):
-            keep = 0
-        length = mark.length + keep
-        if length > self.lengths[self._checked(mark.slot)]:
-            where = f"the mark is at {mark.length}" + (f", {keep} are to be kept after it" if keep else "")
-            raise StateError(f"slot {mark.slot} holds {self.lengths[mark.slot]} tokens, {where}")
-        for entry in self.layers:
-            entry.check(mark.slot, length)
-        for entry, held in zip(self.layers, mark.entries, strict=True):
-            entry.rollback(mark.slot, length, held)
-        self.lengths[mark.slot] = length
-
-    def fork(self, source: int, target: int) -> None:
-        """Make `target` remember what `source` does; the two go their own ways from here."""
-        self._checked(source)
-        self._checked(target)
-        for entry in self.layers:
-            entry.fork(source, target)
-        self.lengths[target] = self.lengths[source]
+    def add(self) -> int:
+        """A new, empty slot: the lowest number that is free."""
+        slot = next(slot for slot in range(len(self.lengths) + 1) if slot not in self.lengths)
+        self.lengths[slot], self._before[slot] = 0, weakref.WeakSet()
+        return slot
 
     def free(self, slot: int) -> None:
-        """Forget a sequence; the slot is as new."""
+        """End a slot; what no snapshot and no other slot shares with it is given back."""
         self._checked(slot)
         for entry in self.layers:
             entry.free(slot)
-        self.lengths[slot] = 0
+        del self.lengths[slot], self._before[slot]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held, the buffers' spare room included."""
-        return sum(entry.nbytes for entry in self.layers)
+        """Bytes held by slots and snapshots, spare room of buffers included and shared memory counted once."""
+        return sum({id(memory): memory.nbytes for _, memory in self._holders()}.values())
 
-    def expect(self, decoder: family.DecoderConfig, spans: Iterable[Span]) -> None:
+    def unique(self, held: object, /) -> int:
+        """Bytes that freeing this slot, or dropping this snapshot, would give back."""
+        if isinstance(held, int):
+            self._checked(held)
+        elif not (isinstance(held, Snapshot) and held in self._snapshots):
+            raise StateError("neither a slot nor a snapshot of this state")
+        sizes: dict[int, int] = {}
+        others: set[int] = set()
+        for holder, memory in self._holders():
+            if holder is held or (isinstance(holder, int) and holder == held):
+                sizes[id(memory)] = memory.nbytes
+            else:
+                others.add(id(memory))
+        return sum(size for number, size in sizes.items() if number not in others)
+
+    def needed(self, slot: int, tokens: int) -> int:
+        """Bytes that a chunk of this many tokens would newly take, copies of shared memory included."""
+        length, total = self.lengths[self._checked(slot)], 0
+        shared = {id(memory) for holder, memory in self._holders() if holder != slot}
+        for entry in self.layers:
+            held = entry.held(slot)
+            if isinstance(entry, KVCache) or held is None or id(held) in shared:
+                total += entry.needed(slot, length, tokens, self._dtype)
+        return total
+
+    def snapshot(self, slot: int) -> Snapshot:
+        """The memory of a slot as it is now."""
+        length = self.lengths[self._checked(slot)]
+        layers = tuple(entry.hold(slot, length) for entry in self.layers) if length else ()
+        made = Snapshot(self.decoder, length, layers)
+        self._snapshots.add(made)
+        self._before[slot].add(made)
+        return made
+
+    def restore(self, snapshot: object, slot: int | None = None, *, keep: int = 0) -> int:
+        """Put what a snapshot holds into a new slot (None), or in place of what `slot` holds.
+
+        Args:
+            keep: of the tokens that `slot` computed since the snapshot was taken of it, the first `keep` stay, where
+                every layer can keep them: a recurrent layer cannot, and one with a window only while it has all that
+                the next token sees. Else none stays; `lengths` say it.
+
+        Returns:
+            the slot.
+
+        Raises:
+            StateError: if the snapshot is of another state, or `slot` has not computed `keep` tokens since. Nothing has
+                changed then.
+        """
+        if not isinstance(snapshot, Snapshot) or snapshot not in self._snapshots:
+            raise StateError("no snapshot of this state: take it with state.snapshot(slot), or state.load(path)")
+        if slot is None:
+            if keep:
+                raise StateError(f"keep={keep} in a new slot, which has computed nothing since the snapshot was taken")
+            slot = self.add()
+        length = snapshot.length + keep
+        continues = snapshot in self._before[self._checked(slot)]
+        if keep and not (keep > 0 and continues and length <= self.lengths[slot]):
+            raise StateError(
+                f"slot {slot} holds {self.lengths[slot]} tokens and cannot keep {keep} after the snapshot's "
+                f"{snapshot.length}" + ("" if continues else ", which was not taken of them")
+            )
+        if not snapshot.length:
+            keep = 0
+        held = list(zip(self.layers, snapshot.layers, strict=snapshot.length > 0))
+        if not all(entry.can_keep(slot, layer, keep) for entry, layer in held if keep):
+            keep = 0
+        if not snapshot.length:
+            for entry in self.layers:
+                entry.free(slot)
+        for entry, layer in held:
+            entry.put(slot, layer, keep)
+        self.lengths[slot] = snapshot.length + keep
+        known = [s for s in self._before[slot] if s.length <= self.lengths[slot]] if continues else []
+        self._before[slot] = weakref.WeakSet([*known, snapshot])
+        return slot
+
+    def load(self, path: str | os.PathLike[str]) -> Snapshot:
+        """A snapshot that was saved, in this process or another.
+
+        Raises:
+            StateError: if the file is damaged, none of ours, or of another architecture or dtype.
+        """
+        length, tensors = state_file.read(Path(path).expanduser(), self.decoder)
+        layers = []
+        for i, entry in enumerate(self.layers if length else ()):
+            names = [name for name in tensors if name.startswith(f"{i}.")]
+            found = {name.removeprefix(f"{i}."): tensors.pop(name).to(self._device) for name in names}
+            layers.append(entry.loaded(length, found, self._dtype, f"{path}: layer {i}"))
+        if tensors:
+            raise StateError(f"{path}: {next(iter(tensors))} belongs nowhere")
+        made = Snapshot(self.decoder, length, tuple(layers))
+        self._snapshots.add(made)
+        return made
+
+    # ---- until the callers have moved to snapshots
+
+    room = 1 << 30
+
+    def mark(self, slot: int) -> tuple[int, Snapshot]:
+        return slot, self.snapshot(slot)
+
+    def rollback(self, mark: tuple[int, Snapshot], keep: int = 0) -> None:
+        self.restore(mark[1], mark[0], keep=keep)
+
+    def expect(self, decoder: family.DecoderConfig, sequences: Sequences) -> None:
         """Check that new tokens continue what is remembered, before any layer is touched."""
         if decoder != self.decoder:
             raise StateError("this state was made for another model: make one with model.new_state()")
-        for _, _, slot, position in spans:
+        for _, _, slot, position in sequences:
             if position != self.lengths[self._checked(slot)]:
                 raise StateError(
                     f"slot {slot} remembers {self.lengths[slot]} tokens but the batch continues at position {position}"
                 )
 
-    def advance(self, spans: Iterable[Span]) -> None:
+    def advance(self, sequences: Sequences) -> None:
         """All layers have these tokens: they count from now on. An interrupted forward pass never gets here, and the
         next one writes over what it left."""
-        for first, end, slot, _ in spans:
+        for first, end, slot, _ in sequences:
             for entry in self.layers:
                 entry.commit(slot)
             self.lengths[slot] += end - first
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write everything that is remembered to one file, which appears under its name only when it is complete.
-
-        It is a safetensors file: a tensor for each kind of thing that a layer remembers of a slot, in use only, and a
-        manifest in its header. It belongs to a model of this architecture with the same weights; the architecture is
-        checked when it is read.
-
-        Raises:
-            StateError: if it cannot be written.
-        """
-        target = Path(path).expanduser()
-        tensors = {
-            f"{slot}.{i}.{name}": tensor
-            for slot, length in self.lengths.items()
-            if length
-            for i, entry in enumerate(self.layers)
-            for name, tensor in entry.dump(slot, length).items()
-        }
-        manifest = {
-            "version": _VERSION,
-            "decoder": _fingerprint(self.decoder),
-            "lengths": list(self.lengths.values()),
-            "room": self.room,
-        }
-        try:
-            with atomic_file(target) as file:
-                write_safetensors(file, tensors, {_MANIFEST: json.dumps(manifest)})
-        except OSError as error:
-            raise StateError(f"cannot write {target}: {error.strerror}") from error
-        return target
-
-    @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], decoder: family.DecoderConfig, device: torch.device | str = "cpu"
-    ) -> State:
-        """A state that was saved, for a model of the architecture `decoder`.
-
-        Raises:
-            StateError: if the file is another model's, or damaged, or none of ours.
-        """
-        manifest, tensors = _read(Path(path).expanduser())
-        if manifest["decoder"] != _fingerprint(decoder):
-            raise StateError(f"{path} is the state of another model: a state serves only the architecture that made it")
-        lengths = manifest["lengths"]
-        state = cls(decoder, len(lengths), manifest["room"])
-        for slot, length in enumerate(lengths):
-            for i, entry in enumerate(state.layers if length else ()):
-                prefix = f"{slot}.{i}."
-                names = [name for name in tensors if name.startswith(prefix)]
-                found = {name.removeprefix(prefix): tensors.pop(name).to(device) for name in names}
-                entry.restore(slot, length, found, f"{path}: slot {slot}, layer {i}")
-            state.lengths[slot] = length
-        if tensors:
-            raise StateError(f"{path}: {next(iter(tensors))} belongs nowhere")
-        return state
+    def _holders(self) -> Iterator[tuple[int | Snapshot, _Buffer | _Point]]:
+        """Each slot and each living snapshot with the memory that it holds, layer by layer."""
+        for slot in self.lengths:
+            for entry in self.layers:
+                if (memory := entry.held(slot)) is not None:
+                    yield slot, memory
+        for snapshot in self._snapshots:
+            for layer in snapshot.layers:
+                yield snapshot, layer.memory
 
     def _checked(self, slot: int) -> int:
-        if not 0 <= slot < len(self.lengths):
-            raise StateError(f"slot {slot} of a state with slots 0 to {len(self.lengths) - 1}")
+        if slot not in self.lengths:
+            raise StateError(f"slot {slot} of a state with slots {sorted(self.lengths)}")
         return slot
 
 
-def _entry(mixer: family.Mixer, slots: int, room: int) -> KVCache | Recurrence:
-    match mixer:
-        case family.Attention(kv_heads=heads, head_dim=head_dim, window=window):
-            return KVCache(slots, (heads, head_dim), window, room)
-        case family.Recurrent():
-            return Recurrence(slots, mixer)
+def _entry(mixer: family.Mixer) -> KVCache | RecurrentState:
+    return RecurrentState(mixer) if isinstance(mixer, family.Recurrent) else KVCache(mixer)
+
+
+def _extended(rows: Tensor, capacity: int) -> Tensor:
+    """A copy with room for `capacity` rows."""
+    buffer = rows.new_empty((capacity, *rows.shape[1:]))
+    buffer[: len(rows)] = rows
+    return buffer
 
 
 def _refuse_gradients(*tensors: Tensor) -> None:
@@ -401,52 +490,3 @@ def _refuse_gradients(*tensors: Tensor) -> None:
             "a State was handed to a forward pass that records gradients: train without a State, "
             "or run under torch.inference_mode()"
         )
-
-
-# ---------------------------------------------------------------- files
-
-_MANIFEST = "gemkit.state"  # its key in the header
-_VERSION = 1
-
-
-def _fingerprint(decoder: family.DecoderConfig) -> str:
-    """Equal for equal architectures; it says nothing of the weights."""
-    return hashlib.sha256(repr(decoder).encode()).hexdigest()
-
-
-def _read(path: Path) -> tuple[dict[str, Any], Tensors]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(_MANIFEST)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-    except (OSError, SafetensorError) as error:
-        raise StateError(f"{path} cannot be read as a state: {error}") from None
-    if text is None:
-        raise StateError(f"{path} is a safetensors file, but no state: State.save writes them")
-    try:
-        manifest = json.loads(text)
-        version, lengths, room = manifest["version"], manifest["lengths"], manifest["room"]
-        sound = type(room) is int and room >= 0 and isinstance(manifest["decoder"], str) and len(lengths) > 0
-        sound = sound and all(type(length) is int and length >= 0 for length in lengths)
-    except (ValueError, TypeError, KeyError):
-        raise StateError(f"{path}: its manifest is damaged") from None
-    if version != _VERSION:
-        raise StateError(f"{path} is of version {version!r} of the format; this version of gemkit reads {_VERSION}")
-    if not sound:
-        raise StateError(f"{path}: its manifest is damaged")
-    return manifest, tensors
-
-
-def _take(tensors: Tensors, names: tuple[str, str], where: str) -> tuple[Tensor, Tensor]:
-    if set(tensors) != set(names):
-        raise StateError(f"{where}: holds {sorted(tensors)}, must hold {sorted(names)}")
-    first, second = names
-    return tensors[first], tensors[second]
-
-
-def _expect(tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> None:
-    expected = dtype if dtype in (torch.float32, torch.bfloat16) else torch.float32
-    if tuple(tensor.shape) != shape or tensor.dtype != expected:
-        raise StateError(f"{where} is {tuple(tensor.shape)} {tensor.dtype}, must be {shape} {expected}")

@@ -32,7 +32,7 @@ _MAX_SQRT_GRADIENT = 1000.0
 
 
 class Recurrence(Protocol):
-    """The state of one recurrent layer between calls (`nn.state.Recurrence` is one)."""
+    """The state of one recurrent layer between calls (`nn.state.RecurrentState` is one)."""
 
     def tail(self, slot: int) -> Tensor | None:
         """The last inputs of the convolution (C - 1, R), oldest first; None before the first token."""

@@ -32,9 +32,9 @@ def test_a_filled_state_is_as_large_as_a_generated_one(name):
     filled, generated = depths_of(name), depths_of(name)
     for depth in (WINDOW - 1, 3 * WINDOW, 300):  # 300: past the first growth of a global buffer
         assert filled.deepen(depth, decode_all=False) == generated.deepen(depth, decode_all=True)
-        assert filled.state.lengths == generated.state.lengths == [depth]
+        assert filled.state.lengths == generated.state.lengths == {0: depth}
         for one, other in zip(filled.state.layers, generated.state.layers, strict=True):
-            ours, theirs = one.dump(0, depth), other.dump(0, depth)
+            ours, theirs = one.hold(0, depth).tensors(), other.hold(0, depth).tensors()
             assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {
                 k: (v.shape, v.dtype) for k, v in theirs.items()
             }
@@ -49,7 +49,7 @@ def test_the_state_holds_what_the_cost_model_says(name, depth):
     assert held >= needed.total
     in_use = 0
     for layer, entry in zip(config.layers, depths.state.layers, strict=True):
-        tensors = entry.dump(0, depth).values()
+        tensors = entry.hold(0, depth).tensors().values()
         if layer.mixer.kind == "sliding":  # may keep more than it needs, which is the last `window`
             tensors = [tensor[-layer.mixer.window :] for tensor in tensors]
         in_use += sum(tensor.nbytes for tensor in tensors)
@@ -59,16 +59,16 @@ def test_the_state_holds_what_the_cost_model_says(name, depth):
 def test_a_filled_state_decodes_and_a_round_leaves_no_trace():
     depths = depths_of(GRIFFIN)
     depths.deepen(5 * WINDOW, decode_all=False)
-    before = [{k: v.clone() for k, v in entry.dump(0, 5 * WINDOW).items()} for entry in depths.state.layers]
+    before = [{k: v.clone() for k, v in entry.hold(0, 5 * WINDOW).tensors().items()} for entry in depths.state.layers]
     seconds, resident = depths.round()
     assert seconds > 0
     assert resident is None or resident > 10e6
-    assert depths.state.lengths == [5 * WINDOW]
+    assert depths.state.lengths == {0: 5 * WINDOW}
     for entry, was in zip(depths.state.layers, before, strict=True):
-        now = entry.dump(0, 5 * WINDOW)
+        now = entry.hold(0, 5 * WINDOW).tensors()
         assert all(torch.equal(now[key][-(WINDOW - 1) :], was[key][-(WINDOW - 1) :]) for key in was)
     depths.decode(2)
-    assert depths.state.lengths == [5 * WINDOW + 2]
+    assert depths.state.lengths == {0: 5 * WINDOW + 2}
 
 
 def test_what_is_filled_in_is_what_the_model_then_reads():

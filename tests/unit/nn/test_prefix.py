@@ -79,14 +79,14 @@ def test_chunks_after_the_prefix_equal_the_whole(prompt, answer, cuts, extra):
 
 
 @given(prompt=prompts, left=text, right=text, draft=text)
-def test_forks_and_rollbacks_after_a_prefix(prompt, left, right, draft):
-    state = MODULE.new_state(2, room=20)
+def test_copies_and_restores_after_a_prefix(prompt, left, right, draft):
+    state = MODULE.new_state(1)
     feed(state, prompt, len(prompt), [image()])
-    state.fork(0, 1)
-    mark = state.mark(1)
+    state.restore(state.snapshot(0))
+    snapshot = state.snapshot(1)
     for token in draft:
         feed(state, [token], len(prompt), slot=1)
-    state.rollback(mark)
+    state.restore(snapshot, 1)
     for slot, ids in ((0, left), (1, right)):
         expected = whole(prompt + ids, len(prompt), [image()])[len(prompt) :]
         assert_same(feed(state, ids, len(prompt), slot=slot), expected)
@@ -96,7 +96,8 @@ def test_forks_and_rollbacks_after_a_prefix(prompt, left, right, draft):
 def test_a_saved_prefix_goes_on(tmp_path_factory, prompt, answer):
     state = MODULE.new_state()
     feed(state, prompt, len(prompt), [image()])
-    again = nn.State.load(state.save(tmp_path_factory.mktemp("state") / "state.safetensors"), CONFIG)
+    again = MODULE.new_state()
+    again.restore(again.load(state.snapshot(0).save(tmp_path_factory.mktemp("state") / "state.safetensors")), 0)
     assert_same(feed(again, answer, len(prompt)), whole(prompt + answer, len(prompt), [image()])[len(prompt) :])
 
 
