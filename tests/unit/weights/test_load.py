@@ -8,7 +8,7 @@ from gemkit.errors import ConfigError, WeightsError
 from gemkit.weights import load as loading
 from gemkit.weights.checkpoint import find
 from gemkit.weights.fit import SCORE
-from gemkit.weights.load import load_module, weight, weight_bytes
+from gemkit.weights.load import load_module, weight_bytes
 from support.tiny import reference, tiny
 
 
@@ -63,7 +63,7 @@ def test_only_some_weights_are_read(folder):
     module, report = loaded(folder, only=("layers.0.", "norm"))
     there = {name for name, value in module.named_parameters() if not value.is_meta}
     assert there == {name for name, _ in module.named_parameters() if name.startswith(("layers.0.", "norm"))}
-    assert report.nbytes_read == sum(weight(module, name).nbytes for name in there)
+    assert report.nbytes_read == sum(module.get_param(name).nbytes for name in there)
 
 
 def test_what_does_not_fit_into_memory_is_refused_before_it_is_read(folder, monkeypatch):
