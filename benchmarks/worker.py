@@ -138,16 +138,20 @@ class Bare(Engine):
         fill(self._executor, self._state, depth)
 
     def resume(self) -> None:
-        self._state.free(1)
-        self._state.fork(0, 1)
+        self._state.restore(self._state.snapshot(0), 1)
         self._slots, self._tokens = [1], [2]
 
     def _best(self, chunks: list[Any]) -> list[int]:
-        self._tokens = [int(row.argmax()) for row in self._executor.run(chunks, self._state).rows]
+        self._tokens = [_best_id(row) for row in self._executor.run(chunks, self._state).rows]
         return self._tokens
 
     def _next_of(self, slot: int, ids: list[int]) -> Any:
         return self._chunk(slot, ids, filter=self._filter)
+
+
+def _best_id(row: Any) -> int:
+    """The id of the largest logit of a row of outputs, sparse or in full."""
+    return int(row.ids[row.values.argmax()] if hasattr(row, "ids") else row.argmax())
 
 
 def fill(executor: Any, state: Any, tokens: int) -> None:

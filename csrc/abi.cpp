@@ -43,7 +43,7 @@ bool keep_on() {
 
 }  // namespace
 
-GK_API int32_t gk_version() { return 4; }
+GK_API int32_t gk_version() { return 5; }
 
 // Why the last call of this thread failed.
 GK_API const char *gk_error() { return message.c_str(); }
@@ -92,19 +92,46 @@ GK_API int32_t gk_dense(int32_t threads, int32_t kind, const gk::Planes *planes,
 
 GK_API void gk_executor_free(gk::Executor *executor) { delete executor; }
 
-GK_API gk::State *gk_state_new(const gk::Executor *executor, int64_t slots, int64_t room) {
-    return new gk::State(executor->layers().data(), (int32_t)executor->layers().size(), slots, room);
+// Of the output: its width, whether it has a row a token (0) or one for each row that was asked for (1); then the width of
+// what the head reads, and whether rows of logits can be filtered (0: neither).
+GK_API void gk_executor_shape(const gk::Executor *executor, int64_t *out) {
+    const gk::Executor::Shape &shape = executor->shape();
+    out[0] = shape.width, out[1] = shape.domain, out[2] = shape.hidden, out[3] = shape.filters;
 }
-GK_API void gk_state_free(gk::State *state) { delete state; }
-GK_API int32_t gk_state_rollback(gk::State *state, int64_t slot, int64_t length) { return state->rollback(slot, length); }
-GK_API int32_t gk_state_fork(gk::State *state, int64_t source, int64_t target) { return state->fork(source, target); }
-GK_API void gk_state_clear(gk::State *state, int64_t slot) { state->free(slot); }
+
+// ---- states: as `State` of state.h names these --------------------------------------------------------------------------
+
+GK_API gk::State *gk_state_new(const gk::Executor *executor) {
+    return new gk::State(executor->layers().data(), (int32_t)executor->layers().size());
+}
+GK_API void gk_state_delete(gk::State *state) { delete state; }
+GK_API int64_t gk_state_add(gk::State *state) { return state->add(); }
+GK_API void gk_state_free(gk::State *state, int64_t slot) { state->free(slot); }
 GK_API int64_t gk_state_bytes(const gk::State *state) { return state->bytes(); }
-GK_API const float *gk_state_kept(gk::State *state, int32_t layer, int64_t slot) { return state->kept(layer, slot); }
-GK_API int64_t gk_state_cell(const gk::State *state, int32_t layer) { return state->cell_floats(layer); }
-GK_API void gk_state_keep(gk::State *state, int32_t layer, int64_t slot, const float *values) {
-    state->keep(layer, slot, values);
+GK_API int64_t gk_state_unique(const gk::State *state, int64_t slot) { return state->unique(state->slot(slot)); }
+GK_API int64_t gk_state_needed(const gk::State *state, int64_t slot, int64_t tokens) { return state->needed(slot, tokens); }
+GK_API int64_t gk_state_restore(gk::State *state, int64_t slot, const gk::Memory *from, int32_t alien, int64_t keep) {
+    return state->restore(slot, *from, alien != 0, keep);
 }
+
+GK_API gk::Memory *gk_snapshot_new(const gk::State *state, int64_t slot) { return state->snapshot(slot); }
+GK_API void gk_snapshot_delete(gk::State *state, gk::Memory *memory) { state->drop(memory); }
+GK_API int64_t gk_snapshot_unique(const gk::State *state, const gk::Memory *memory) { return state->unique(*memory); }
+// Its first page of a layer, and how many there are, in `place`; the bytes of one.
+GK_API int64_t gk_snapshot_pages(const gk::State *state, const gk::Memory *memory, int32_t layer, int64_t *place) {
+    place[0] = state->first_page(*memory, layer), place[1] = state->pages(*memory, layer);
+    return (int64_t)state->page_bytes(layer);
+}
+GK_API void gk_snapshot_get(const gk::State *state, const gk::Memory *memory, int32_t layer, char *out) {
+    state->get(*memory, layer, out);
+}
+GK_API gk::Memory *gk_snapshot_make(const gk::State *state, int64_t length) { return state->make(length); }
+GK_API int32_t gk_snapshot_put(gk::State *state, gk::Memory *memory, int32_t layer, int64_t first, int64_t count,
+                               const char *data) {
+    return state->put(*memory, layer, first, count, data);
+}
+
+// ---- runs ---------------------------------------------------------------------------------------------------------------
 
 namespace {
 
@@ -130,14 +157,10 @@ int32_t run(gk::Executor *executor, gk::State &state, int32_t threads, const gk:
 }  // namespace
 
 // 0 done, 1 stopped by the flag or by a signal (then Python's exception is set), 2 out of memory, 3 keys or values beyond
-// float16. `stop`: null, or an int32 that ends this call when it is not 0.
-GK_API int32_t gk_run(gk::Executor *executor, gk::State *state, int32_t threads, const int64_t *tokens, int64_t n_tokens,
-                      const gk::Span *spans, int64_t n_spans, const int64_t *rows, int64_t n_rows, const float *features,
-                      const int64_t *feature_rows, int64_t n_features, float *logits, const gk::Executor::Wanted *wanted,
-                      const int64_t *kept, int64_t *computed, double *seconds, const int32_t *stop) {
-    const gk::Executor::Call call{tokens,       n_tokens,   spans,  n_spans, rows, n_rows,   features,
-                                  feature_rows, n_features, logits, wanted,  kept, computed, seconds};
-    return run(executor, *state, threads, call, stop);
+// float16, 4 no such output. `stop`: null, or an int32 that ends this call when it is not 0.
+GK_API int32_t gk_run(gk::Executor *executor, gk::State *state, int32_t threads, const gk::Executor::Call *call,
+                      const int32_t *stop) {
+    return run(executor, *state, threads, *call, stop);
 }
 
 // An image tower: the features of each patch, (n_patches, features), from its pixels, (n_patches, pixels). Nothing is
@@ -147,8 +170,18 @@ GK_API int32_t gk_encode(gk::Executor *executor, int32_t threads, const float *p
     if (!executor->encodes(pixels, features)) return -1;
     std::vector<int64_t> rows(n_patches);
     for (int64_t i = 0; i < n_patches; i++) rows[i] = i;
-    gk::State none(nullptr, 0, 1, 0);
-    const gk::Executor::Call call{nullptr,     n_patches, nullptr, 0,       nullptr, 0,       patches,
-                                  rows.data(), n_patches, out,     nullptr, nullptr, nullptr, nullptr};
+    gk::State none(nullptr, 0);
+    gk::Executor::Call call{};
+    call.n_tokens = call.n_features = n_patches;
+    call.features = patches;
+    call.feature_rows = rows.data();
+    call.out = out;
     return run(executor, none, threads, call, nullptr);
+}
+
+// What a filter left of a row of the last run: how many, and where their ids and logits are until the next.
+GK_API int64_t gk_candidates(const gk::Executor *executor, int64_t row, const int64_t **ids, const float **logits) {
+    const gk::Candidates &left = executor->candidates()[row];
+    *ids = left.ids.data(), *logits = left.logits.data();
+    return (int64_t)left.ids.size();
 }

@@ -40,7 +40,7 @@ static_assert(sizeof(Step) == 120, "Python writes these as 30 words");
 struct Buffer {
     int32_t width;  // floats a row; a quantized buffer: columns of the weight that reads it
     int32_t domain;  // rows: 0 tokens, 1 rows that need logits
-    int32_t kind;  // 0 floats, 1 quantized activations, 2 the logits that the caller gets
+    int32_t kind;  // 0 floats, 1 quantized activations, 2 the output that the caller gets
 };
 
 struct Table {  // a weight: packed (kind of table.h), or a plain array of floats (kind -1)
@@ -49,8 +49,20 @@ struct Table {  // a weight: packed (kind of table.h), or a plain array of float
     uint64_t bytes;
 };
 
-struct Span {  // new tokens of one sequence
-    int64_t first, end, slot, position, prefix;
+struct Chunk {  // new tokens of one sequence: rows first .. end - 1 of the call
+    int64_t first, end, slot, position;
+    int64_t span0, span1;  // those of the call's spans that lie in it
+};
+
+struct LogitsFilter {  // which logits of a row the caller will look at
+    int32_t top_n;  // this many of the largest; 0: no filter, the row is returned in full
+    float max_gap;  // or, if not negative, all that are at most this much below the largest (after the cap)
+    int64_t always0, always1;  // ids that are returned whatever their logits, ascending, in `Call::always`; not counted
+};
+
+struct Candidates {  // what a filter leaves of a row: ids ascending
+    std::vector<int64_t> ids;
+    std::vector<float> logits;
 };
 
 class Executor {
@@ -59,28 +71,23 @@ public:
     static Executor *make(const Kernels *kernels, const Step *steps, int64_t n_steps, const Buffer *buffers, int64_t n_buffers,
                           const Table *table, int64_t n_table, const Layer *layers, int64_t n_layers, std::string &error);
 
-    // What a caller will look at in a row of logits; for the rest -inf is as good. See `screen`.
-    struct Wanted {
-        int32_t best;  // so many of the best rows; 0: all of the table
-        float drop;  // or, if not negative, all rows down to so much below the best one (after the cap)
-        int64_t kept0, kept1;  // rows that are always computed, in `kept`; they do not count among the best
-    };
+    enum Result : int32_t { DONE = 0, STOPPED = 1, NO_MEMORY = 2, TOO_LARGE = 3, NO_SUCH_OUTPUT = 4 };
 
-    enum Result : int32_t { DONE = 0, STOPPED = 1, NO_MEMORY = 2, TOO_LARGE = 3 };
-
-    struct Call {
+    struct Call {  // of 8-byte words, so that Python fills it in
         const int64_t *tokens;
         int64_t n_tokens;
+        const Chunk *chunks;
+        int64_t n_chunks;
         const Span *spans;
-        int64_t n_spans;
         const int64_t *rows;
         int64_t n_rows;
         const float *features;  // image features, (n_features, width), and the rows that they replace
         const int64_t *feature_rows;
         int64_t n_features;
-        float *logits;
-        const Wanted *wanted;  // null, or one a row
-        const int64_t *kept;
+        int64_t hidden;  // 1: the output is what the head reads, in place of its logits
+        float *out;  // (rows, width): all of them, or of logits those without a filter
+        const LogitsFilter *filters;  // null, or one a row
+        const int64_t *always;
         int64_t *computed;  // null, or of each row how many logits were computed
         double *seconds;  // null, or one a step: how long it took (steps then run one by one)
     };
@@ -90,8 +97,17 @@ public:
 
     const std::vector<Layer> &layers() const { return layers_; }
 
-    // Whether it is a program without tokens, from rows of `in` floats (`features`) to rows of `out` (`logits`).
+    // Whether it is a program without tokens, from rows of `in` floats (`features`) to rows of `out` floats.
     bool encodes(int64_t in, int64_t out) const;
+
+    struct Shape {
+        int64_t width, domain;  // of the output
+        int64_t hidden;  // width of what the head reads; 0: there is no head
+        int64_t filters;  // whether its rows can be filtered
+    };
+    const Shape &shape() const { return shape_; }
+    // Of the last run, by row; empty where there was no filter.
+    const std::vector<Candidates> &candidates() const { return candidates_; }
 
 private:
     struct Run;
@@ -100,7 +116,10 @@ private:
     void linear(Run &run, const Step &step);
     void attend(Run &run, const Step &step);
     void attend_within(Run &run, const Step &step);
+    void filter(Run &run);
     bool screen(Run &run, const Step &step);
+    void find_head();
+    float cap() const { return head_ + 1 < steps_.size() ? steps_[head_ + 1].f[0] : 0.0f; }  // of the logits; 0: none
     void softcap(Run &run, const Step &step);
     void recur(Run &run, const Step &step);
     bool layout(int64_t tokens, int64_t rows);
@@ -114,9 +133,13 @@ private:
     std::vector<size_t> offsets_;
     std::vector<char> partials_;
     std::vector<std::vector<char>> scratch_;
-    std::vector<float> bounds_, best_;
-    int misses_ = 0, pause_ = 0;  // of screening
-    std::vector<int64_t> picked_;  // tiles of the output table that were computed, where the rest was screened out
+    size_t head_ = 0;  // the step that makes logits
+    Slice read_{};  // what it reads, before it is quantized
+    Shape shape_{};
+    std::vector<Candidates> candidates_;
+    std::vector<float> bounds_, best_, found_;  // of screening
+    std::vector<int64_t> picked_;  // tiles of the output table that are computed
+    int misses_ = 0, pause_ = 0;
     std::atomic<int> overflow_{0};
 };
 

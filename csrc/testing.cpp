@@ -60,7 +60,7 @@ GK_EXPORT int gk_test_fill(gk::State *state, int64_t slot, int64_t length, int32
         const gk::Layer &layer = state->layer(i);
         if (layer.kind == 1) {
             float *cell = state->tail(i, slot);
-            for (int64_t k = 0; k < state->cell_floats(i); k++) cell[k] = (float)(half() & 0x3FF) / 8192.0f - 0.06f;
+            for (int64_t k = 0; k < (int64_t)layer.width * layer.taps; k++) cell[k] = (float)(half() & 0x3FF) / 8192.0f - 0.06f;
             continue;
         }
         for (int64_t page = 0; page * gk::PAGE < length; page++)

@@ -5,8 +5,8 @@
     python tests/sanitize.py KIND DIR   (what these start) runs models that were packed into DIR
 
 Models of every member at test size, dense and quantized, are packed by the ordinary library. A process with the
-sanitizers in front then runs them, without torch: prompts in chunks, batches, windows, prefixes, drafts taken back,
-forks, screened heads, damaged programs. Anything that a sanitizer finds ends it.
+sanitizers in front then runs them, without torch: prompts in chunks, batches, windows, spans, drafts taken back,
+snapshots, filtered heads, calls of several threads, damaged programs. Anything that a sanitizer finds ends it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def pack_all(folder: Path) -> None:
     from gemkit.executors.native.packer import pack
 
     sys.path.insert(0, str(Path(__file__).parent))
-    from unit.executors.native.test_executor import MEMBERS, randomised
+    from support.native_models import MEMBERS, randomised
 
     made = {name: randomised(name) for name in MEMBERS}
     made |= {f"{name}-q8_0": randomised(name, quantized=True) for name in ("gemma-2-2b", "gemma-3-1b")}
@@ -120,30 +121,61 @@ def run_all(folder: Path, kind: str) -> None:
 def exercise(executor, less: int) -> None:
     """Everything that an executor and its state do, with so many times fewer tokens."""
     from gemkit.errors import StateError
-    from gemkit.generate import Chunk
+    from gemkit.executors.interface import Chunk
     from gemkit.generate.sampler import Sampling, logits_filter
 
     rng = np.random.default_rng(0)
     ids = rng.integers(0, executor.decoder.vocab_size, 400).tolist()
-    recurs = bool(executor.decoder.recurrent)
-    state = executor.new_state(3, room=8)
+    state = executor.new_state(3)
     long, short = ids[: 136 // less], ids[: 76 // less]
-    prefix = 0 if recurs else 68 // less
-    executor.run(
-        [Chunk(0, long, rows=3), Chunk(1, ids[:1]), Chunk(2, short, spans=[(0, prefix)] if prefix else [])], state
-    )
-    executor.run([Chunk(0, ids[130:131]), Chunk(2, ids[77:80], rows=2)], state)
-    mark = state.mark(0)
-    executor.run([Chunk(0, ids[131:136], rows=5)], state)
-    state.rollback(mark, keep=2)
-    state.fork(0, 1)
+    end = len(short)
+    spans = [] if executor.decoder.recurrent else [(0, end // 2), (end // 2 + 1, end)]
+    some = logits_filter(Sampling(), ids)
+    executor.run([Chunk(0, long, rows=3), Chunk(1, ids[:1]), Chunk(2, short, spans=spans)], state)
+    executor.run([Chunk(0, ids[130:131]), Chunk(2, ids[77:80], rows=2, filter=some)], state)
+    before = state.snapshot(0)
+    executor.run([Chunk(0, ids[131:136], rows=5)], state, output="pooled")
+    state.restore(before, 0, keep=2)
+    state.restore(before, 1)
     for token in ids[: 72 // less]:
-        executor.run([Chunk(0, [token], filter=logits_filter(Sampling(), ids)), Chunk(1, [token])], state)
-        executor.run([Chunk(2, [token], filter=logits_filter(Sampling(), ids))], state)
+        executor.run([Chunk(0, [token], filter=some), Chunk(1, [token])], state)
+        executor.run([Chunk(2, [token], filter=some)], state)
     with contextlib.suppress(StateError):
-        state.rollback(mark)
+        state.restore(before, 0, keep=30)
+    with tempfile.TemporaryDirectory() as folder:
+        saved = before.save(Path(folder) / "snapshot")
+        executor.new_state().restore(state.load(saved))
     state.free(0)
-    executor.run([Chunk(0, ids[: 400 // less])], state)
+    assert state.nbytes > state.unique(before)
+    executor.run([Chunk(state.add(), ids[: 400 // less])], state)
+    together(executor, ids[: 40 // less])
+
+
+def together(executor, ids: list[int]) -> None:
+    """Calls of several threads at once, on one state and on their own, one of them stopped; snapshots come and go."""
+    from gemkit.errors import Stopped
+    from gemkit.executors.interface import Chunk, LogitsFilter, StopFlag
+
+    shared, flag = executor.new_state(4), StopFlag()
+    executor.run([Chunk(0, ids)], shared)
+    before = shared.snapshot(0)
+
+    def work(i: int) -> None:
+        own = executor.new_state(1)
+        for token in ids[:6]:
+            executor.run([Chunk(i, [token], filter=LogitsFilter(2))], shared)
+            executor.run([Chunk(0, [token])], own)
+            shared.restore(before, i)
+            shared.snapshot(i)
+        with contextlib.suppress(Stopped):
+            executor.run([Chunk(0, ids * 3)], own, stop=flag)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    flag.set()
+    for thread in threads:
+        thread.join()
 
 
 def damage(decoder, path: Path) -> None:

@@ -46,17 +46,6 @@ inline void put_value(const float *v, int64_t head_dim, int64_t slot, uint16_t *
     if (h < head_dim) to_half_part(to + h, load_part(v + h, head_dim - h), head_dim - h);
 }
 
-struct Range {
-    int64_t lo, hi;  // lo .. hi - 1
-    bool meets(int64_t from, int64_t to) const { return lo < to && from < hi; }
-};
-
-// What position q sees. It ends no earlier, and begins no earlier, than what the position before sees.
-inline Range visible(const Attend &a, int64_t q) {
-    if (q < a.prefix) return {0, a.prefix};
-    return {a.window && q >= a.window ? q - a.window + 1 : 0, q + 1};
-}
-
 // One side of a product: 16 columns from 16 * r on begin at data + r * by_register.
 template <class Cell> struct Side {
     const Cell *data;

@@ -41,7 +41,7 @@ inline void attend_within(const Within &w, void *scratch) {
     float *most = scores + PASS * (PAGE + 1);
     const Partial p{most, most + rows, most + 2 * rows};
     Attend a{};
-    a.tokens = (int32_t)rows, a.group = 1, a.head_dim = w.head_dim, a.prefix = rows;
+    a.tokens = (int32_t)rows, a.group = 1, a.head_dim = w.head_dim, a.end = rows, a.before = a.after = ALL;
     const Rows all_rows = {&a, p, q, scores, scores + PASS * PAGE};
     for (int64_t row = 0; row < rows; row++) {
         float *to = q + row / ROWS * ROWS * head_dim + row % ROWS;

@@ -45,15 +45,41 @@ struct Pages {
     const uint16_t *const *values;
 };
 
+struct Span {  // positions start .. end - 1, whose tokens see one another
+    int64_t start, end;
+};
+
 struct Attend {
     const float *q;  // rotated queries of `tokens` tokens: token t, head g of the group at q + t * q_stride + g * head_dim
     int64_t q_stride;
     int32_t tokens, group, head_dim;  // group: query heads of this key/value head
     int64_t position;  // absolute, of the first token
-    int64_t window;  // visible positions, the own included; 0: all before
-    int64_t prefix;  // positions 0 .. prefix see one another both ways; 0: none
+    int64_t end;  // of the sequence: one past its last position
+    int64_t before, after;  // positions that a token sees before and after its own; ALL: every one
+    const Span *spans;  // ascending and disjoint: those that may hold a token of these
+    int64_t n_spans;
     float scale, softcap;  // softcap 0: none
 };
+
+constexpr int64_t ALL = INT64_MAX;
+
+struct Range {
+    int64_t lo, hi;  // lo .. hi - 1
+    bool meets(int64_t from, int64_t to) const { return lo < to && from < hi; }
+};
+
+// The positions that position q sees: those of its window, and those of its span. It ends no earlier, and begins no
+// earlier, than what the position before sees. Static: each instruction set has its own.
+static inline Range visible(const Attend &a, int64_t q) {
+    Range seen = {q > a.before ? q - a.before : 0, a.after < a.end - 1 - q ? q + 1 + a.after : a.end};
+    for (int64_t i = 0; i < a.n_spans; i++) {
+        const Span span = a.spans[i];
+        if (q < span.start || q >= span.end) continue;
+        if (span.start < seen.lo) seen.lo = span.start;
+        if (span.end > seen.hi) seen.hi = span.end;
+    }
+    return seen;
+}
 
 // Running softmax of rows (token, head of the group), merged over pages in ascending order.
 struct Partial {

@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def runs_here(isa: str) -> bool:
 
 ISAS = [isa for isa in FLAGS if runs_here(isa)]
 I64, F32 = ctypes.c_int64, ctypes.c_float
+ALL = 2**63 - 1
 
 
 class Attend(ctypes.Structure):
@@ -40,8 +42,11 @@ class Attend(ctypes.Structure):
         ("group", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("position", I64),
-        ("window", I64),
-        ("prefix", I64),
+        ("end", I64),
+        ("before", I64),
+        ("after", I64),
+        ("spans", ctypes.c_void_p),
+        ("n_spans", I64),
         ("scale", F32),
         ("softcap", F32),
     ]
@@ -143,14 +148,19 @@ def attend(
     *,
     pages: tuple[int, int],
     partial: Partial | None = None,
-    window: int = 0,
-    prefix: int = 0,
+    end: int | None = None,
+    before: int | None = None,
+    after: int | None = 0,
+    spans: Sequence[tuple[int, int]] = (),
     scale: float = 1.0,
     softcap: float = 0.0,
 ) -> Partial:
-    """A tile over a range of pages, into `partial` or a new one."""
+    """A tile over a range of pages, into `partial` or a new one; the sequence ends with it, or at `end`."""
     kernel, (tokens, group, head_dim) = memory.kernel, q_TGH.shape
-    a = Attend(at(q_TGH), group * head_dim, tokens, group, head_dim, position, window, prefix, scale, softcap)
+    end, held = position + tokens if end is None else end, np.array(spans, np.int64)
+    seen = [ALL if count is None else count for count in (before, after)]
+    shape = at(q_TGH), group * head_dim, tokens, group, head_dim, position
+    a = Attend(*shape, end, *seen, at(held), len(spans), scale, softcap)
     size = kernel.call("scratch_bytes", tokens, group, head_dim)
     scratch = np.full(size + 64, 0xFF, np.uint8)  # not numbers, and what lies behind must stay
     p = partial or Partial(tokens * group, head_dim)

@@ -18,13 +18,17 @@ def case(seed: int, *, length: int, tokens: int, group: int, head_dim: int):
     return q, k, v
 
 
-def plain(q_TGH, k_SH, v_SH, position, *, window=0, prefix=0, scale=1.0, softcap=0.0):
+def plain(q_TGH, k_SH, v_SH, position, *, before=None, after=0, spans=(), scale=1.0, softcap=0.0):
     """The definition, one (T, S) mask and all, in float64."""
     scores = np.einsum("tgh,sh->tgs", q_TGH.astype(np.float64) * scale, k_SH.astype(np.float64))
     if softcap:
         scores = softcap * np.tanh(scores / softcap)
     at_T, at_S = position + np.arange(len(q_TGH))[:, None], np.arange(len(k_SH))
-    visible = (at_S <= at_T) & ((at_T - at_S < window) | (window == 0)) | (at_S < prefix) & (at_T < prefix)
+    visible = (at_S <= at_T + (len(k_SH) if after is None else after)) & (
+        at_S >= at_T - (len(k_SH) if before is None else before)
+    )
+    for start, end in spans:
+        visible |= (start <= at_S) & (at_S < end) & (start <= at_T) & (at_T < end)
     scores = np.where(visible[:, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     return np.einsum("tgs,sh->tgh", weights / weights.sum(-1, keepdims=True), v_SH.astype(np.float64))
@@ -50,7 +54,7 @@ def test_a_tile_equals_the_definition(kernel, head_dim, group):
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 33])
-@pytest.mark.parametrize("settings", [{"softcap": 50.0}, {"window": 1}, {"window": 20}, {"window": 64, "softcap": 5.0}])
+@pytest.mark.parametrize("settings", [{"softcap": 50.0}, {"before": 0}, {"before": 19}, {"before": 63, "softcap": 5.0}])
 def test_caps_and_windows(kernel, tokens, settings):
     q, k, v = case(1, length=300, tokens=tokens, group=2, head_dim=64)
     settings = {"scale": 0.5, **settings}
@@ -58,13 +62,28 @@ def test_caps_and_windows(kernel, tokens, settings):
     np.testing.assert_allclose(ours, plain(q, k, v, 300 - tokens, **settings), **CLOSE)
 
 
-@pytest.mark.parametrize("prefix", [1, 40, 64, 70, 130])
-@pytest.mark.parametrize("window", [0, 16])
-def test_a_prefix_sees_itself_both_ways(kernel, prefix, window):
+@pytest.mark.parametrize(
+    "spans", [[(0, 1)], [(0, 70)], [(0, 130)], [(40, 64)], [(3, 70)], [(60, 140)], [(5, 9), (30, 80), (80, 130)]]
+)
+@pytest.mark.parametrize("before", [None, 15])
+@pytest.mark.parametrize("after", [0, 7])
+def test_spans_see_themselves_both_ways(kernel, spans, before, after):
     q, k, v = case(2, length=140, tokens=140, group=2, head_dim=32)
-    settings = {"scale": 0.2, "prefix": prefix, "window": window}
+    settings = {"scale": 0.2, "spans": spans, "before": before, "after": after}
     ours = whole(kernel, q, k, v, 0, **settings)
     np.testing.assert_allclose(ours, plain(q, k, v, 0, **settings), **CLOSE)
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 200])
+@pytest.mark.parametrize(("before", "after"), [(None, None), (20, 20), (100, 3), (0, None)])
+def test_a_window_on_both_sides(kernel, tokens, before, after):
+    """Of a tile in the middle of the sequence."""
+    q, k, v = case(2, length=200, tokens=200, group=2, head_dim=32)
+    start = 100 if tokens < 200 else 0
+    part = np.ascontiguousarray(q[start : start + tokens])
+    settings = {"scale": 0.2, "before": before, "after": after}
+    ours = whole(kernel, part, k, v, start, end=200, **settings)
+    np.testing.assert_allclose(ours, plain(part, k, v, start, **settings), **CLOSE)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -75,14 +94,14 @@ def test_it_is_the_op(kernel, softcap):
         *(torch.from_numpy(x) for x in (q, k[:, None], v[:, None])),
         Batch.of([[0] * 90]), scale=0.1, window=(32, 0), softcap=softcap,
     )  # fmt: skip
-    ours = whole(kernel, q, k, v, 0, scale=0.1, window=33, softcap=softcap or 0.0)
+    ours = whole(kernel, q, k, v, 0, scale=0.1, before=32, softcap=softcap or 0.0)
     np.testing.assert_allclose(ours, theirs.numpy(), **CLOSE)
 
 
 def test_pages_outside_of_the_window_may_be_null(kernel):
     for tokens in (1, 20):
         q, k, v = case(4, length=400, tokens=tokens, group=2, head_dim=64)
-        settings = {"window": 100, "scale": 0.1}
+        settings = {"before": 99, "scale": 0.1}
         hole = (400 - tokens - 99) // PAGE
         assert hole >= 4
         ours = whole(kernel, q, k, v, 400 - tokens, hole=hole, **settings)
@@ -93,7 +112,13 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> None:
     np.testing.assert_array_equal(a.view(np.uint32), b.view(np.uint32))
 
 
-SETTINGS = [{}, {"softcap": 20.0}, {"window": 50}, {"window": 100, "prefix": 90}]
+SETTINGS = [
+    {},
+    {"softcap": 20.0},
+    {"before": 49},
+    {"before": 99, "spans": [(0, 90)]},
+    {"before": 30, "spans": [(50, 80), (90, 150)]},
+]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -159,14 +184,14 @@ def test_pages_one_at_a_time_equal_all_at_once(kernel, tokens):
 def test_what_is_hidden_changes_nothing(kernel, tokens):
     q, k, v = case(8, length=320, tokens=tokens, group=2, head_dim=32)
     memory, position = Memory(kernel, k, v), 320 - tokens
-    empty = attend(memory, q, position, pages=(0, 2), window=20, scale=0.3)
+    empty = attend(memory, q, position, pages=(0, 2), before=19, scale=0.3)
     assert (empty.most == -np.inf).all()
     assert not empty.total.any()
     assert not empty.sum.any()
     assert not finish(kernel, empty, 2).any()  # zeros, never 0 / 0
-    p = attend(memory, q, position, pages=(3, 5), window=20, scale=0.3)
+    p = attend(memory, q, position, pages=(3, 5), before=19, scale=0.3)
     before = p.most.copy(), p.total.copy(), p.sum.copy()
-    attend(memory, q, position, pages=(0, 2), partial=p, window=20, scale=0.3)
+    attend(memory, q, position, pages=(0, 2), partial=p, before=19, scale=0.3)
     merge(kernel, p, empty)
     for ours, was in zip((p.most, p.total, p.sum), before, strict=True):
         same_bits(ours, was)
@@ -212,7 +237,7 @@ def test_what_is_not_a_number_is_not_hidden_and_stays_in_its_row(kernel):
 @pytest.mark.parametrize("tokens", [1, 30])
 def test_every_instruction_set_gives_the_same_bits(kernels, group, tokens):
     q, k, v = case(11, length=200, tokens=tokens, group=group, head_dim=72)
-    settings = {"window": 150, "softcap": 30.0, "scale": 0.2}
+    settings = {"before": 149, "softcap": 30.0, "scale": 0.2}
     results = [whole(kernel, q, k, v, 200 - tokens, **settings) for kernel in kernels.values()]
     for other in results[1:]:
         same_bits(other, results[0])

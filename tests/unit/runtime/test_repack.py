@@ -17,9 +17,9 @@ from gemkit.executors.torch import TorchExecutor
 from gemkit.generate import Chunk
 from gemkit.runtime.repack import Repacker
 from gemkit.text.prompts import next_turn
+from support.native_models import randomised
 from support.outputs import dense
 from support.tiny_models import write
-from unit.executors.native.test_executor import randomised
 
 IDS = [2, 11, 5, 17, 3, 29, 8, 13]
 

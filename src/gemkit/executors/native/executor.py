@@ -1,6 +1,6 @@
 """The native executor: runs a packed model on the CPU, in C++, without returning to Python between steps. No torch.
 
-`NativeExecutor` runs it; `NativeState` is what it remembers of sequences.
+`NativeExecutor` runs it; its memory between calls is a `NativeState`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,30 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, assert_never
 
 import numpy as np
 
 from gemkit import family
-from gemkit.errors import ConfigError, ModelError, StateError
-from gemkit.executors.interface import Chunk, Output, Outputs, StopFlag, check_ids, image_rows, span_rows
+from gemkit.errors import ConfigError, ModelError, StateError, Stopped
+from gemkit.executors.interface import (
+    Chunk,
+    LogitsFilter,
+    Output,
+    Outputs,
+    SparseLogits,
+    StopFlag,
+    check_ids,
+    image_rows,
+    span_rows,
+)
 from gemkit.executors.native.library import available, library, threads
 from gemkit.executors.native.packfile import Pack
+from gemkit.executors.native.state import NativeState
 
-_DONE, _STOPPED, _NO_MEMORY, _TOO_LARGE = range(4)
+SCORE = "score.weight"
 
 
 class Tower(Protocol):
@@ -32,114 +44,6 @@ class Tower(Protocol):
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """(I * P, D) float32, from images of (3, S, S) in -1 to 1."""
         ...
-
-
-class NativeState:
-    """What the native executor remembers of sequences: the interface of `nn.State`."""
-
-    def __init__(self, executor: NativeExecutor, slots: int, room: int):
-        if slots < 1 or room < 0:
-            raise StateError(f"slots={slots} must be at least 1, and room={room} at least 0")
-        self._executor = executor  # it must outlive the state
-        self._library = library()
-        self._handle = self._library.gk_state_new(executor.handle, slots, room)
-        self.decoder = executor.decoder
-        self.lengths = dict.fromkeys(range(slots), 0)
-        self.room = room
-
-    @property
-    def handle(self) -> int:
-        return self._handle
-
-    def mark(self, slot: int) -> NativeMark:
-        """A place in `slot` that `rollback` returns to."""
-        self._checked(slot)
-        with self._executor.turn:
-            return NativeMark(slot, self.lengths[slot], self._recurrent(slot))
-
-    def rollback(self, mark: NativeMark, keep: int = 0) -> None:
-        """Forget everything since `mark`, but for its first `keep` tokens; with a recurrent layer, those too.
-
-        Raises:
-            StateError: if the slot has been shorter since, or a sliding layer had no `room` to keep what is needed.
-                Nothing has changed then.
-        """
-        with self._executor.turn:
-            self._rollback(mark, mark.length + (0 if mark.recurrent else keep), keep)
-
-    def _rollback(self, mark: NativeMark, length: int, keep: int) -> None:
-        if length > self.lengths[self._checked(mark.slot)]:
-            where = f"the mark is at {mark.length}" + (f", {keep} are to be kept after it" if keep else "")
-            raise StateError(f"slot {mark.slot} holds {self.lengths[mark.slot]} tokens, {where}")
-        if not self._library.gk_state_rollback(self._handle, mark.slot, length):
-            room = self.lengths[mark.slot] - length
-            raise StateError(
-                f"cannot go back to position {length}: a layer with a window has dropped what its next token must "
-                f"see; make the state with room={room} or more"
-            )
-        for layer, values in mark.recurrent.items():
-            self._library.gk_state_keep(self._handle, layer, mark.slot, values.ctypes.data)
-        self.lengths[mark.slot] = length
-
-    def fork(self, source: int, target: int) -> None:
-        """Make `target` remember what `source` does; the two go their own ways from here."""
-        with self._executor.turn:
-            self._library.gk_state_fork(self._handle, self._checked(source), self._checked(target))
-            self.lengths[target] = self.lengths[source]
-
-    def free(self, slot: int) -> None:
-        """Forget a sequence; the slot is as new."""
-        with self._executor.turn:
-            self._library.gk_state_clear(self._handle, self._checked(slot))
-            self.lengths[slot] = 0
-
-    @property
-    def nbytes(self) -> int:
-        with self._executor.turn:
-            return self._library.gk_state_bytes(self._handle)
-
-    def add(self) -> int:
-        raise NotImplementedError
-
-    def unique(self, held: object, /) -> int:
-        raise NotImplementedError
-
-    def needed(self, slot: int, tokens: int) -> int:
-        raise NotImplementedError
-
-    def snapshot(self, slot: int) -> Any:
-        raise NotImplementedError
-
-    def restore(self, snapshot: object, slot: int | None = None, *, keep: int = 0) -> int:
-        raise NotImplementedError
-
-    def load(self, path: Any) -> Any:
-        raise NotImplementedError
-
-    def _recurrent(self, slot: int) -> dict[int, np.ndarray]:
-        kept = {}
-        for i, layer in enumerate(self.decoder.layers):
-            if isinstance(layer.mixer, family.Recurrent):
-                count = self._library.gk_state_cell(self._handle, i)
-                address = self._library.gk_state_kept(self._handle, i, slot)
-                kept[i] = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (count,)).copy()
-        return kept
-
-    def _checked(self, slot: int) -> int:
-        if not 0 <= slot < len(self.lengths):
-            raise StateError(f"slot {slot} of a state with slots 0 to {len(self.lengths) - 1}")
-        return slot
-
-    def __del__(self):
-        if getattr(self, "_handle", None):
-            self._library.gk_state_free(self._handle)
-
-
-class NativeMark:
-    """A place to come back to: a length, and what recurrent layers held there."""
-
-    def __init__(self, slot: int, length: int, recurrent: dict[int, np.ndarray]):
-        self.slot, self.length, self.recurrent = slot, length, recurrent
 
 
 _executors: weakref.WeakSet[NativeExecutor] = weakref.WeakSet()
@@ -172,20 +76,24 @@ class NativeExecutor:
         self.pack = pack
         self.tower = tower
         self.threads = threads()
-        self._library = library()
+        self.library = library()
         table = pack.pointers()
         layers = np.array([_layer(layer.mixer) for layer in decoder.layers], np.int32)
+        self._recurs = bool((layers[:, 0] == 1).any())
+        self._looks_ahead = bool(layers[:, 4].any())
         arrays = [(np.ascontiguousarray(a).ctypes.data, len(a)) for a in (pack.steps, pack.buffers, table, layers)]
-        self._handle = self._library.gk_executor_new(*[part for pair in arrays for part in pair])
-        if not self._handle:
-            raise ModelError(f"{pack.path} cannot run: {self._library.gk_error().decode()}")
-        self._logits_width = decoder.vocab_size
+        self.handle = self.library.gk_executor_new(*[part for pair in arrays for part in pair])
+        if not self.handle:
+            raise ModelError(f"{pack.path} cannot run: {self.library.gk_error().decode()}")
+        shape = np.zeros(4, np.int64)
+        self.library.gk_executor_shape(self.handle, shape.ctypes.data)
+        width, by_row, self._hidden_width, self._filters = shape.tolist()
+        if width != decoder.vocab_size or not by_row:
+            raise ModelError(
+                f"{pack.path} cannot run: it gives {width} numbers, the model has {decoder.vocab_size} ids"
+            )
         self.turn = threading.Lock()
         _executors.add(self)
-
-    @property
-    def handle(self) -> int:
-        return self._handle
 
     def about(self) -> str:
         """How it computes, for people."""
@@ -193,7 +101,8 @@ class NativeExecutor:
         return f"{available()[1]} kernels, {count}; int8 activations, keys and values in float16"
 
     def new_state(self, slots: int = 0, room: int = 0) -> NativeState:
-        return NativeState(self, slots, room)
+        """An empty memory, with slots 0 to `slots` - 1 added."""
+        return NativeState(self, slots)
 
     def run(
         self,
@@ -206,68 +115,154 @@ class NativeExecutor:
     ) -> Outputs:
         """Compute the chunks, which continue what `state` remembers of their slots.
 
+        Rows of logits with a filter are `SparseLogits`, the same whatever else is computed with them.
+
         Args:
+            output: what the rows of the result are.
+            stop: ends this call when it is set, also while it waits for those of other threads.
             seconds: (steps,) float64 to which the time of each step is added; the steps then run one by one.
 
         Raises:
             TextError: if a token id is outside the vocabulary.
-            ConfigError: if images and the placeholders among the ids do not match, or a chunk cuts a span.
-            ModelError: if memory runs out, or keys or values are too large for float16.
+            ConfigError: if images and the placeholders among the ids do not match, a chunk cuts a span, or a slot is in
+                two chunks.
+            ModelError: if memory runs out, keys or values are too large for float16, or there is no such output.
+            StateError: if the state is of another executor or has no such slot, or a sequence goes on whose tokens see
+                those after them.
+            Stopped: if `stop` was set.
         """
         check_ids([token for chunk in chunks for token in chunk.ids], self.decoder)
+        if state.executor is not self:
+            raise StateError("the state was made by another executor")
         features = self._features(chunks)
-        with self.turn:
-            return self._run(chunks, state, features, seconds)
+        with self._turn(stop):
+            rows = self._run(chunks, state, features, output, stop, seconds)
+        if output == "logits":
+            return rows
+        hidden = [np.asarray(row) for row in rows.rows]
+        counts = [chunk.rows for chunk in chunks if chunk.rows]
+        match output:
+            case "hidden":
+                return rows
+            case "reward":
+                return Outputs([self._reward(row) for row in hidden], rows.computed)
+            case "pooled":
+                parts = np.split(np.array(hidden), np.cumsum(counts)[:-1]) if counts else []
+                return Outputs([part.mean(0, dtype=np.float64).astype(np.float32) for part in parts], rows.computed)
+        assert_never(output)
+
+    @contextmanager
+    def _turn(self, stop: StopFlag | None) -> Iterator[None]:
+        """Hold the executor's turn; a wait for it ends when `stop` is set."""
+        turn = self.turn
+        while not turn.acquire(timeout=-1 if stop is None else 0.02):
+            if stop is not None and stop.is_set():
+                raise Stopped("the call was stopped before its turn came")
+        try:
+            yield
+        finally:
+            turn.release()
 
     def _run(
         self,
         chunks: Sequence[Chunk],
         state: NativeState,
         features: tuple[np.ndarray, np.ndarray],
+        output: Output,
+        stop: StopFlag | None,
         seconds: np.ndarray | None,
     ) -> Outputs:
         ids: list[int] = []
         rows: list[int] = []
-        spans: list[tuple[int, int, int, int, int]] = []
+        places: list[tuple[int, int, int, int, int, int]] = []
+        spans: list[tuple[int, int]] = []
         for chunk in chunks:
-            first = len(ids)
+            first, position = len(ids), state.lengths[state.checked(chunk.slot)]
+            self._check_reach(chunk, position)
             ids += chunk.ids
-            held = span_rows([chunk], state.lengths)
-            prefix = held[0][1] if held else 0
-            if len(held) > 1 or (held and (held[0][0] or state.lengths[chunk.slot])):
-                raise ConfigError(f"spans={chunk.spans}: the native executor computes one, from the first token on")
-            spans.append((first, len(ids), chunk.slot, state.lengths[chunk.slot], prefix))
             rows += range(len(ids) - chunk.rows, len(ids))
-        filters, always = _filters(chunks)
+            before = len(spans)
+            spans += [(position + start, position + end) for start, end in span_rows([chunk], state.lengths)]
+            places.append((first, len(ids), chunk.slot, position, before, len(spans)))
+        if len({chunk.slot for chunk in chunks}) < len(chunks):
+            raise ConfigError(f"slots {[chunk.slot for chunk in chunks]}: each must be in one chunk of a call")
+        logits = output == "logits"
+        filters, always = _filters(chunks, self.decoder.vocab_size, logits and bool(self._filters))
+        full = int(np.count_nonzero(filters["top_n"] == 0)) if logits else len(rows)
         # arrays of this call alone: another thread that replaced one would free it while the library writes to it
         computed = np.zeros(len(rows), np.int64)
-        logits = np.empty((len(rows), self._logits_width), np.float32)
-        given: list[Any] = [np.array(ids, np.int64), np.array(spans, np.int64), np.array(rows, np.int64)]
-        result = self._library.gk_run(
-            self._handle,
-            state.handle,
-            self.threads,
-            *[part for array in given for part in (array.ctypes.data, len(array))],
-            *[array.ctypes.data for array in features],
-            len(features[1]),
-            logits.ctypes.data,
-            filters.ctypes.data,
-            always.ctypes.data,
-            computed.ctypes.data,
-            None if seconds is None else seconds.ctypes.data,
-            None,
+        out = np.empty((full, self.decoder.vocab_size if logits else max(1, self._hidden_width)), np.float32)
+        arrays = [
+            np.array(ids, np.int64),
+            np.array(places, np.int64),
+            np.array(rows, np.int64),
+            np.array(spans, np.int64),
+        ]
+        tokens, placed, at, spanned = (array.ctypes.data for array in arrays)
+        call = np.array(
+            [
+                *(tokens, len(ids), placed, len(places), spanned, at, len(rows)),
+                *(features[0].ctypes.data, features[1].ctypes.data, len(features[1])),
+                *(not logits, out.ctypes.data, filters.ctypes.data, always.ctypes.data, computed.ctypes.data),
+                0 if seconds is None else seconds.ctypes.data,
+            ],
+            np.int64,
         )
-        if result == _NO_MEMORY:
-            raise ModelError(f"memory ran out for {len(ids)} tokens of {len(chunks)} sequences: use smaller chunks")
-        if result == _TOO_LARGE:
-            raise ModelError(
-                "keys or values are beyond the range of float16, in which the native executor keeps them; "
-                "use the executor torch"
-            )
-        assert result == _DONE, f"an exception of a signal handler is raised by the call itself, not told by {result}"
-        for first, end, slot, position, _ in spans:
+        flag = None if stop is None else stop.address
+        self._expect(
+            self.library.gk_run(self.handle, state.handle, self.threads, call.ctypes.data, flag), chunks, output
+        )
+        for first, end, slot, position, *_ in places:
             state.lengths[slot] = position + end - first
-        return Outputs(list(logits), computed)
+        whole = iter(out)
+        found = [self._candidates(i) if top_n and logits else next(whole) for i, top_n in enumerate(filters["top_n"])]
+        return Outputs(found, computed)
+
+    def _check_reach(self, chunk: Chunk, position: int) -> None:
+        if chunk.spans and self._recurs:
+            raise ConfigError(f"spans={list(chunk.spans)}: a recurrent layer cannot see what comes after")
+        if position and self._looks_ahead:
+            raise StateError(
+                f"slot {chunk.slot} goes on at position {position}, but its tokens see those after them: compute the "
+                "sequence whole, in an empty slot"
+            )
+
+    def _expect(self, result: int, chunks: Sequence[Chunk], output: Output) -> None:
+        """Raise what the result of a run says (`Executor::Result` of csrc)."""
+        tokens = sum(len(chunk.ids) for chunk in chunks)
+        match result:
+            case 0:
+                return
+            case 1:
+                raise Stopped(f"the call was stopped while it computed {tokens} tokens")
+            case 2:
+                raise ModelError(f"memory ran out for {tokens} tokens of {len(chunks)} sequences: use smaller chunks")
+            case 3:
+                raise ModelError(
+                    "keys or values are beyond the range of float16, in which the native executor keeps them; "
+                    "use the executor torch"
+                )
+            case _:
+                raise ModelError(f"output={output!r}: the packed model has no such output")
+
+    def _candidates(self, row: int) -> SparseLogits:
+        """What the filter of a row of the last run left of it; within the same turn."""
+        ids, values = ctypes.c_void_p(), ctypes.c_void_p()
+        count = self.library.gk_candidates(self.handle, row, ctypes.byref(ids), ctypes.byref(values))
+        if not count:
+            return SparseLogits(np.empty(0, np.int64), np.empty(0, np.float32))
+        return SparseLogits(
+            np.ctypeslib.as_array(ctypes.cast(ids, ctypes.POINTER(ctypes.c_int64)), (count,)).copy(),
+            np.ctypeslib.as_array(ctypes.cast(values, ctypes.POINTER(ctypes.c_float)), (count,)).copy(),
+        )
+
+    def _reward(self, hidden_D: np.ndarray) -> np.ndarray:
+        """(1,): the number of the score head, summed in float64, whose order depends on the width alone."""
+        score = next((entry for entry in self.pack.table if entry.name == SCORE), None)
+        if score is None:
+            raise ModelError("the packed model has no score head: it is no reward model")
+        weight_D = self.pack.bytes_of(score).view(np.float32)
+        return (hidden_D * weight_D.astype(np.float64)).sum(keepdims=True).astype(np.float32)
 
     def _features(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
         """What the decoder sees of the images of a call, float32 (E, D), and the rows of their placeholders."""
@@ -279,33 +274,43 @@ class NativeExecutor:
         return np.ascontiguousarray(self.tower.features(images), np.float32), np.array(rows, np.int64)
 
     def __del__(self):
-        if getattr(self, "_handle", None):
-            self._library.gk_executor_free(self._handle)
+        if getattr(self, "handle", None):
+            self.library.gk_executor_free(self.handle)
 
 
-# `Executor::Filter` of csrc
+# `LogitsFilter` of csrc
 _FILTER = np.dtype([("top_n", np.int32), ("max_gap", np.float32), ("always0", np.int64), ("always1", np.int64)])
 
 
-def _filters(chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
-    """The filter of each row of logits, and the ids that they keep always, one list after the other."""
+def _filters(chunks: Sequence[Chunk], vocab_size: int, used: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The filter of each row of logits, and the ids that they keep always, one ascending list after the other.
+
+    Args:
+        used: False gives rows without a filter.
+    """
     filters: list[tuple[int, float, int, int]] = []
     always: list[np.ndarray] = []
+    total = 0
     for chunk in chunks:
-        for _ in range(chunk.rows):
-            if (some := chunk.filter) is None:
-                filters.append((0, -1.0, 0, 0))
-                continue
-            first = sum(map(len, always))
-            always.append(some.always)
-            gap = -1.0 if some.max_gap is None else some.max_gap
-            filters.append((some.top_n, gap, first, first + len(some.always)))
+        if chunk.filter is None or not used or not chunk.rows:
+            filters += [(0, -1.0, 0, 0)] * chunk.rows
+            continue
+        some: LogitsFilter = chunk.filter
+        kept = np.unique(np.asarray(some.always, np.int64))
+        if some.top_n < 1 or (len(kept) and not 0 <= kept[0] <= kept[-1] < vocab_size):
+            raise ConfigError(f"a filter keeps at least 1 logit and ids from 0 to {vocab_size - 1}, not {some}")
+        gap = -1.0 if some.max_gap is None else some.max_gap
+        filters += [(min(some.top_n, vocab_size), gap, total, total + len(kept))] * chunk.rows
+        always.append(kept)
+        total += len(kept)
     return np.array(filters, _FILTER), np.concatenate(always) if always else np.empty(0, np.int64)
 
 
-def _layer(mixer: family.Mixer) -> tuple[int, int, int, int, int, int]:
+def _layer(mixer: family.Mixer) -> tuple[int, int, int, int, int, int, int]:
+    """`Layer` of csrc: kind, key/value heads, head size, tokens seen before and after (-1: all), width, taps."""
     match mixer:
-        case family.Attention(kv_heads=heads, head_dim=head_dim, window=window):
-            return 0, heads, head_dim, window or 0, 0, 0
+        case family.Attention(kv_heads=heads, head_dim=head_dim, window=window, reach=reach):
+            before = -1 if window is None else window - 1
+            return 0, heads, head_dim, before, 0 if reach == "past" else before, 0, 0
         case family.Recurrent(width=width, conv_width=taps):
-            return 1, 0, 0, 0, width, taps
+            return 1, 0, 0, 0, 0, width, taps

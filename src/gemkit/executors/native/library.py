@@ -19,7 +19,7 @@ from gemkit.errors import ConfigError, ModelError
 
 LIBRARY = "libgemkit_native.so"
 _ISAS = ("avx512", "avx2", "portable")
-_ABI = 4
+_ABI = 5
 
 
 @cache
@@ -71,17 +71,25 @@ def _declare(loaded: ctypes.CDLL) -> None:
         ("gk_executor_new", pointer, [pointer, i64] * 4),
         ("gk_read_limit", ctypes.c_double, [i32]),
         ("gk_executor_free", None, [pointer]),
+        ("gk_executor_shape", None, [pointer, pointer]),
         ("gk_encode", i32, [pointer, i32, pointer, i64, i64, pointer, i64]),
-        ("gk_state_new", pointer, [pointer, i64, i64]),
-        ("gk_state_free", None, [pointer]),
-        ("gk_state_rollback", i32, [pointer, i64, i64]),
-        ("gk_state_fork", i32, [pointer, i64, i64]),
-        ("gk_state_clear", None, [pointer, i64]),
+        ("gk_state_new", pointer, [pointer]),
+        ("gk_state_delete", None, [pointer]),
+        ("gk_state_add", i64, [pointer]),
+        ("gk_state_free", None, [pointer, i64]),
         ("gk_state_bytes", i64, [pointer]),
-        ("gk_state_kept", pointer, [pointer, i32, i64]),
-        ("gk_state_cell", i64, [pointer, i32]),
-        ("gk_state_keep", None, [pointer, i32, i64, pointer]),
-        ("gk_run", i32, [pointer, pointer, i32, *[pointer, i64] * 3, pointer, pointer, i64, *[pointer] * 6]),
+        ("gk_state_unique", i64, [pointer, i64]),
+        ("gk_state_needed", i64, [pointer, i64, i64]),
+        ("gk_state_restore", i64, [pointer, i64, pointer, i32, i64]),
+        ("gk_snapshot_new", pointer, [pointer, i64]),
+        ("gk_snapshot_delete", None, [pointer, pointer]),
+        ("gk_snapshot_unique", i64, [pointer, pointer]),
+        ("gk_snapshot_pages", i64, [pointer, pointer, i32, pointer]),
+        ("gk_snapshot_get", None, [pointer, pointer, i32, pointer]),
+        ("gk_snapshot_make", pointer, [pointer, i64]),
+        ("gk_snapshot_put", i32, [pointer, pointer, i32, i64, i64, pointer]),
+        ("gk_run", i32, [pointer, pointer, i32, pointer, pointer]),
+        ("gk_candidates", i64, [pointer, i64, pointer, pointer]),
     ):
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments

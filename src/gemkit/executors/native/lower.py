@@ -102,6 +102,7 @@ class Lowered:
 
     steps: list[Step] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)
+    beside: list[Plain] = field(default_factory=list)  # held in the packed file, and read by no step
 
     def __str__(self) -> str:
         return "\n".join(map(_line, self.steps))
@@ -365,5 +366,6 @@ def packed_weights(*lowered: Lowered) -> Iterator[Weight]:
 
 
 def plain_weights(*lowered: Lowered) -> Iterator[Plain]:
-    """Every array of floats that it reads, once."""
-    return iter(dict.fromkeys(p for program in lowered for step in program.steps for p in step.plain))
+    """Every array of floats of the packed file, once."""
+    read = (p for program in lowered for step in program.steps for p in step.plain)
+    return iter(dict.fromkeys([*read, *(p for program in lowered for p in program.beside)]))

@@ -64,6 +64,8 @@ def pack(
     """
     tower = lower(trace_tower(module)) if module.vision is not None else None
     lowered = lower(trace(module.decoder, sees=tower is not None))
+    if (score := module.decoder.score) is not None:  # of a reward model: read beside the program
+        lowered.beside.append(Weight("score.weight", tuple(score.weight.shape), "float32", score.weight.nbytes))
     programs = [lowered] if tower is None else [lowered, tower]
     sizes: dict[Any, tuple[int, int, int, int]] = {}
     for weight in packed_weights(*programs):

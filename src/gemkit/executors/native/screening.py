@@ -1,4 +1,4 @@
-"""The coarse copy of an output table that the native executor screens rows with (`csrc/sketch.cpp`). No torch.
+"""The coarse copy of an output table that the native executor screens rows with (`csrc/screening.cpp`). No torch.
 
 Of the 262,144 rows of a table a few hundred can still be the best for a given hidden state; reading 2 bits a weight of
 all of them tells which. The copy is of the table turned by a random rotation: signs, then a Walsh-Hadamard transform of

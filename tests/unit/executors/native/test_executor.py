@@ -1,95 +1,28 @@
 """The native executor against the modules themselves, and against itself however it is asked."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
 
-from gemkit import family, nn
-from gemkit.block_types import KINDS
-from gemkit.errors import ConfigError, ModelError, StateError, TextError, WeightsError
-from gemkit.executors.native import library as native
+from gemkit import nn
+from gemkit.errors import ConfigError, ModelError, StateError, Stopped, TextError
+from gemkit.executors.interface import Chunk, LogitsFilter, StopFlag
 from gemkit.executors.native.executor import NativeExecutor
 from gemkit.executors.native.packer import pack
-from gemkit.executors.native.packfile import Pack
+from gemkit.executors.native.state import NativeState
 from gemkit.executors.torch import TorchExecutor
-from gemkit.generate import Chunk, Sampling
-from gemkit.generate.sampler import logits_filter
-from gemkit.nn.state import KVCache
 from gemkit.ops import Quantized
+from support.native_models import assert_close, ids, one_by_one, randomised
 from support.outputs import dense
-from support.tiny import WINDOW, tiny, tokens
-
-MEMBERS = ["gemma-2b", "gemma-7b", "gemma-2-2b", "gemma-2-27b", "gemma-3-1b", "gemma-3-4b", "recurrentgemma-2b"]
-
-
-def of_whole_blocks(config: family.DecoderConfig) -> family.DecoderConfig:
-    """Widths that are multiples of a block of quantized weights."""
-    heads = {"head_dim": 32, "scale": 32**-0.5}
-    return family.replace_layers(replace(config, width=128), attention=heads, ffw={"width": 256})
-
-
-def randomised(name: str, quantized: bool = False, depth: int | None = None) -> nn.Decoder:
-    """A member at test size with the weights that `tiny.reference` gives it; quantized ones have random codes."""
-    generator = torch.Generator().manual_seed(0)
-    config = tiny(name)
-    if quantized:  # rows of whole blocks
-        config = of_whole_blocks(config)
-    module = nn.Decoder(replace(config, layers=config.layers[:depth]))
-    for path, weight in list(module.named_parameters()):
-        gain = 1.5 if "q_proj" in path or "k_proj" in path else 1
-        small = "norm" in path or "bias" in path
-        value = torch.randn(weight.shape, generator=generator) * (0.3 if small else gain / weight.shape[-1] ** 0.5)
-        if "recurrent_param" in path:
-            value.uniform_(-8, 2, generator=generator)
-        if quantized and ("_proj" in path or path.startswith("embed_tokens")):
-            module.set_param(path, q8_0(value))
-        else:
-            module.set_param(path, torch.nn.Parameter(value, requires_grad=False))
-    return module.eval()
-
-
-def q8_0(value: torch.Tensor) -> Quantized:
-    groups = value.unflatten(1, (-1, 32))
-    scales = (groups.abs().amax(-1) / 127).half()
-    codes = (groups / scales.float().clamp_min(1e-9)[..., None]).round().clamp(-127, 127).to(torch.int8)
-    return Quantized(KINDS["Q8_0"], {"codes": codes.flatten(1), "scales": scales}, tuple(value.shape))
-
-
-@pytest.fixture(scope="module", params=MEMBERS)
-def pair(request):
-    module = randomised(request.param)
-    return NativeExecutor(module.config, pack(module)), TorchExecutor(module)
-
-
-@pytest.fixture
-def halves(monkeypatch):
-    """Torch's memory of keys and values with the precision of the native one: what is left to differ are sums in
-    another order, and a rounding here and there that falls the other way because of them."""
-    append = KVCache.append
-
-    def rounded(self, slot, position, k_TKH, v_TKH):
-        append(self, slot, position, k_TKH.half().float(), v_TKH.half().float())
-
-    monkeypatch.setattr(KVCache, "append", rounded)
-
-
-def ids(*lengths: int, seed: int = 1) -> list[list[int]]:
-    return [sequence.tolist() for sequence in tokens(*lengths, seed=seed)]
-
-
-def assert_close(got: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    error = np.abs(got - expected).max() / np.abs(expected).max()
-    assert error <= tolerance, f"off by {error:.1e} of the largest logit, {tolerance:.0e} allowed"
+from support.tiny import WINDOW
 
 
 def test_logits_are_those_of_the_modules(pair, halves):
@@ -119,11 +52,6 @@ def test_quantized_weights_are_multiplied_with_int8_activations(halves):
     got = dense(ours, [Chunk(0, prompt, rows=40)], ours.new_state(1))
     expected = dense(theirs, [Chunk(0, prompt, rows=40)], theirs.new_state(1))
     assert_close(got, expected, 5e-3)
-
-
-def one_by_one(executor: NativeExecutor, sequence: list[int]) -> np.ndarray:
-    state = executor.new_state(1)
-    return np.concatenate([dense(executor, [Chunk(0, [token])], state) for token in sequence])
 
 
 def test_the_same_bits_however_it_is_cut(pair):
@@ -167,7 +95,7 @@ from gemkit.generate import Chunk
 from gemkit.executors.native import library as native
 from gemkit.executors.native.executor import NativeExecutor
 from gemkit.executors.native.packfile import Pack
-from test_executor import ids, randomised
+from support.native_models import ids, randomised
 folder = Path(sys.argv[1])
 try:
     able, which = native.available()
@@ -180,7 +108,7 @@ logits = np.stack(executor.run([Chunk(0, ids(70)[0], rows=70)], executor.new_sta
 expected = np.load(folder / "expected.npy")
 assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max(), np.abs(logits - expected).max()
 """
-    path = os.pathsep.join([*sys.path, os.path.dirname(__file__)])
+    path = os.pathsep.join(sys.path)
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path), isa],
         env={**os.environ, "GEMKIT_ISA": isa, "PYTHONPATH": path},
@@ -190,91 +118,20 @@ assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max(), np.abs(
     assert done.returncode == 0, done.stderr
 
 
-# ---------------------------------------------------------------- what is remembered
-
-
-def test_a_rolled_back_draft_never_was(pair):
-    ours, _ = pair
-    prompt, draft, rest = ids(40, 9, 20)
-    plain = ours.new_state(1)
-    ours.run([Chunk(0, prompt)], plain)
-    expected = dense(ours, [Chunk(0, rest, rows=20)], plain)
-    state = ours.new_state(1, room=9)
-    ours.run([Chunk(0, prompt)], state)
-    mark = state.mark(0)
-    ours.run([Chunk(0, draft)], state)
-    state.rollback(mark)
-    assert state.lengths == {0: 40}
-    assert np.array_equal(dense(ours, [Chunk(0, rest, rows=20)], state), expected)
-
-
-def test_part_of_a_draft_can_be_kept(pair):
-    ours, _ = pair
-    prompt, draft = ids(40, 9)
-    state = ours.new_state(1, room=10)
-    ours.run([Chunk(0, prompt)], state)
-    mark = state.mark(0)
-    ours.run([Chunk(0, draft)], state)
-    state.rollback(mark, keep=4)
-    kept = state.lengths[0] - 40
-    assert kept in (0, 4)  # a recurrence can only go back to the mark
-    logits = dense(ours, [Chunk(0, [*draft[kept:4], 5])], state)
-    assert np.array_equal(logits[0], one_by_one(ours, [*prompt, *draft[:4], 5])[-1])
-
-
-def test_forks_go_their_own_ways(pair):
-    ours, _ = pair
-    prompt, a, b = ids(70, 5, 5)
-    state = ours.new_state(2)
-    ours.run([Chunk(0, prompt)], state)
-    state.fork(0, 1)
-    first = dense(ours, [Chunk(0, a, rows=5), Chunk(1, b, rows=5)], state)
-    for tail, rows in ((a, first[:5]), (b, first[5:])):
-        assert np.array_equal(rows, one_by_one(ours, prompt + tail)[70:])
-    state.free(0)
-    assert state.lengths == {0: 0, 1: 75}
-    again = dense(ours, [Chunk(0, prompt), Chunk(1, [3])], state)
-    assert np.array_equal(again[1], one_by_one(ours, [*prompt, *b, 3])[-1])
-
-
-def test_a_window_that_has_moved_on_cannot_be_gone_back_to():
-    module = randomised("gemma-3-1b")
-    ours = NativeExecutor(module.config, pack(module))
-    state = ours.new_state(1)
-    ours.run([Chunk(0, ids(20)[0])], state)
-    mark = state.mark(0)
-    for part in ids(100, 100, 100):
-        ours.run([Chunk(0, part)], state)
-    with pytest.raises(StateError, match="room=300"):
-        state.rollback(mark)
-    assert state.lengths == {0: 320}
-
-
-def test_memory_of_sliding_layers_does_not_grow():
-    module = randomised("gemma-3-1b")
-    sliding = replace(module.config, layers=module.config.layers[:5])
-    small = nn.Decoder(sliding)
-    small.load_state_dict({name: value for name, value in module.state_dict().items() if name in small.state_dict()})
-    ours = NativeExecutor(sliding, pack(small.requires_grad_(False)))
-    state = ours.new_state(1)
-    sizes = []
-    for part in ids(*[100] * 12):
-        ours.run([Chunk(0, part)], state)
-        sizes.append(state.nbytes)
-    assert max(sizes[3:]) <= 2 * min(sizes)  # a window of 8 is in one page of 64, or in two
-
-
 def test_settings_that_cannot_be(pair):
     ours, _ = pair
-    with pytest.raises(StateError):
-        ours.new_state(0)
     with pytest.raises(TextError):
         ours.run([Chunk(0, [10**6])], ours.new_state(1))
     with pytest.raises(ConfigError, match="without an image tower"):
         ours.run([Chunk(0, [1, 2], images=[np.zeros((3, 8, 8), np.float32)])], ours.new_state(1))
-    state = ours.new_state(1)
-    with pytest.raises(StateError):
-        state.fork(0, 1)
+    with pytest.raises(ConfigError, match="one chunk"):
+        ours.run([Chunk(0, [1]), Chunk(0, [2])], ours.new_state(1))
+    with pytest.raises(StateError, match="slot 1"):
+        ours.run([Chunk(1, [1])], ours.new_state(1))
+    with pytest.raises(ConfigError, match="keeps at least 1"):
+        ours.run([Chunk(0, [1], filter=LogitsFilter(0))], ours.new_state(1))
+    with pytest.raises(ConfigError, match="ids from 0"):
+        ours.run([Chunk(0, [1], filter=LogitsFilter(1, always=np.array([10**6])))], ours.new_state(1))
 
 
 def test_keys_beyond_float16_are_refused():
@@ -288,132 +145,105 @@ def test_keys_beyond_float16_are_refused():
     assert state.lengths == {0: 0}
 
 
-def test_a_bidirectional_prefix_is_attended_as_the_modules_do(halves):
-    module = randomised("gemma-2-2b")
+# ---------------------------------------------------------------- spans and reach
+
+
+def both(module: nn.Decoder, chunks: list[Chunk], slots: int, tolerance: float = 4e-3) -> None:
+    """The same logits from the modules and from the native executor."""
     ours, theirs = NativeExecutor(module.config, pack(module)), TorchExecutor(module)
-    chunks = [
-        Chunk(i, s, rows=len(s), spans=[(0, p)]) for i, (s, p) in enumerate(zip(ids(150, 30), (100, 9), strict=True))
-    ]
-    got, expected = dense(ours, chunks, ours.new_state(2)), dense(theirs, chunks, theirs.new_state(2))
-    assert_close(got, expected, 4e-3)
+    got, expected = dense(ours, chunks, ours.new_state(slots)), dense(theirs, chunks, theirs.new_state(slots))
+    assert_close(got, expected, tolerance)
+
+
+@pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-3-1b"])
+def test_spans_are_attended_as_the_modules_do(name, halves):
+    """A prefix, a block in the middle, two blocks, in windows of 8; one chunk has none."""
+    spans = [[(0, 100)], [(70, 140)], [(3, 9), (20, 150)], []]
+    chunks = [Chunk(i, s, rows=len(s), spans=spans[i]) for i, s in enumerate(ids(150, 150, 160, 30))]
+    both(randomised(name), chunks, 4)
+
+
+def test_spans_of_a_sequence_in_chunks():
+    """A span in the second chunk; those before and after do not matter to it. The same bits as in one call."""
+    module = randomised("gemma-3-1b")
+    ours = NativeExecutor(module.config, pack(module))
+    (prompt,), spans = ids(150), [(10, 40), (75, 120)]
+    whole = dense(ours, [Chunk(0, prompt, rows=150, spans=spans)], ours.new_state(1))
+    state = ours.new_state(1)
+    parts = [(0, 60), (60, 130), (130, 150)]
+    cut = [dense(ours, [Chunk(0, prompt[a:b], rows=b - a, spans=spans)], state) for a, b in parts]
+    assert np.array_equal(np.concatenate(cut), whole)
     with pytest.raises(ConfigError, match="cut"):
-        ours.run([Chunk(0, [1, 2], spans=[(0, 3)])], ours.new_state(1))
+        ours.run([Chunk(0, prompt[:20], spans=spans)], ours.new_state(1))
 
 
-# ---------------------------------------------------------------- the screened head
+def test_a_recurrence_has_no_spans():
+    module = randomised("recurrentgemma-2b")
+    ours = NativeExecutor(module.config, pack(module))
+    with pytest.raises(ConfigError, match="recurrent"):
+        ours.run([Chunk(0, [1, 2], spans=[(0, 2)])], ours.new_state(1))
 
 
-@pytest.fixture(scope="module")
-def wide():
-    """A decoder whose table is large enough to be screened, with some rows that stand out, as words do in a context."""
-    module = nn.Decoder(of_whole_blocks(replace(tiny("gemma-2-2b"), vocab_size=40_000)))
-    generator = torch.Generator().manual_seed(3)
-    for path, weight in list(module.named_parameters()):
-        small = "norm" in path
-        value = torch.randn(weight.shape, generator=generator) * (0.3 if small else weight.shape[-1] ** -0.5)
-        if path.startswith("embed_tokens"):
-            value *= 4
-            value[::100] *= 8
-        held = q8_0(value) if "_proj" in path or path.startswith("embed_tokens") else value
-        module.set_param(path, held if isinstance(held, Quantized) else torch.nn.Parameter(held, requires_grad=False))
-    return NativeExecutor(module.config, pack(module))
+@pytest.mark.parametrize("reach", ["all", "both"])
+def test_reaches_that_look_ahead(reach, halves):
+    """As an encoder attends: windows on both sides, and all to all."""
+    module = randomised("gemma-3-1b")
+    layers = []
+    for layer, block in zip(module.config.layers, module.layers, strict=True):
+        window = layer.mixer.window if reach == "both" else None
+        look = "all" if window is None else "both"
+        layers.append(replace(layer, mixer=replace(layer.mixer, window=window, reach=look)))
+        block.self_attn.window = (None, None) if window is None else (window - 1, window - 1)
+    module.config = replace(module.config, layers=tuple(layers))
+    both(module, [Chunk(i, s, rows=len(s)) for i, s in enumerate(ids(150, 30, 1))], 3)
+    ours = NativeExecutor(module.config, pack(module))
+    state = ours.new_state(1)
+    ours.run([Chunk(0, [1, 2])], state)
+    with pytest.raises(StateError, match="see those after them"):
+        ours.run([Chunk(0, [3])], state)
+    assert state.lengths == {0: 2}
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        Sampling(),
-        Sampling(temperature=1.0, top_k=20),
-        Sampling(temperature=0.7, top_k=64, top_p=0.9),
-        Sampling(temperature=1.0, min_p=0.1),
-        Sampling(logit_bias={7: -np.inf, 39_999: 3.0}),
-        Sampling(repetition_penalty=1.3),
-        Sampling(temperature=1.2, top_k=5, repetition_penalty=0.8, logit_bias={5: 2.0}),
-    ],
-)
-def test_screening_leaves_every_wanted_row_as_it_is(wide, sampling):
-    (prompt,) = ids(40, seed=2)
-    state, full = wide.new_state(1), wide.new_state(1)
-    screened = 0
-    for i, token in enumerate(prompt):
-        history = prompt[: i + 1]
-        some = logits_filter(sampling, history)
-        outputs = wide.run([Chunk(0, [token], filter=some)], state)
-        logits = outputs.rows[0]
-        screened += outputs.computed[0] < len(logits)
-        expected = dense(wide, [Chunk(0, [token])], full)[0]
-        shown = logits != -np.inf
-        assert np.array_equal(logits[shown], expected[shown])
-        counted = expected.copy()
-        counted[some.always] = -np.inf
-        reach = np.sort(counted)[-some.top_n] - (0 if some.max_gap is None else some.max_gap)
-        assert shown[counted >= reach].all()
-        assert shown[some.always].all()
-    assert screened > 30
+# ---------------------------------------------------------------- outputs
 
 
-# ---------------------------------------------------------------- programs and files that must not run
+def test_hidden_states_are_what_the_head_reads(pair, halves):
+    ours, theirs = pair
+    chunks = [Chunk(0, ids(40)[0], rows=3), Chunk(1, ids(9)[0], rows=0), Chunk(2, ids(7)[0])]
+    got = ours.run(chunks, ours.new_state(3), output="hidden")
+    assert [row.shape for row in got.rows] == [(ours.decoder.width,)] * 4
+    assert got.computed.tolist() == [0] * 4
+    table = theirs.module.embed_tokens.weight.detach().numpy()
+    logits = np.stack(got.rows) @ table.T
+    if cap := ours.decoder.final_softcap:
+        logits = cap * np.tanh(logits / cap)
+    assert_close(logits, dense(ours, chunks, ours.new_state(3)), 1e-4)
 
 
-def test_a_damaged_program_is_refused_or_runs_within_its_bounds(tmp_path):
-    """Whatever a word of a step, a buffer or the table says: an error of ours, never memory of others."""
-    module = randomised("gemma-2-2b", quantized=True)
-    whole = pack(module, tmp_path / "model")
-    (prompt,) = ids(5)
-    rng = np.random.default_rng(0)
-    refused = 0
-    for _ in range(300):
-        damaged = Pack(tmp_path / "model")
-        for name in rng.choice(["steps", "buffers"], 1):
-            array = getattr(whole, name).copy()
-            row, column = rng.integers(array.shape[0]), rng.integers(array.shape[1])
-            array[row, column] = rng.choice([-1, 0, 1, 7, 2**31 - 1, -(2**31), int(rng.integers(-100, 10_000))])
-            setattr(damaged, name, array)
-        try:
-            executor = NativeExecutor(module.config, damaged)
-        except ModelError:
-            refused += 1
-            continue
-        with contextlib.suppress(ModelError):
-            executor.run([Chunk(0, prompt, rows=2)], executor.new_state(1))
-    assert refused > 100
+def test_pooled_rows_are_the_means_of_hidden_states(pair):
+    ours, _ = pair
+    chunks = [Chunk(0, ids(20)[0], rows=20), Chunk(1, ids(9)[0], rows=0), Chunk(2, ids(7)[0], rows=2)]
+    hidden = np.stack(ours.run(chunks, ours.new_state(3), output="hidden").rows)
+    pooled = ours.run(chunks, ours.new_state(3), output="pooled").rows
+    means = [hidden[:20].mean(0, dtype=np.float64), hidden[20:].mean(0, dtype=np.float64)]
+    assert np.array_equal(np.stack(pooled), np.stack(means).astype(np.float32))
 
 
-@settings(max_examples=60)
-@given(st.integers(0, 3000), st.binary(min_size=1, max_size=8))
-def test_a_damaged_header_is_refused_or_harmless(at, data):
-    path = _packed()
-    original = path.read_bytes()
-    broken = path.with_name("broken")
-    broken.write_bytes(original[:at] + data + original[at + len(data) :])
-    try:
-        opened = Pack(broken)
-        NativeExecutor(tiny("gemma-2b"), opened)
-    except (WeightsError, ModelError):
-        pass
-
-
-def test_a_file_cut_short_is_refused():
-    path = _packed()
-    original = path.read_bytes()
-    cut = path.with_name("cut")
-    for size in (0, 7, 16, 100, len(original) // 2, len(original) - 1):
-        cut.write_bytes(original[:size])
-        with pytest.raises(WeightsError):
-            Pack(cut)
-
-
-_FOLDER = []
-
-
-def _packed():
-    import tempfile
-    from pathlib import Path
-
-    if not _FOLDER:
-        _FOLDER.append(tempfile.TemporaryDirectory())
-        pack(randomised("gemma-2b"), Path(_FOLDER[0].name) / "model")
-    return Path(_FOLDER[0].name) / "model"
+def test_a_reward_is_the_score_of_a_hidden_state():
+    module = randomised("gemma-3-1b")
+    plain = NativeExecutor(module.config, pack(module))
+    with pytest.raises(ModelError, match="no score head"):
+        plain.run([Chunk(0, [1, 2])], plain.new_state(1), output="reward")
+    module.score = nn.layers.Score(module.config.width)
+    module.score.set_param("weight", torch.nn.Parameter(torch.randn(1, module.config.width), requires_grad=False))
+    ours = NativeExecutor(module.config, pack(module))
+    chunks = [Chunk(0, ids(20)[0], rows=3), Chunk(1, [5])]
+    hidden = np.stack(ours.run(chunks, ours.new_state(2), output="hidden").rows)
+    rewards = ours.run(chunks, ours.new_state(2), output="reward").rows
+    assert [reward.shape for reward in rewards] == [(1,)] * 4
+    expected = hidden.astype(np.float64) @ module.score.weight.detach().numpy()[0]
+    np.testing.assert_allclose(np.concatenate(rewards), expected, rtol=1e-6, atol=1e-6)
+    assert np.array_equal(dense(ours, chunks, ours.new_state(2)), dense(plain, chunks, plain.new_state(2)))
 
 
 # ---------------------------------------------------------------- the process around it
@@ -463,24 +293,47 @@ def test_ctrl_c_ends_a_long_prompt_and_leaves_the_state():
     assert np.isfinite(dense(ours, [Chunk(0, prompt[:10])], state)).all()
 
 
-def test_without_a_library_it_says_what_to_do(monkeypatch):
-    native.library.cache_clear()
-    monkeypatch.setenv("GEMKIT_NATIVE", "/nowhere/libgemkit_native.so")
-    try:
-        able, why = native.available()
-        assert not able
-        assert "/nowhere/" in why
-        monkeypatch.delenv("GEMKIT_NATIVE")
-        monkeypatch.setattr(native, "_installed", lambda: None)
-        able, why = native.available()
-        assert not able
-        assert "without a C++ compiler" in why
-    finally:
-        native.library.cache_clear()
+def test_a_flag_ends_the_call_that_it_was_given_to():
+    """One that computes, and one that waits for its turn; both leave the state, and calls without a flag go on."""
+    module = randomised("gemma-7b")
+    ours = NativeExecutor(module.config, pack(module))
+    state, other = ours.new_state(1), ours.new_state(2)
+    (prompt,) = ids(8000)
+    long, waits, untouched = StopFlag(), StopFlag(), StopFlag()
+    ended: list[str] = []
+
+    def run(name: str, chunk: Chunk, where: NativeState, flag: StopFlag | None) -> None:
+        try:
+            ours.run([chunk], where, stop=flag)
+            ended.append(name)
+        except Stopped:
+            ended.append(f"{name} stopped")
+
+    calls = [("long", Chunk(0, prompt), state, long), ("waits", Chunk(0, [1]), other, waits)]
+    calls += [("goes on", Chunk(1, [1]), other, untouched)]
+    threads = [threading.Thread(target=run, args=call) for call in calls]
+    threads[0].start()
+    time.sleep(0.1)
+    for thread in threads[1:]:
+        thread.start()
+    waits.set()
+    threads[1].join(20)
+    assert ended == ["waits stopped"]  # while the long prompt, tens of seconds of it, is computed
+    long.set()
+    for thread in threads:
+        thread.join(20)
+    assert ended == ["waits stopped", "long stopped", "goes on"]
+    assert (state.lengths, other.lengths) == ({0: 0}, {0: 0, 1: 1})
+    with pytest.raises(Stopped):
+        ours.run([Chunk(0, [1])], state, stop=long)  # it stays set
 
 
-@pytest.mark.parametrize("threads", ["0", "many", "-1", "1000"])
-def test_a_number_of_threads_that_cannot_be(threads, monkeypatch):
-    monkeypatch.setenv("GEMKIT_THREADS", threads)
-    with pytest.raises(ConfigError, match="GEMKIT_THREADS"):
-        native.threads()
+def test_a_child_of_a_fork_has_its_turn_though_a_thread_of_the_parent_holds_it():
+    module = randomised("gemma-2b")
+    ours = NativeExecutor(module.config, pack(module))
+    ours.turn.acquire()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if ours.run([Chunk(0, [1])], ours.new_state(1)).computed[0] else 1)
+    ours.turn.release()
+    assert os.waitpid(child, 0)[1] == 0

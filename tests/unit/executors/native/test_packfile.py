@@ -1,12 +1,23 @@
-"""A packed file: what is written is read, at aligned places, under its name only when it is whole."""
+"""A packed file: what is written is read, under its name when it is whole; a damaged one stays within its bounds."""
 
+import contextlib
+import tempfile
+from pathlib import Path
+
+import hypothesis.strategies as st
 import numpy as np
 import pytest
+from hypothesis import given, settings
 
-from gemkit.errors import WeightsError
+from gemkit.errors import ModelError, WeightsError
+from gemkit.executors.interface import Chunk, LogitsFilter
+from gemkit.executors.native.executor import NativeExecutor
 from gemkit.executors.native.lower import lower
+from gemkit.executors.native.packer import pack
 from gemkit.executors.native.packfile import ALIGN, KINDS, PLAIN, STEP_WORDS, Pack, Writer
 from gemkit.program.ir import Node, Program, Value, Weight
+from support.native_models import ids, randomised
+from support.tiny import tiny
 
 X, Y = Value(1, ("T", 32), "float32"), Value(2, ("T", 32), "float32")
 TABLE, NORM = Weight("embed.weight", (4, 32), "Q8_0", 136), Weight("norm.weight", (32,), "float32", 128)
@@ -76,3 +87,65 @@ def test_what_is_damaged_is_refused(tmp_path, old, new, message):
     (tmp_path / "broken").write_bytes(broken)
     with pytest.raises(WeightsError, match=message):
         Pack(tmp_path / "broken")
+
+
+def test_a_damaged_program_is_refused_or_runs_within_its_bounds(tmp_path):
+    """Whatever a word of a step, a buffer or the table says: an error of ours, never memory of others."""
+    module = randomised("gemma-2-2b", quantized=True)
+    whole = pack(module, tmp_path / "model")
+    (prompt,) = ids(5)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        damaged = Pack(tmp_path / "model")
+        for name in rng.choice(["steps", "buffers"], 1):
+            array = getattr(whole, name).copy()
+            row, column = rng.integers(array.shape[0]), rng.integers(array.shape[1])
+            array[row, column] = rng.choice([-1, 0, 1, 7, 2**31 - 1, -(2**31), int(rng.integers(-100, 10_000))])
+            setattr(damaged, name, array)
+        try:
+            executor = NativeExecutor(module.config, damaged)
+        except ModelError:
+            refused += 1
+            continue
+        with contextlib.suppress(ModelError):
+            executor.run([Chunk(0, prompt, rows=2)], executor.new_state(1))
+        with contextlib.suppress(ModelError):
+            executor.run([Chunk(0, prompt, rows=2, filter=LogitsFilter(3))], executor.new_state(1))
+        with contextlib.suppress(ModelError):
+            executor.run([Chunk(0, prompt, rows=2)], executor.new_state(1), output="hidden")
+    assert refused > 100
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 3000), st.binary(min_size=1, max_size=8))
+def test_a_damaged_header_is_refused_or_harmless(at, data):
+    path = _packed()
+    original = path.read_bytes()
+    broken = path.with_name("broken")
+    broken.write_bytes(original[:at] + data + original[at + len(data) :])
+    try:
+        opened = Pack(broken)
+        NativeExecutor(tiny("gemma-2b"), opened)
+    except (WeightsError, ModelError):
+        pass
+
+
+def test_a_file_cut_short_is_refused():
+    path = _packed()
+    original = path.read_bytes()
+    cut = path.with_name("cut")
+    for size in (0, 7, 16, 100, len(original) // 2, len(original) - 1):
+        cut.write_bytes(original[:size])
+        with pytest.raises(WeightsError):
+            Pack(cut)
+
+
+_FOLDER = []
+
+
+def _packed():
+    if not _FOLDER:
+        _FOLDER.append(tempfile.TemporaryDirectory())
+        pack(randomised("gemma-2b"), Path(_FOLDER[0].name) / "model")
+    return Path(_FOLDER[0].name) / "model"
