@@ -2,12 +2,7 @@
 
 import pytest
 
-from gemkit.executors.native.executor import NativeExecutor
-from gemkit.executors.native.packer import pack
-from gemkit.executors.torch import TorchExecutor
-from gemkit.nn.state import KVCache
 from support import kernels as built
-from support.native_models import MEMBERS, randomised
 
 
 @pytest.fixture(scope="session")
@@ -20,21 +15,3 @@ def kernels(tmp_path_factory) -> dict[str, built.Kernels]:
 @pytest.fixture(params=built.ISAS)
 def kernel(request, kernels) -> built.Kernels:
     return kernels[request.param]
-
-
-@pytest.fixture(scope="module", params=MEMBERS)
-def pair(request):
-    module = randomised(request.param)
-    return NativeExecutor(module.config, pack(module)), TorchExecutor(module)
-
-
-@pytest.fixture
-def halves(monkeypatch):
-    """Torch's memory of keys and values with the precision of the native one: what is left to differ are sums in
-    another order, and a rounding here and there that falls the other way because of them."""
-    append = KVCache.append
-
-    def rounded(self, slot, position, k_TKH, v_TKH):
-        append(self, slot, position, k_TKH.half().float(), v_TKH.half().float())
-
-    monkeypatch.setattr(KVCache, "append", rounded)
