@@ -167,8 +167,7 @@ class Conversation:
             executor = self.completer.runtime.sync()
             dropped = self._turn is not None and self._turn.result is None
             if dropped or executor is not self._executor:  # its past is computed anew
-                room = loop.room_for(self._options.get("speculate", False))
-                self._executor, self._state = executor, executor.new_state(1, room)
+                self._executor, self._state = executor, executor.new_state(1)
             request = self.completer.request(prompt, self._options, INSTRUCTION_TUNED, history=self.ids, slot=0)
             options = loop.loop_options(self._options, self.completer.tokenizer.stream)
             events = loop.generate(executor, [request], state=self._state, **options)

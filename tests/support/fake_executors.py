@@ -44,8 +44,7 @@ class FakeState:
     """Whole histories of live slots; one byte a token. With `recurrent` a slot keeps none of the tokens since a
     snapshot."""
 
-    def __init__(self, slots: int = 0, recurrent: bool = False, room: int = 0):
-        self.room = room
+    def __init__(self, slots: int = 0, recurrent: bool = False):
         self.histories: dict[int, list[int]] = {}
         self.recurrent = recurrent
         self.snapshots = 0  # that were taken
@@ -92,12 +91,6 @@ class FakeState:
         self.histories[slot] = [*snapshot.history, *kept]
         return slot
 
-    def mark(self, slot: int) -> tuple[int, FakeSnapshot]:
-        return slot, self.snapshot(slot)
-
-    def rollback(self, mark: tuple[int, FakeSnapshot], keep: int = 0) -> None:
-        self.restore(mark[1], mark[0], keep=keep)
-
     def load(self, path: Any) -> FakeSnapshot:
         raise NotImplementedError
 
@@ -115,8 +108,8 @@ class HashModel:
         self.states: list[FakeState] = []
         self.longest = 0
 
-    def new_state(self, slots: int = 0, room: int = 0) -> FakeState:
-        self.states.append(FakeState(slots, self.recurrent, room))
+    def new_state(self, slots: int = 0) -> FakeState:
+        self.states.append(FakeState(slots, self.recurrent))
         return self.states[-1]
 
     def logits(self, history: Sequence[int]) -> np.ndarray:

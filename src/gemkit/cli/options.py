@@ -95,7 +95,8 @@ def options(args: argparse.Namespace) -> Options:
     Raises:
         ConfigError: for a value out of its range, before anyone waits for a model to be loaded.
     """
-    from gemkit.generate import Sampling, room_for
+    from gemkit.generate import Sampling
+    from gemkit.generate.speculate import draft_limit
     from gemkit.generate.stops import StopStrings
 
     sampling: dict[str, Any] = {}
@@ -108,7 +109,7 @@ def options(args: argparse.Namespace) -> Options:
         raise ConfigError(f"--max-tokens {args.max_tokens} must be at least 1; to rate a text as it is, use score")
     if args.beyond_context:
         say(BEYOND_CONTEXT)
-    room_for(args.speculate)
+    draft_limit(args.speculate)
     plain: Options = {
         "max_tokens": args.max_tokens,
         "stop": args.stop,

@@ -137,7 +137,7 @@ def _profile(args: argparse.Namespace) -> int:
     lowered = lower(profile.traced(model.config, {w.name: (w.kind, w.nbytes) for w in _weights(runner)}))
     limit = native.read_limit()
     ids = [3 + i % (model.config.vocab_size - 4) for i in range(context)]
-    state, times = runner.new_state(1, room=64), {}
+    state, times = runner.new_state(1), {}
     for name, tokens, repeats in (("prompt", context, 1), ("token", 1, 16)):
         seconds = np.zeros(len(lowered.steps))
         for _ in range(repeats):

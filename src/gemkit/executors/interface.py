@@ -181,7 +181,7 @@ class Executor(Protocol):
     @property
     def decoder(self) -> DecoderConfig: ...
 
-    def new_state(self, slots: int = 0, room: int = 0) -> State:
+    def new_state(self, slots: int = 0) -> State:
         """An empty memory, with slots 0 to `slots` - 1 added."""
         ...
 

@@ -48,7 +48,7 @@ class TorchExecutor:
         kernel, reason = attention_kernel(next((m.softcap for m in self.decoder.attention if m.softcap), None))
         return f"on {self.device}; attention {kernel}: {reason}"
 
-    def new_state(self, slots: int = 0, room: int = 0) -> State:
+    def new_state(self, slots: int = 0) -> State:
         return self.module.new_state(slots)
 
     @torch.inference_mode()

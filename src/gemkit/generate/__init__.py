@@ -7,7 +7,7 @@ from gemkit.generate.request import MAX_TOKENS, Options, Request, TextStream, lo
 from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, TokenLogprob
 from gemkit.generate.sampler import GREEDY, INSTRUCTION_TUNED, Sampling, sample
 from gemkit.generate.sequence import Sequence
-from gemkit.generate.speculate import SpeculationController, room_for
+from gemkit.generate.speculate import SpeculationController
 from gemkit.generate.stops import StopStrings
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "complete",
     "generate",
     "loop_options",
-    "room_for",
     "sample",
     "score",
     "step",

@@ -11,7 +11,6 @@ from collections import abc
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from gemkit.generate.request import Request, TextStream
 from gemkit.generate.result import Event, Result, Score, TokenLogprob
 from gemkit.generate.sampler import token_logprob
 from gemkit.generate.sequence import Sequence
-from gemkit.generate.speculate import SpeculationController, draft_limit, room_for
+from gemkit.generate.speculate import SpeculationController, draft_limit
 
 
 def step(
@@ -93,15 +92,13 @@ def generate(
         policy: which requests go next, and with how many tokens; None: `PromptsFirst(chunk)`. It changes no result.
         beyond_context: do not stop at the context the model was trained on; every request then needs `max_tokens`.
         speculate: draft up to this many tokens from what was there before and verify them in one step, where that pays
-            (`generate.speculate`); True leaves the number to us. The answers are the same. A state that is passed
-            must have the room to take a draft back (`room_for`).
+            (`generate.speculate`); True leaves the number to us. The answers are the same.
         stop: set from any thread, it ends every unfinished request with reason "cancelled" and all that it has.
 
     Raises:
         ConfigError: a request or setting that cannot be.
         ContextError: a prompt longer than the context.
-        StateError: a slot that does not exist, already holds as much as the request, or ends inside of a span; no
-            room to speculate.
+        StateError: a slot that does not exist, already holds as much as the request, or ends inside of a span.
         ModelError: while iterating, logits that nothing can be drawn from.
     """
     policy = policy or PromptsFirst(chunk)
@@ -111,10 +108,8 @@ def generate(
         except (ConfigError, ContextError) as error:
             raise type(error)(f"request {index}: {error}" if len(requests) > 1 else str(error)) from None
     slots = _slots(requests, state)
-    most, room = draft_limit(speculate), room_for(speculate)
-    held: Any = executor.new_state(max(1, len(requests)), room) if state is None else state
-    if room and held.room < room:
-        raise StateError(f"speculate={most} takes back up to {room} tokens: make the state with room={room} or more")
+    most = draft_limit(speculate)
+    held = executor.new_state(len(requests)) if state is None else state
     limit = None if beyond_context else executor.decoder.max_context
     sequences: list[Sequence] = []
     for index, (request, slot) in enumerate(zip(requests, slots, strict=True)):
@@ -224,10 +219,10 @@ def _slots(requests: abc.Sequence[Request], state: State | None) -> list[int]:
         return list(range(len(requests)))
     slots: list[int] = []
     for index, request in enumerate(requests):
-        there = ", ".join(map(str, range(len(state.lengths))))
+        there = ", ".join(map(str, state.lengths))
         if request.slot is None:
             raise ConfigError(f"request {index}: a state is passed, so slot must name one of its slots: {there}")
-        if not 0 <= request.slot < len(state.lengths):
+        if request.slot not in state.lengths:
             raise StateError(f"request {index}: slot={request.slot}, but the state has the slots {there}")
         if request.slot in slots:
             raise StateError(f"request {index}: slot={request.slot} is taken by request {slots.index(request.slot)}")

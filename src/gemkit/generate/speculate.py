@@ -1,4 +1,4 @@
-"""Prompt-lookup speculation: what followed the last few tokens the time before is a guess at what follows now.
+"""Speculation by prompt lookup decoding: what followed the last few tokens the time before is a guess at what follows.
 
     ... the cat sat on the mat. Then the cat ┐ the last three ids were there before:
         ─────────── sat on the mat           ┘ draft "sat on the mat"
@@ -11,6 +11,9 @@ if the executor's logits do not depend on how many tokens a step has; else up to
 
 Texts that repeat their prompt (edits, quotes, summaries, code) gain; others lose what verifying costs.
 `SpeculationController` measures both on the way and stops where it loses.
+
+Source: prompt lookup decoding (Saxena, github.com/apoorvumang/prompt-lookup-decoding, 2023), a form of speculative
+decoding (Leviathan et al., arXiv:2211.17192) whose drafts come from the text itself.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ from statistics import median
 from typing import Any
 
 from gemkit.errors import ConfigError
-from gemkit.executors.interface import Outputs
+from gemkit.executors.interface import Chunk, Outputs, Snapshot, State
 
 DRAFT = 8  # tokens at most, where the caller says no number
-_CONTEXTS = 3, 2  # so many last ids must have been there before; the longest match is tried first
+_CONTEXTS = 3, 2  # this many last ids must have been there before; the longest match is tried first
 _FIRST_DRAFT = 4
 
 
@@ -40,14 +43,12 @@ def draft_limit(speculate: int | bool) -> int:
     return DRAFT if speculate is True else int(speculate)
 
 
-def room_for(speculate: int | bool) -> int:
-    """How many tokens a state must be able to take back: a draft, and the token before it for a recurrent member."""
-    most = draft_limit(speculate)
-    return most + 1 if most else 0
-
-
 class Lookup:
-    """What followed the last few ids of a sequence, which grows behind our back, the time before."""
+    """An index of n-grams: what followed the last few ids of a sequence the time before.
+
+    Args:
+        ids: the sequence; its owner appends to it.
+    """
 
     def __init__(self, ids: Sequence[int]):
         self._ids = ids
@@ -55,7 +56,7 @@ class Lookup:
         self._known = 0  # every group of ids that ends up to this place is in there
 
     def draft(self, most: int) -> list[int]:
-        """`most` ids that may come next; none if the end of the sequence has not been there before."""
+        """`most` ids that may come next; none if the end of the sequence does not occur earlier."""
         ids = self._ids
         for end in range(self._known + 1, len(ids)):
             for size in _CONTEXTS:
@@ -76,7 +77,7 @@ class Drafts:
     A draft is longer after one that was right to its end, and as short as the right part of the last one otherwise.
 
     Args:
-        ids: the sequence, which grows behind our back.
+        ids: the sequence; its owner appends to it.
         most: tokens to draft at most.
     """
 
@@ -85,17 +86,17 @@ class Drafts:
         self._lookup = Lookup(ids)
         self._most, self._size = most, min(most, _FIRST_DRAFT)
         self._draft: list[int] = []
-        self._before: tuple[Any, int, int, Any] | None = None  # state, slot, tokens in it before a draft, and its mark
+        self._before: tuple[State, int, Snapshot] | None = None  # the slot, and what it held before the draft
         self.taken = 0  # how many of the draft were drawn
         self.drafted, self.accepted = 0, 0  # of all drafts
 
-    def begin(self, state: Any, slot: int, most: int) -> list[int]:
+    def begin(self, state: State, slot: int, most: int) -> list[int]:
         """A draft for the step to come, of at most this many tokens."""
         self.taken = 0
         self._draft = self._lookup.draft(min(most, self._size)) if most > 0 and self._most else []
         if self._draft:
             self.drafted += len(self._draft)
-            self._before = state, slot, state.lengths[slot], state.mark(slot)
+            self._before = state, slot, state.snapshot(slot)
         return self._draft
 
     def confirm(self) -> bool:
@@ -110,9 +111,9 @@ class Drafts:
         """Let the state forget what was drafted and not drawn. The token that was drawn last counts as not run yet."""
         if self._before is None:
             return
-        state, slot, length, mark = self._before
+        state, slot, before = self._before
         if state.lengths[slot] >= len(self._ids):
-            state.rollback(mark, len(self._ids) - 1 - length)
+            state.restore(before, slot, keep=len(self._ids) - 1 - before.length)
         self._size = min(2 * self._size, self._most) if self.taken == len(self._draft) else max(1, self.taken)
         self._before = None
 
@@ -141,7 +142,7 @@ class SpeculationController:
     def timed(self, run: Callable[..., Outputs]) -> Callable[..., Outputs]:
         """`Executor.run` of a step that decodes, with an eye on the clock."""
 
-        def timed(chunks: Sequence[Any], state: Any, **options: Any) -> Outputs:
+        def timed(chunks: Sequence[Chunk], state: State, **options: Any) -> Outputs:
             if len(chunks) != self._sequences:
                 self._sequences = len(chunks)
                 self._plain.clear()
@@ -153,7 +154,7 @@ class SpeculationController:
         return timed
 
     def learn(self, accepted: int) -> None:
-        """The step is over, and so many drafted tokens were drawn."""
+        """The step is over, and `accepted` drafted tokens were drawn."""
         if self._step is None:  # a part of a prompt
             return
         (seconds, tokens), self._step = self._step, None

@@ -429,16 +429,6 @@ class State:
         self._snapshots.add(made)
         return made
 
-    # ---- until the callers have moved to snapshots
-
-    room = 1 << 30
-
-    def mark(self, slot: int) -> tuple[int, Snapshot]:
-        return slot, self.snapshot(slot)
-
-    def rollback(self, mark: tuple[int, Snapshot], keep: int = 0) -> None:
-        self.restore(mark[1], mark[0], keep=keep)
-
     def expect(self, decoder: family.DecoderConfig, sequences: Sequences) -> None:
         """Check that new tokens continue what is remembered, before any layer is touched."""
         if decoder != self.decoder:

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemkit.errors import ConfigError, StateError
+from gemkit.errors import ConfigError
+from gemkit.executors.interface import Outputs
 from gemkit.executors.torch import TorchExecutor
 from gemkit.family import Global, Sliding
-from gemkit.generate import Chunk, Request, Result, Sampling, complete, generate, room_for
-from gemkit.generate.speculate import DRAFT, Drafts, Lookup, SpeculationController
+from gemkit.generate import Chunk, Request, Result, Sampling, complete, generate
+from gemkit.generate.speculate import DRAFT, Drafts, Lookup, SpeculationController, draft_limit
 from support.fake_executors import BOS, ByteStream, FakeState, HashModel, text_of
 from unit.generate.test_loop import outcome, requests
 from unit.nn.test_state import CONFIG, HEADS, layers, random_module
@@ -84,7 +85,7 @@ def test_the_longer_match_counts_and_a_repetition_goes_on():
 
 
 def test_drafts_grow_while_they_are_right():
-    ids, state = [1] * 9, FakeState(1, room=99)
+    ids, state = [1] * 9, FakeState(1)
     drafts, lengths = Drafts(ids, most=10), []
     for right in (4, 8, 10, 3, 0, 1, 2):
         state.histories[0] = ids[:-1]
@@ -115,7 +116,7 @@ def test_answers_are_those_of_the_plain_loop(batch, chunk, most, recurrent, cost
     plain = complete(Habit(40), batch, text_stream=ByteStream)
     with pytest.MonkeyPatch.context() as patch:
         model = Clock(patch, *costs).watch(Habit(40, recurrent))
-        state = model.new_state(len(batch), room_for(most))
+        state = model.new_state(len(batch))
         batch = [replace(request, slot=slot) for slot, request in enumerate(batch)]
         results = complete(model, batch, text_stream=ByteStream, chunk=chunk, state=state, speculate=most)
     for request, result, other in zip(batch, results, plain, strict=True):
@@ -131,7 +132,7 @@ def test_an_answer_that_is_dropped_or_interrupted_leaves_no_draft(request_, seen
     request_ = replace(request_, max_tokens=20, slot=0)
     with pytest.MonkeyPatch.context() as patch:
         model = Clock(patch).watch(Habit(40, recurrent))
-        state = model.new_state(1, room_for(True))
+        state = model.new_state(1)
         events = generate(model, [request_], text_stream=ByteStream, state=state, speculate=True)
         taken = list(itertools.islice(events, seen))
         if interrupt and taken and taken[-1].result is None:
@@ -181,7 +182,7 @@ class Parrot(HashModel):
 def test_dropped_in_the_middle_of_a_draft_the_state_holds_what_was_told(monkeypatch):
     model = Clock(monkeypatch).watch(Parrot())
     for seen in range(30, 42):  # by then drafts are 8 long
-        state = model.new_state(1, room_for(True))
+        state = model.new_state(1)
         events = generate(model, [Request([BOS], slot=0)], state=state, speculate=True)
         told = [event.id for event in itertools.islice(events, seen)]
         events.close()
@@ -220,7 +221,7 @@ def test_a_token_of_a_batch_is_worth_its_share_of_a_step(monkeypatch):
         times = iter([0.0, seconds])
         monkeypatch.setattr("gemkit.generate.speculate.time.perf_counter", lambda: next(times))
         chunks = [Chunk(0, [BOS])] * 3 + [Chunk(3, [BOS] * (tokens - 3))]
-        pace.timed(lambda chunks, state: np.zeros((0, 1)))(chunks, None)
+        pace.timed(lambda chunks, state: Outputs([], np.zeros(0, np.int64)))(chunks, FakeState())
         pace.learn(accepted)
         return pace.most
 
@@ -255,8 +256,4 @@ def test_a_setting_that_cannot_be_is_refused():
     for bad in (-1, 2.5, "3", None):
         with pytest.raises(ConfigError, match=f"speculate={bad!r}"):
             generate(model, [Request([BOS])], speculate=bad)
-    assert (room_for(False), room_for(0), room_for(3), room_for(True)) == (0, 0, 4, DRAFT + 1)
-    state = model.new_state(1, room=3)
-    with pytest.raises(StateError, match="room=4"):
-        generate(model, [Request([BOS], slot=0)], state=state, speculate=3)
-    complete(model, [Request([BOS], slot=0, max_tokens=2)], state=state, speculate=2)
+    assert [draft_limit(number) for number in (False, 0, 3, True)] == [0, 0, 3, DRAFT]

@@ -100,7 +100,7 @@ class NativeExecutor:
         count = "1 thread" if self.threads == 1 else f"{self.threads} threads"
         return f"{available()[1]} kernels, {count}; int8 activations, keys and values in float16"
 
-    def new_state(self, slots: int = 0, room: int = 0) -> NativeState:
+    def new_state(self, slots: int = 0) -> NativeState:
         """An empty memory, with slots 0 to `slots` - 1 added."""
         return NativeState(self, slots)
 

@@ -163,14 +163,6 @@ class NativeState:
             self.lengths[slot] = length
             return slot
 
-    room = 1 << 40
-
-    def mark(self, slot: int) -> tuple[int, NativeSnapshot]:
-        return slot, self.snapshot(slot)
-
-    def rollback(self, mark: tuple[int, NativeSnapshot], keep: int = 0) -> None:
-        self.restore(mark[1], mark[0], keep=keep)
-
     def load(self, path: str | os.PathLike[str]) -> NativeSnapshot:
         """A snapshot that was saved, in this process or another.
 
