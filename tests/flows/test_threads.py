@@ -6,10 +6,13 @@ call. At test size the same is seen by `tests/sanitize.py threads`.
 
 import asyncio
 import threading
+import time
 
 import pytest
 
 import gemkit
+from gemkit.errors import Stopped
+from gemkit.executors.interface import Chunk, StopFlag
 
 PROMPTS = ["The capital", "Once upon", "Roses", "1 + 1"]
 TOKENS = 2
@@ -78,3 +81,27 @@ def test_calls_of_an_event_loop(model, alone):
         return [result.text for result in await asyncio.gather(*calls)]
 
     assert asyncio.run(ask_all()) == alone * 3
+
+
+def test_a_cancelled_call_leaves_the_others_as_they_are(model, alone):
+    """Threads generate while a long prompt is computed in between and stopped; it alone ends."""
+    executor, flag = model.executor, StopFlag()
+    prompt = [2, *[1000 + i for i in range(4000)]]  # a minute of it
+    ended: list[str] = []
+
+    def work(i: int) -> None:
+        if i == 0:
+            state = executor.new_state(1)
+            try:
+                executor.run([Chunk(0, prompt)], state, stop=flag)
+            except Stopped:
+                ended.append("stopped")
+            assert state.lengths == {0: 0}
+            return
+        time.sleep(0.05 * i)
+        flag.set()
+        for which in range(len(PROMPTS)):
+            assert model.generate(PROMPTS[which], max_tokens=TOKENS).text == alone[which]
+
+    in_threads(work, 4)
+    assert ended == ["stopped"]
