@@ -7,7 +7,7 @@ import numpy as np
 CHANNELS = [128, 128, 64, 32, 16]
 
 
-def published(width=6, encoder_channels=(8, 12, 16, 20), kernel=4, last_kernel=1, seed=0, encoder=True):
+def published(width=6, seed=0):
     """Arrays by the file's names. He-scaled, so that values neither vanish nor explode over a dozen layers."""
     random = np.random.default_rng(seed)
     arrays = {"_vq_vae._embedding": random.normal(size=(128, width)).astype(np.float32)}
@@ -28,29 +28,21 @@ def published(width=6, encoder_channels=(8, 12, 16, 20), kernel=4, last_kernel=1
     for n, (before, after) in enumerate(pairwise(CHANNELS)):
         conv(f"decoder.{4 + 2 * n}", 1, before, after, 4, 4)
     conv("decoder.12", 0, 1, 16, 1, 1)
-    if encoder:
-        for n, (before, after) in enumerate(pairwise((1, *encoder_channels))):
-            conv(f"encoder.{2 * n}", 0, after, before, kernel, kernel)
-        for n in (8, 9):
-            residual(f"encoder.{n}", encoder_channels[-1])
-        conv("encoder.10", 0, width, encoder_channels[-1], last_kernel, last_kernel)
+    conv("encoder.0", 0, 8, 1, 4, 4)  # of the encoder's, which the file holds beside, one layer
     return arrays
 
 
-def same_conv(x_CYX, weight, bias, stride=1):
+def same_conv(x_CYX, weight, bias):
     """TensorFlow's SAME, one output pixel at a time."""
     _, rows, columns = x_CYX.shape
     out, _, ky, kx = weight.shape
-    out_rows, out_columns = -(-rows // stride), -(-columns // stride)
-    top = max((out_rows - 1) * stride + ky - rows, 0) // 2
-    left = max((out_columns - 1) * stride + kx - columns, 0) // 2
-    canvas = np.zeros((len(x_CYX), rows + 2 * ky, columns + 2 * kx))
+    top, left = (ky - 1) // 2, (kx - 1) // 2
+    canvas = np.zeros((len(x_CYX), rows + ky - 1, columns + kx - 1))
     canvas[:, top : top + rows, left : left + columns] = x_CYX
-    y = np.empty((out, out_rows, out_columns))
-    for i in range(out_rows):
-        for j in range(out_columns):
-            patch = canvas[:, i * stride : i * stride + ky, j * stride : j * stride + kx]
-            y[:, i, j] = np.tensordot(weight, patch, 3) + bias
+    y = np.empty((out, rows, columns))
+    for i in range(rows):
+        for j in range(columns):
+            y[:, i, j] = np.tensordot(weight, canvas[:, i : i + ky, j : j + kx], 3) + bias
     return y
 
 
@@ -92,14 +84,3 @@ def decode(arrays, codes):
     for n in (4, 6, 8, 10):
         x = _relu(transposed_conv(x, *_layer(arrays, f"decoder.{n}")))
     return same_conv(x, *_layer(arrays, "decoder.12"))[0]
-
-
-def encode(arrays, mask_YX):
-    """(64, 64) of -1 to 1 to 16 codes."""
-    x = mask_YX[None].astype(np.float64)
-    for n in (0, 2, 4, 6):
-        x = _relu(same_conv(x, *_layer(arrays, f"encoder.{n}"), stride=2))
-    x = _residual(arrays, "encoder.9", _residual(arrays, "encoder.8", x))
-    x = same_conv(x, *_layer(arrays, "encoder.10"))
-    table = arrays["_vq_vae._embedding"].astype(np.float64)
-    return [int(np.linalg.norm(table - x[:, n // 4, n % 4], axis=1).argmin()) for n in range(16)]

@@ -1,10 +1,9 @@
-"""Masks between a picture and the 64 x 64 square that the mask codes stand for.
+"""Masks in a picture from the maps, 64 x 64, that the mask decoder makes of codes.
 
 Boxes are (left, top, right, bottom) in pixels of the original picture, measured from its top left corner.
 
-Source: google-research/big_vision, evaluators/proj/paligemma/transfers/segmentation.py (map to picture) and
-pp/proj/paligemma/segmentation.py (picture to map), whose resizing is Pillow's and TensorFlow's with antialias: both
-are the filter below.
+Source: google-research/big_vision, evaluators/proj/paligemma/transfers/segmentation.py, whose resizing is Pillow's:
+the filter below.
 """
 
 from __future__ import annotations
@@ -39,26 +38,6 @@ def mask_in_image(map_YX: np.ndarray, box: Sequence[float], width: int, height: 
         rows, columns = _stretch(SIDE, bottom - top, y - top), _stretch(SIDE, right - left, x - left)
         mask_YX[np.ix_(y, x)] = rows @ map_YX @ columns.T > 0
     return mask_YX
-
-
-def mask_for_codes(mask_YX: np.ndarray, box: Sequence[float]) -> np.ndarray:
-    """The input of the mask encoder from a mask of a whole picture: its part in the box, (64, 64) float32 of -1 to 1.
-
-    Here the edges of the box are rounded, halves to the even number, as in the preparation of the training data.
-
-    Raises:
-        ImageError: if the mask is not (height, width) of bool, or the box has no pixel of it.
-    """
-    mask_YX = np.asarray(mask_YX)
-    if mask_YX.ndim != 2 or mask_YX.dtype != np.bool_:
-        raise ImageError(f"a mask is (height, width) of bool, not {mask_YX.shape} of {mask_YX.dtype}")
-    left, top, right, bottom = (max(round(edge), 0) for edge in _finite(box))
-    part = mask_YX[top:bottom, left:right]
-    if not part.size:
-        height, width = mask_YX.shape
-        raise ImageError(f"the box {tuple(box)} has no pixel of a mask {width} wide, {height} high")
-    inside = _stretch(part.shape[0], SIDE) @ part.astype(np.float32) @ _stretch(part.shape[1], SIDE).T
-    return (2.0 * (inside - 0.5)).astype(np.float32)
 
 
 def _finite(box: Sequence[float]) -> list[float]:

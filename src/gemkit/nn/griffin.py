@@ -26,7 +26,7 @@ class CausalConv1d(ParamModule):
         self.weight = Parameter(ops.new_weight(width, taps))
         self.bias = Parameter(ops.new_weight(width))
 
-    def forward(self, x_TR, batch: Batch, memory: ops.Recurrence | None):
+    def forward(self, x_TR, batch: Batch, memory: ops.RecurrentState | None):
         return ops.causal_conv1d(x_TR, self.weight, self.bias, batch, memory)
 
     def extra_repr(self):
@@ -59,7 +59,7 @@ class RGLRU(ParamModule):
         self.input_gate = BlockDiagonal(layer.width, layer.num_blocks)
         self.recurrent_gate = BlockDiagonal(layer.width, layer.num_blocks)
 
-    def forward(self, x_TR, batch: Batch, memory: ops.Recurrence | None):
+    def forward(self, x_TR, batch: Batch, memory: ops.RecurrentState | None):
         input_TR, recurrent_TR = self.input_gate(x_TR), self.recurrent_gate(x_TR)
         return ops.rg_lru(x_TR, input_TR, recurrent_TR, self.recurrent_param, batch, memory)
 
@@ -75,7 +75,7 @@ class Recurrent(Module):
         self.rg_lru = RGLRU(layer)
         self.linear_out = Linear(layer.width, config.width, bias=True)
 
-    def forward(self, x_TD, batch: Batch, memory: ops.Recurrence | None):
+    def forward(self, x_TD, batch: Batch, memory: ops.RecurrentState | None):
         gate_TR = ops.gelu(self.linear_y(x_TD))
         h_TR = self.rg_lru(self.conv_1d(self.linear_x(x_TD), batch, memory), batch, memory)
         return self.linear_out(ops.mul(h_TR, gate_TR))

@@ -31,10 +31,10 @@ from gemkit.ops.basic import (
     split_heads,
     take_rows,
 )
-from gemkit.ops.convolution import conv2d, conv_transpose2d, from_grid, nearest_rows, relu, to_grid
+from gemkit.ops.convolution import conv2d, conv_transpose2d, relu, to_grid
 from gemkit.ops.linear_cross_entropy import ChunkedLoss, LogitsHead, RowLoss, linear_cross_entropy
 from gemkit.ops.quantized import Quantized
-from gemkit.ops.recurrence import Recurrence, block_linear, causal_conv1d, linear_scan, rg_lru
+from gemkit.ops.recurrence import RecurrentState, block_linear, causal_conv1d, linear_scan, rg_lru
 from gemkit.ops.rope import rope, rope_frequencies, rope_table
 
 __all__ = [
@@ -42,7 +42,7 @@ __all__ = [
     "LogitsHead",
     "Memory",
     "Quantized",
-    "Recurrence",
+    "RecurrentState",
     "RowLoss",
     "add",
     "add_positions",
@@ -54,7 +54,6 @@ __all__ = [
     "conv_transpose2d",
     "dropout",
     "embed",
-    "from_grid",
     "geglu",
     "gelu",
     "in_dtype_of",
@@ -64,7 +63,6 @@ __all__ = [
     "linear_scan",
     "merge_heads",
     "mul",
-    "nearest_rows",
     "new_weight",
     "patch_embed",
     "put_rows",

@@ -1,26 +1,23 @@
-"""The ops that turn codes into a mask and back: convolutions over a small picture, and the codebook's nearest row.
+"""The ops that turn codes into a mask: convolutions over a small picture.
 
 B  masks    C  channels    I, O  channels in and out    Y, X  rows and columns    D  width of the codebook
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def conv2d(x_BIYX: Tensor, weight_OIYX: Tensor, bias_O: Tensor, stride: int = 1) -> Tensor:
-    """Convolution to (B, O, ceil(Y / stride), ceil(X / stride)).
+def conv2d(x_BIYX: Tensor, weight_OIYX: Tensor, bias_O: Tensor) -> Tensor:
+    """Convolution to a picture of the same size, (B, O, Y, X).
 
     Zeros around the picture are divided between both ends of each axis, an odd one goes to the bottom or right: what
     TensorFlow and XLA call SAME.
     """
-    padding = []
-    for size, kernel in zip(x_BIYX.shape[:1:-1], weight_OIYX.shape[:1:-1], strict=True):  # F.pad begins with the last
-        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-        padding += [total // 2, total - total // 2]
-    return F.conv2d(F.pad(x_BIYX, padding), weight_OIYX, bias_O, stride)
+    rows, columns = weight_OIYX.shape[2:]
+    padding = [(columns - 1) // 2, columns // 2, (rows - 1) // 2, rows // 2]
+    return F.conv2d(F.pad(x_BIYX, padding), weight_OIYX, bias_O)
 
 
 def conv_transpose2d(x_BIYX: Tensor, weight_IOYX: Tensor, bias_O: Tensor, stride: int, padding: int) -> Tensor:
@@ -39,15 +36,3 @@ def relu(x: Tensor) -> Tensor:
 def to_grid(x_TD: Tensor, rows: int, columns: int) -> Tensor:
     """Vectors in reading order to pictures of their channels: (B * Y * X, D) to (B, D, Y, X)."""
     return x_TD.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 2)
-
-
-def from_grid(x_BDYX: Tensor) -> Tensor:
-    """The inverse of `to_grid`."""
-    return x_BDYX.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def nearest_rows(x_TD: Tensor, table_VD: Tensor) -> Tensor:
-    """The row of the table with the smallest Euclidean distance to each vector: (T,) ids; the first of equals."""
-    # |x - row|^2 without |x|^2, which all rows share
-    distance_TV = table_VD.square().sum(-1) - 2.0 * x_TD @ table_VD.T
-    return torch.argmin(distance_TV, -1)

@@ -31,8 +31,8 @@ _PIECE = 1 << 19
 _MAX_SQRT_GRADIENT = 1000.0
 
 
-class Recurrence(Protocol):
-    """The state of one recurrent layer between calls (`nn.state.RecurrentState` is one)."""
+class RecurrentState(Protocol):
+    """The interface of a recurrent layer's state between calls; `nn.state.RecurrentState` implements it."""
 
     def tail(self, slot: int) -> Tensor | None:
         """The last inputs of the convolution (C - 1, R), oldest first; None before the first token."""
@@ -60,7 +60,7 @@ def block_linear(x_TR: Tensor, weight_NIO: Tensor, bias_NO: Tensor) -> Tensor:
 @op(lambda x_TR, **_: x_TR.shape)
 @opaque
 def causal_conv1d(
-    x_TR: Tensor, weight_RC: Tensor, bias_R: Tensor, batch: Sequences, memory: Recurrence | None = None
+    x_TR: Tensor, weight_RC: Tensor, bias_R: Tensor, batch: Sequences, memory: RecurrentState | None = None
 ) -> Tensor:
     """Convolution of each channel with its last C inputs, the current one included, summed in float32, as (T, R).
 
@@ -100,7 +100,7 @@ def rg_lru(
     recurrent_gate_TR: Tensor,
     param_R: Tensor,
     batch: Sequences,
-    memory: Recurrence | None = None,
+    memory: RecurrentState | None = None,
 ) -> Tensor:
     """The real-gated linear recurrent unit (Griffin, arXiv:2402.19427, section 2.4), as (T, R).
 
