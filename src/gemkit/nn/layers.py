@@ -57,7 +57,7 @@ class Embedding(LoRAHost):
 
 
 class Projection(LoRAHost):
-    """What multiplies rows by a weight."""
+    """The base of linear projections: rows times a weight, plus what LoRA adapters add."""
 
     bias: Any
 

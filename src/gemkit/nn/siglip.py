@@ -49,7 +49,7 @@ class PositionEmbedding(ParamModule):
 
 
 class Embeddings(Module):
-    """What a patch shows, and where it is."""
+    """Patch and position embeddings, added."""
 
     def __init__(self, vision: family.Vision):
         super().__init__()

@@ -110,7 +110,7 @@ class KVCache:
         """No-op: the next tokens write over what a broken step left behind their position."""
 
     def hold(self, slot: int, length: int) -> _KeysValues:
-        """What `slot` remembers of its first `length` tokens, from now on protected from its writer."""
+        """The first `length` tokens of `slot`, from now on protected from its writer."""
         buffer = self._held[slot].memory
         buffer.shared = max(buffer.shared, length)
         return _KeysValues(buffer, length)
@@ -130,7 +130,7 @@ class KVCache:
         self._held[slot] = held
 
     def can_keep(self, slot: int, held: _KeysValues, keep: int) -> bool:
-        """Whether the buffers of both still have all that a token after the kept ones sees."""
+        """True if the buffers of both still have all that a token after the kept ones sees."""
         now = self._held[slot].memory
         return now is held.memory or now.first <= max(self._first_seen(held.end + keep), held.end)
 

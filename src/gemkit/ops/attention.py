@@ -27,12 +27,12 @@ from gemkit.ops.symbolic import op
 # Queries a tile. 64, 128, 256, 512 and 1,024 took 399, 345, 370, 453 and 502 ms without a soft cap and 442, 431, 511,
 # 581 and 847 ms with one: medians of five, 2,048 tokens, 8 heads of 256 on one key/value head, two busy CPU cores.
 _TILE = 128
-# Sequences of at most so many tokens are attended together with neighbours that are like them.
+# Sequences of at most this many tokens are attended together with neighbours that are like them.
 _SHORT = 256
 
 
 class Sequences(Protocol):
-    """What attention needs to know of a batch (`nn.batch.Batch` is one)."""
+    """The interface of a ragged batch's boundaries, as attention reads them; `nn.batch.Batch` implements it."""
 
     def sequences(self) -> Iterator[tuple[int, int, int, int]]:
         """(first row, end row, state slot, position of the first row) of each sequence."""
@@ -44,7 +44,7 @@ class Sequences(Protocol):
 
 
 class Memory(Protocol):
-    """What one attention layer remembers between calls (`nn.state.KVCache` is one)."""
+    """The interface of an attention layer's KV cache; `nn.state.KVCache` implements it."""
 
     def append(self, slot: int, position: int, k_TKH: Tensor, v_TKH: Tensor) -> None:
         """Remember the keys and values of the tokens from `position` on."""
@@ -234,7 +234,7 @@ def _by_tiles(
     scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """What `tile` gives of each tile, one after the other, as (B, T, N, H)."""
+    """The results of `tile` for each tile, one after the other, as (B, T, N, H)."""
     k_BKSH, v_BKSH = k_BSKH.transpose(1, 2), v_BSKH.transpose(1, 2)
     outs = [
         tile(q_BTNH[:, rows], k_BKSH[:, :, keys], v_BKSH[:, :, keys], visible, scale, softcap)
@@ -270,7 +270,7 @@ def _unfold(o_BKEH: Tensor, queries: int) -> Tensor:
 
 
 def _weights(q_BTNH: Tensor, k_BKSH: Tensor, visible_TS: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """What each query gives each key, (B, K, G * T, S): scores, cap, mask and softmax in float32."""
+    """Attention probabilities (B, K, G * T, S): scores, cap, mask and softmax in float32."""
     scores_BKES = (wide(_fold(q_BTNH, k_BKSH.shape[1])) * scale) @ wide(k_BKSH).transpose(2, 3)
     if softcap is not None:
         scores_BKES = softcap * torch.tanh(scores_BKES / softcap)

@@ -96,7 +96,7 @@ class LogitsHead:
 
 
 def linear_cross_entropy(x_MD: Tensor, loss: ChunkedLoss, head: LogitsHead) -> Any:
-    """What `loss` makes of the logits that `head` gives for some hidden rows: (sum, values), or values."""
+    """`loss` of the logits of some hidden rows, by chunks: (sum, values), or with `loss.backward` the values."""
     if loss.backward is None:
         return _Summed.apply(loss, head, torch.is_grad_enabled(), x_MD, *head.trained)
     return _Values.apply(loss, head, x_MD, *head.trained)

@@ -100,8 +100,8 @@ class Quantized:
         torch.ops.gemkit.dequantize(*planes, self.kind.name, out)
 
 
-# An operator of torch's, so that a faster way takes its place on the device that has one, and whoever traces a model,
-# torch.compile among them, sees one call. (`torch.library.custom_op` says it in fewer words, but costs 2.9 s of imports
+# An operator of torch's, so that a faster way takes its place on the device that has one, and a tracer, such as
+# torch.compile's, sees one call. (`torch.library.custom_op` says it in fewer words, but costs 2.9 s of imports
 # at the first call and 63 us at each.)
 _library = torch.library.Library("gemkit", "DEF")
 _library.define(

@@ -31,5 +31,5 @@ def rope(x_TNH: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     cos_TR, sin_TR = (part[:, None, :] for part in table)
     half = cos_TR.shape[-1]
     first, second, rest = wide(x_TNH).split((half, half, x_TNH.shape[-1] - 2 * half), dim=-1)
-    turned = (first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR, rest)
-    return torch.cat(turned, dim=-1).to(x_TNH.dtype)
+    rotated = (first * cos_TR - second * sin_TR, second * cos_TR + first * sin_TR, rest)
+    return torch.cat(rotated, dim=-1).to(x_TNH.dtype)

@@ -1,4 +1,4 @@
-"""What makes a function an op: called with arrays it computes, called with symbols it is recorded.
+"""Symbolic tracing of ops: called with arrays an op computes, called with symbols it is recorded.
 
 A `Symbol` stands for an array that is not there. Calling an op with one asks the symbol's trace to record the call, and
 gives the symbols of its results, whose shapes and dtypes come from the rules that stand beside the op's definition. So

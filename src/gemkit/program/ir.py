@@ -54,7 +54,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a layer remembers of the sequences before."""
+    """The state of one layer: its KV cache, or its recurrent state."""
 
     layer: int
 
@@ -150,7 +150,7 @@ class Node:
         return next((operand for operand in self.operands.values() if isinstance(operand, Memory)), None)
 
     def cost(self, tokens: int = 1, rows: int = 1, context: int = 0) -> Cost:
-        """What the call moves and computes, for `tokens` new tokens of one sequence that has `context` in all."""
+        """Bytes moved and FLOPs of the call, for `tokens` new tokens of one sequence that has `context` in all."""
         work = self.work
         given = {"T": tokens, "R": rows}.get(str(self.result.shape[0]), 1)
         weight_bytes = sum(weight.nbytes // (weight.shape[0] if work.lookup else 1) for weight in self.weights())

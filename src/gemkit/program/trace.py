@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from gemkit.errors import ModelError
-from gemkit.family import DecoderConfig as Config
+from gemkit.family import DecoderConfig
 from gemkit.nn import Batch, Decoder, LanguageModel
 from gemkit.nn.batch import Patches
 from gemkit.ops import Quantized
@@ -59,7 +59,7 @@ class _Recorder:
         self._scopes: list[str] = []  # paths of the modules whose forward is running
 
     def run(self, module: Module, call: Callable[[], Any]) -> Symbol:
-        """What `call` returns while every module says when its forward begins and ends."""
+        """The result of `call`, recorded with the module in whose forward each op ran."""
         hooks = []
         for path, part in module.named_modules():
             hooks.append(part.register_forward_pre_hook(lambda *_, path=path: self._scopes.append(path)))
@@ -162,7 +162,7 @@ class _SymbolicBatch(Batch):
 class _SymbolicState:
     """Hands every layer its memory, and has none."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: DecoderConfig):
         self.layers = [Memory(i) for i in range(len(config.layers))]
 
     def expect(self, *_: Any) -> None: ...
