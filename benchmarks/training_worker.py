@@ -65,7 +65,7 @@ class Ours(Trained):
     def __init__(self, threads: int):
         super().__init__(threads)
         import gemkit
-        from gemkit.train import objectives, trainer  # noqa: F401  # what is imported is not the model's memory
+        from gemkit.train import loop, objectives  # noqa: F401  # what is imported is not the model's memory
 
         self.about = f"gemkit {gemkit.__version__}, torch {self._torch.__version__}"
 
@@ -83,7 +83,7 @@ class Ours(Trained):
         lora.enable_lora(self._model, rank, targets=TARGETS)
         trained = dict(self._adapters())
         self._optimizer = Optimizer(
-            trained, Settings(RATE, BETAS, EPS, DECAY, clip=0, warmup=0, decay="constant"), steps=1
+            trained, Settings(RATE, BETAS, EPS, DECAY, grad_clip=0, warmup=0, decay="constant"), steps=1
         )
         self._torch.use_deterministic_algorithms(True)  # as the trainer does
         self._torch.utils.deterministic.fill_uninitialized_memory = False
@@ -101,7 +101,7 @@ class Ours(Trained):
         units = [(Example(np.array(ids), weights),)]
         total = self._objective.loss(self._model, units).total / self._objective.size(units)
         total.backward()
-        norm = self._optimizer.norm()
+        norm = self._optimizer.grad_norm()
         self._optimizer.step(0, norm)
         return float(total), norm
 

@@ -120,8 +120,8 @@ def curve(name: str, entries: Iterable[Mapping[str, Any]], field: str, every: in
     return Curve(name, [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups])
 
 
-def save_picture(name: str, svg: str) -> None:
+def save_picture(name: str, svg: bytes) -> None:
     """Into `docs/recipes`, where the pages about the recipes show it."""
     folder = HERE.parent / "docs" / "recipes"
     folder.mkdir(exist_ok=True)
-    (folder / name).write_text(svg, encoding="utf-8")
+    (folder / name).write_bytes(svg)

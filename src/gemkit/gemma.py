@@ -207,17 +207,17 @@ class Gemma(ImageTasks):
 
     def merge_adapters(self, name: str | None = None) -> list[str]:
         """Add the adapters, or the one of this name, to the weights; their names."""
-        from gemkit.adapters import lora
+        from gemkit.adapters import merge
 
         with self.runtime.lock:
-            return lora.merge(self.module, name)
+            return merge.merge(self.module, name)
 
     def unmerge_adapters(self) -> list[str]:
         """Take merged adapters out of the weights again, exactly; their names."""
-        from gemkit.adapters import lora
+        from gemkit.adapters import merge
 
         with self.runtime.lock:
-            return lora.unmerge(self.module)
+            return merge.unmerge(self.module)
 
     def remove_adapter(self, name: str | None = None) -> None:
         """Take an adapter away."""

@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import gemkit
-from gemkit.adapters import lora
+from gemkit.adapters import merge
 from gemkit.errors import AccessError, ConfigError, UnknownModelError, WeightsError
 from gemkit.weights import hub
 
@@ -276,4 +276,4 @@ def test_the_starter_keeps_its_codes_and_is_found_again(tmp_path):
     assert config["base_model_name_or_path"] == "google/gemma-3-270m"
     assert gemkit.load(folder).score("The capital of France is Paris.").total == pytest.approx(told, rel=1e-6)
     with pytest.raises(ConfigError, match=r"q_proj is quantized \(Q5_0\)"):
-        lora.merge(model.module)
+        merge.merge(model.module)

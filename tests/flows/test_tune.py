@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import gemkit
 from gemkit.train import experiment
-from gemkit.train.checkpoint import Checkpoints
+from gemkit.train.checkpoint import FileCheckpoints
 from support import killing
 from support.tiny_models import tokenizer, write
 
@@ -45,7 +45,7 @@ def log(folder):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
 def test_adapters_from_data_to_chat(run, models, chats, tmp_path):
     out = tmp_path / "first"
-    samples = ["--held-out", chats, "--set", "watch.evaluate_every=2", "--set", 'watch.samples=["hi"]']
+    samples = ["--held-out", chats, "--set", "monitor.evaluate_every=2", "--set", 'monitor.samples=["hi"]']
     code, stdout, err = run(
         "tune", "sft", "-m", models / "chat", "--data", chats, "--lora", 4, *QUICK, *samples, "-o", out
     )
@@ -57,7 +57,7 @@ def test_adapters_from_data_to_chat(run, models, chats, tmp_path):
     assert "step 4: held out loss " in err
     assert sorted(p.name for p in out.iterdir() if not p.name.startswith(".")) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "checkpoints",
-        "curve.svg", "experiment.toml", "log.jsonl",
+        "curve.png", "curve.svg", "experiment.toml", "log.jsonl",
     ]  # fmt: skip
     assert [e["step"] for e in log(out) if "held_out" in e] == [0, 2, 4]
     assert [e["samples"][0]["prompt"] for e in log(out) if "samples" in e] == ["hi"]
@@ -188,7 +188,7 @@ def test_a_process_that_is_asked_to_stop(tmp_path, times):
         assert process.returncode == 0, err
         assert "stopped after step" in out
         assert "gemkit tune --resume" in out
-        steps = Checkpoints(tmp_path / "run" / "checkpoints").steps()
+        steps = FileCheckpoints(tmp_path / "run" / "checkpoints").steps()
         assert steps[-1] == killing.entries(tmp_path / "run")[-1]["step"]
     else:  # the step may have ended between the two
         assert process.returncode in (-signal.SIGTERM, 0)
@@ -207,7 +207,7 @@ def test_a_finished_run_is_not_trained_again(run, models, texts, tmp_path):
 # ── plans ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-SMALL = ["--max-length", 64, "--set", "step.max_tokens=64"]  # one sequence is computed
+SMALL = ["--max-length", 64, "--set", "step.microbatch_tokens=64"]  # one sequence is computed
 
 
 def test_a_plan(run, models, texts):

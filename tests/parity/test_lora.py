@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from gemkit.adapters import lora
+from gemkit.adapters import lora, merge
 from gemkit.nn import Batch
 from gemkit.weights.maps import name_map
 from support.tiny import TOWER, VOCAB, WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
@@ -137,7 +137,7 @@ def test_theirs_computes_the_same_here(pair, tmp_path):
         twin = theirs_by_name[f"base_model.model.{table.module(module)}.{leaf.replace('.', '.default.')}"]
         assert_close(parameter.grad, twin.grad, 2e-4)  # a gradient is a longer chain of float32 sums than a logit
 
-    lora.merge(ours)
+    merge.merge(ours)
     merged = wrapped.merge_and_unload()
     for name in account.modules:
         twin = merged.get_submodule(table.module(name)).weight

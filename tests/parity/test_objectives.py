@@ -131,7 +131,7 @@ def test_divergence_equals_gkd(trl, beta, temperature):
 )
 def test_dpo_equals_trl(trl, settings, name):
     model = model_of()
-    objective = Dpo(WORDS, **settings)
+    objective = Dpo(WORDS, Dpo.Options(**settings))
     objective.reference = model_of(seed=1)
     rng = np.random.default_rng(0)
     units = objective.prepare(model, [unit for pair in PAIRS for unit in objective.encode(pair, rng)], rng)
@@ -151,8 +151,8 @@ def test_dpo_equals_trl(trl, settings, name):
     known = torch.tensor([x.extra["reference"] for x in examples], dtype=torch.float64)
     trainer = bare(
         trl.dpo,
-        beta=objective.beta,
-        label_smoothing=objective.smoothing,
+        beta=objective.options.beta,
+        label_smoothing=objective.options.smoothing,
         loss_types=[name],
         loss_weights=[1.0],
         f_divergence_type="reverse_kl",
@@ -185,7 +185,7 @@ def plain_logits(model: nn.Decoder, ids: Tensor) -> Tensor:
 def test_grpo_equals_trl(trl, variant, kl):
     """The objective itself, on answers of 5, 2 and 7 tokens to prompts of 3 and 4."""
     model, before = model_of(), model_of(seed=1)
-    objective = Grpo(WORDS, lambda *_: 0.0, max_tokens=7, temperature=0.9, kl=kl, variant=variant)
+    objective = Grpo(WORDS, Grpo.Options(max_tokens=7, temperature=0.9, kl=kl, variant=variant), judge=lambda *_: 0.0)
     rng = np.random.default_rng(0)
     units = []
     for prompt, answer, gain in ((3, 5, 1.2), (3, 2, -0.7), (4, 7, 0.3)):

@@ -11,8 +11,8 @@ from gemkit.adapters import lora
 from gemkit.text import Tokenizer
 from gemkit.train.data import Steps, open_data
 from gemkit.train.experiment import Experiment, Optimizer
+from gemkit.train.loop import Trainer
 from gemkit.train.objectives.sft import Sft
-from gemkit.train.trainer import Trainer
 from support.tiny import as_trained, load
 from support.tiny_models import write
 

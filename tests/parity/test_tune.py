@@ -12,7 +12,7 @@ from peft import PeftModel
 from gemkit.adapters import lora
 from gemkit.text import prompts
 from gemkit.train import experiment
-from gemkit.train.optimizer import rate
+from gemkit.train.optimizer import learning_rate
 from gemkit.train.run import Run, _prepare
 from support.tiny import load
 from support.tiny_models import LETTERS, write
@@ -52,7 +52,7 @@ def test_sft_of_adapters_has_their_curve(tmp_path):
             f"steps={STEPS}",
             "lora.rank=4",
             "lora.alpha=8",
-            "step.max_tokens=64",
+            "step.microbatch_tokens=64",
             f"optimizer.learning_rate={RATE}",
             "optimizer.warmup=5",
             "optimizer.decay=cosine",
@@ -86,9 +86,9 @@ def test_sft_of_adapters_has_their_curve(tmp_path):
         assert ours[step]["loss"] == pytest.approx(loss.item(), abs=1e-4), f"step {step}"
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        assert ours[step]["norm"] == pytest.approx(norm.item(), rel=1e-3), f"step {step}"
+        assert ours[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3), f"step {step}"
         for group in adamw.param_groups:
-            group["lr"] = rate(settings.optimizer, step, STEPS)
+            group["lr"] = learning_rate(settings.optimizer, step, STEPS)
         adamw.step()
         adamw.zero_grad()
     assert ours[-1]["loss"] < ours[0]["loss"] - 0.1  # it went somewhere

@@ -18,7 +18,7 @@ from support.tiny_models import tokenizer, write
 
 STEPS = 30
 _ARGUMENTS = ["--steps", STEPS, "--batch-size", 4, "--max-length", 64, "--lr", 1e-3]
-_FIELDS = ["save.every=3", "step.threads=1", "step.max_tokens=100", "watch.evaluate_every=7"]
+_FIELDS = ["save.every=3", "step.threads=1", "step.microbatch_tokens=100", "monitor.evaluate_every=7"]
 
 
 def prepare(folder: Path) -> None:

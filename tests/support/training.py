@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from gemkit.family import DecoderConfig
-from gemkit.train.batching import Example, Rows, Unit
+from gemkit.train.batching import Example, ExampleGroup, PackedBatch
 from gemkit.train.experiment import Experiment, Optimizer
 from gemkit.train.initialise import new_module
 from gemkit.train.objective import Loss
@@ -26,17 +26,17 @@ class NextToken:
     name = "pretrain"
     forms = ("text",)
 
-    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[ExampleGroup]:
         return []
 
-    def prepare(self, model: Any, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+    def prepare(self, model: Any, units: Sequence[ExampleGroup], rng: np.random.Generator) -> list[ExampleGroup]:
         return list(units)
 
-    def size(self, units: Sequence[Unit]) -> float:
+    def size(self, units: Sequence[ExampleGroup]) -> float:
         return float(sum(example.weights.sum() for unit in units for example in unit))
 
-    def loss(self, model: Any, units: Sequence[Unit]) -> Loss:
-        rows = Rows.of([example for unit in units for example in unit])
+    def loss(self, model: Any, units: Sequence[ExampleGroup]) -> Loss:
+        rows = PackedBatch.of([example for unit in units for example in unit])
         logits_MV = model.decoder.lm_head(rows.hidden(model))
         wide = torch.promote_types(logits_MV.dtype, torch.float32)
         losses_M = F.cross_entropy(logits_MV.to(wide), rows.targets, reduction="none")
@@ -50,13 +50,13 @@ class Sequences:
     def __init__(self, size: int = 6, seed: int = 0):
         self.size, self.seed, self.position = size, seed, 0
 
-    def __iter__(self) -> Iterator[list[Unit]]:
+    def __iter__(self) -> Iterator[list[ExampleGroup]]:
         while True:
             units = self.at(self.position)
             self.position += 1
             yield units
 
-    def at(self, position: int) -> list[Unit]:
+    def at(self, position: int) -> list[ExampleGroup]:
         rng = np.random.default_rng([self.seed, position])
         return [(example(rng.integers(0, VOCAB, rng.integers(2, 12))),) for _ in range(self.size)]
 

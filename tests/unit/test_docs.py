@@ -15,8 +15,8 @@ from gemkit.executors.native import library
 from gemkit.executors.native.lower import OPS
 from gemkit.generate import Chunk, sample
 from gemkit.generate.sampler import GREEDY, token_logprob
-from gemkit.train import objectives
-from gemkit.train.experiment import Experiment, to_tables
+from gemkit.train.experiment import Experiment
+from gemkit.train.tables import to_tables
 from gemkit.weights.checkpoint import find
 from gemkit.weights.fit import SCORE
 from gemkit.weights.maps import name_map
@@ -135,7 +135,7 @@ def _published() -> Iterator[str]:
 
 
 PARAMETERS = set(_published())
-FIELDS = {*_fields(to_tables(Experiment())), *(f"options.{name}" for name in objectives._MODELS.values())}
+FIELDS = {*_fields(to_tables(Experiment())), "options.teacher", "options.reward"}
 VERBS = make_tables.parsers()
 
 

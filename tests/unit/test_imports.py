@@ -127,7 +127,7 @@ def arithmetic_in_forward(source: str) -> list[str]:
     weights, memory kept on the module."""
     found = []
     for forward in ast.walk(ast.parse(source)):
-        if not (isinstance(forward, ast.FunctionDef) and forward.name == "forward"):
+        if not (isinstance(forward, ast.FunctionDef) and forward.name in ("forward", "compute")):
             continue
         for node in (n for statement in forward.body for n in ast.walk(statement)):
             what = _does(node)

@@ -3,7 +3,7 @@
     enable_lora   put new ones beside the weights that names select, and freeze everything else
     attach, save  from and to a folder, as PEFT keeps them (adapters/peft.py)
     set_strength  turn one up, down or off
-    merge         add them to the weights, which costs nothing at run time; `unmerge` takes them out again, exactly
+    merge         add them to the weights (merge.py)
     remove        take one away
 
 Several stand beside one another by name, and each adds its own to what the weights give. What is quantized stays as it
@@ -27,7 +27,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleDict, Parameter
+from torch.nn import Module, ModuleDict
 
 from gemkit import family
 from gemkit.adapters import peft as files
@@ -35,7 +35,7 @@ from gemkit.adapters.layers import Adapter, EmbeddingLoRA, LoRA
 from gemkit.errors import ConfigError, WeightsError, nearest
 from gemkit.family import Prompt
 from gemkit.nn import LanguageModel
-from gemkit.nn.layers import Embedding, Head, Linear, LoRAHost
+from gemkit.nn.layers import Embedding, Linear, LoRAHost
 from gemkit.ops import Quantized
 from gemkit.text.prompts import CHAT_TEMPLATE
 from gemkit.weights import hub
@@ -72,15 +72,6 @@ class Account:
 
 def rank_range(ranks: Collection[int]) -> str:
     return "rank " + " to ".join(map(str, sorted({min(ranks), max(ranks)})))
-
-
-@dataclass(frozen=True, eq=False)
-class _Merged:
-    """What unmerging needs: the weight as it was, for subtracting what was added would leave rounding behind."""
-
-    weight: Tensor
-    adapters: ModuleDict  # all that there were
-    names: tuple[str, ...]  # of them that are in the weight now
 
 
 # ── putting adapters in ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -120,7 +111,7 @@ def enable_lora(
     if rule == "keras" and targets is None:
         targets = KERAS_TARGETS
     table = _table(module)
-    owners = _owners(module)
+    owners = owners_of(module)
     chosen = _matching(owners, [ALL_LINEAR] if targets is None else targets, table, module.decoder_path)
     _check_name(module, name)
     heads = {path: _heads(module, path) if rule == "keras" else 1 for path in chosen}
@@ -227,7 +218,7 @@ def _table(module: LanguageModel) -> NameMap:
     return name_map("safetensors", module.config, module.vision)
 
 
-def _owners(module: Module) -> dict[str, LoRAHost]:
+def owners_of(module: Module) -> dict[str, LoRAHost]:
     """Everything that can have adapters, by its name; those of adapters themselves are not among them."""
     found = module.named_modules()
     return {path: owner for path, owner in found if isinstance(owner, LoRAHost) and ".adapters." not in path}
@@ -243,12 +234,12 @@ def names(module: LanguageModel) -> list[str]:
 
 def merged(module: LanguageModel) -> list[str]:
     """Those of them that are in the weights now."""
-    return list(dict.fromkeys(n for owner in _owners(module).values() if owner.merged for n in owner.merged.names))
+    return list(dict.fromkeys(n for owner in owners_of(module).values() if owner.merged for n in owner.merged.names))
 
 
 def _all(module: LanguageModel) -> Iterator[tuple[str, str, Any]]:
     """(module, name of the adapter, adapter) of every one."""
-    for path, owner in _owners(module).items():
+    for path, owner in owners_of(module).items():
         held = dict(owner.merged.adapters.items()) if owner.merged else {}
         held |= dict(owner.adapters.items()) if owner.adapters is not None else {}
         for name, adapter in held.items():
@@ -313,122 +304,13 @@ def remove(module: LanguageModel, name: str | None = None) -> None:
     name = name or names(module)[0]
     if name in merged(module):
         raise ConfigError(f"the adapter {name!r} is merged into the weights: unmerge first")
-    owners = _owners(module)
+    owners = owners_of(module)
     for path in of:
         for held in (owners[path].adapters, owners[path].merged and owners[path].merged.adapters):
             if held and name in held:
                 del held[name]
         if not owners[path].adapters:
             owners[path].adapters = None
-
-
-# ── merging ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def merge(module: LanguageModel, only: str | None = None) -> list[str]:
-    """Add adapters to the weights: the model computes the same without them beside it.
-
-    The sum is made in float32 and rounded once. The weights as they were are kept for `unmerge`, so a merged model
-    takes the room of its changed weights twice.
-
-    Args:
-        only: the adapter of this name; None: all.
-
-    Returns:
-        The adapters that were merged.
-
-    Raises:
-        ConfigError: if there is none, if some are merged already, or if one changes a quantized weight or the tied
-            table; nothing is changed then.
-        WeightsError: if a sum is not finite; nothing is changed then.
-    """
-    if only is not None or not names(module):
-        adapters_of(module, only)
-    if already := merged(module):
-        raise ConfigError(f"{', '.join(already)} {_are(already)} merged already: unmerge first, to merge anew")
-    wanted = names(module) if only is None else [only]
-    owners = {path: owner for path, owner in _owners(module).items() if owner.adapters is not None}
-    owners = {path: owner for path, owner in owners.items() if any(name in owner.adapters for name in wanted)}
-    for path, owner in owners.items():
-        _check_can_merge(path, owner)
-    try:
-        for path, owner in owners.items():
-            _merge(path, owner, [name for name in owner.adapters if name in wanted])
-    except BaseException:
-        for owner in owners.values():
-            _unmerge(owner)
-        raise
-    return wanted
-
-
-def _check_can_merge(path: str, owner: LoRAHost) -> None:
-    if isinstance(owner, Head | Embedding):
-        other = "embeddings" if isinstance(owner, Head) else "logits"
-        raise ConfigError(
-            f"{path} has an adapter, and its weight is embedding and output table in one: merged, it would change the "
-            f"{other} too. Keep the adapter beside the model (save_adapter, --adapter), or train without this target"
-        )
-    if isinstance(owner.weight, Quantized):
-        raise ConfigError(
-            f"{path} is quantized ({owner.weight.kind.name}), and most of what an adapter adds would be rounded away: "
-            "load the model dense to merge (quantized=False; `gemkit merge` does)"
-        )
-
-
-def _merge(path: str, owner: LoRAHost, wanted: Sequence[str]) -> None:
-    before, beside = owner.weight, owner.adapters
-    total = before.detach().float()
-    for name in wanted:
-        total = total + delta(beside[name])
-    total = total.to(before.dtype)
-    if not total.isfinite().all():
-        raise WeightsError(f"{path} would have numbers that are not finite with {', '.join(wanted)} merged into it")
-    rest = {name: adapter for name, adapter in beside.items() if name not in wanted}
-    owner.set_param("weight", Parameter(total, requires_grad=False))
-    owner.merged = _Merged(before, beside, tuple(wanted))
-    owner.adapters = ModuleDict(rest) if rest else None
-
-
-@torch.no_grad()
-def delta(adapter: LoRA) -> Tensor:
-    """(out, in) float32: what an adapter of a projection adds to its weight."""
-    a, b = adapter.lora_A.weight.float(), adapter.lora_B.weight.float()
-    by_head = a.unflatten(0, (adapter.heads, adapter.rank))
-    return (b @ by_head).flatten(0, 1) * adapter.factor
-
-
-def unmerge(module: LanguageModel) -> list[str]:
-    """Take merged adapters out of the weights again, which are then bit for bit what they were.
-
-    Returns:
-        The adapters, which stand beside the weights again.
-
-    Raises:
-        ConfigError: if none is merged.
-    """
-    out = merged(module)
-    if not out:
-        raise ConfigError("no adapter is merged into the weights: there is nothing to unmerge")
-    for owner in _owners(module).values():
-        _unmerge(owner)
-    return out
-
-
-def _unmerge(owner: LoRAHost) -> None:
-    if owner.merged is None:
-        return
-    record, now = owner.merged, owner.weight.device
-    added_since = [] if owner.adapters is None else [i for i in owner.adapters.items() if i[0] not in record.adapters]
-    weight = record.weight if record.weight.device == now else Parameter(record.weight.to(now), requires_grad=False)
-    owner.set_param("weight", weight)
-    owner.merged = None
-    owner.adapters = record.adapters.to(now)
-    for name, adapter in added_since:
-        owner.adapters[name] = adapter
-
-
-def _are(things: Collection[str]) -> str:
-    return "is" if len(things) == 1 else "are"
 
 
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -450,7 +332,7 @@ def attach(
     if name is None:
         name = _free_name(module, Path(folder))
     _check_name(module, name)
-    owners = _owners(module)
+    owners = owners_of(module)
     shapes = {path: tuple(owner.weight.shape) for path, owner in owners.items()}
     changes, copies = files.read(folder, shapes, _table(module))
     score = copies.pop("score", None)
@@ -562,7 +444,7 @@ def write(module: LanguageModel, folder: Path, name: str, *, base: str | None, n
     files.write(
         folder,
         changes,
-        _owners(module),
+        owners_of(module),
         _table(module),
         base=base,
         named=named,

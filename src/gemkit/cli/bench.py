@@ -54,10 +54,12 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from gemkit.inspect import long_context
+    from gemkit.inspect.curves import require
 
     plan = _plan(args)
+    require()  # told before anyone waits for figures, as the next
     svg = Path(args.svg).expanduser()
-    if svg.is_dir() or not os.access(svg.parent, os.W_OK):  # told before anyone waits for figures
+    if svg.is_dir() or not os.access(svg.parent, os.W_OK):
         raise ConfigError(f"--svg {args.svg}: no file can be written there; name one in a folder of yours")
     for subject in plan.subjects:
         limit = subject.decoder.max_context
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
             )
     ceiling = None if args.json else lambda report: _print_ceiling(plan, report)
     report = long_context.measure(plan, progress=say, ceiling=ceiling)
-    svg.write_text(_drawing(report), encoding="utf-8")
+    svg.write_bytes(_drawing(report))
     report["svg"] = str(svg)
     if args.json:
         print_json(report)
@@ -207,7 +209,7 @@ def _what_was_run(report: dict[str, Any]) -> str:
     return f"{scale[report['scale']]}; weights are random {report['dtype']}; {states}; {report['threads']} threads."
 
 
-def _drawing(report: dict[str, Any]) -> str:
+def _drawing(report: dict[str, Any]) -> bytes:
     from gemkit.inspect import units
     from gemkit.inspect.curves import Curve, Panel, draw
 

@@ -13,8 +13,8 @@ from gemkit.errors import ConfigError
 from gemkit.train import OBJECTIVES
 
 if TYPE_CHECKING:
-    from gemkit.train import trainer
     from gemkit.train.experiment import Experiment
+    from gemkit.train.log import Progress as StepProgress
     from gemkit.train.run import Run
 
 _EXAMPLES = """\
@@ -77,7 +77,7 @@ def add(subparsers: Any) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="any field of the experiment, such as step.max_tokens=4096 or options.beta=0.2 (repeatable)",
+        help="any field of the experiment, such as step.microbatch_tokens=4096 or options.beta=0.2 (repeatable)",
     )
     group.add_argument("--force", action="store_true", help="with --resume: although model, data or settings changed")
     output = parser.add_argument_group("output")
@@ -173,7 +173,7 @@ class _Talk:
     def __init__(self, *, quiet: bool) -> None:
         self._quiet, self._on_terminal, self._shown = quiet, sys.stderr.isatty(), False
 
-    def step(self, progress: trainer.Progress) -> None:
+    def step(self, progress: StepProgress) -> None:
         if self._on_terminal and not self._quiet:
             rewrite(str(progress))
             self._shown = True

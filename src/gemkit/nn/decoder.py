@@ -26,7 +26,7 @@ from gemkit import family, ops
 from gemkit.errors import ConfigError
 from gemkit.nn.batch import Batch
 from gemkit.nn.griffin import Recurrent
-from gemkit.nn.layers import Embedding, Head, Linear, RMSNorm
+from gemkit.nn.layers import Embedding, Head, Linear, Recomputable, RMSNorm
 from gemkit.nn.model import LanguageModel, Output
 from gemkit.nn.state import State
 
@@ -75,7 +75,7 @@ class MLP(Module):
         return self.down_proj(ops.geglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
-class Block(Module):
+class Block(Recomputable):
     """One layer: a mixer of positions, then a feed-forward, each added to the residual stream."""
 
     def __init__(self, config: family.DecoderConfig, layer: family.Layer):
@@ -90,7 +90,7 @@ class Block(Module):
         self.mlp = MLP(config, layer.ffw)
         self.post_feedforward_layernorm = RMSNorm(*norm) if config.post_norms else None
 
-    def forward(self, x_TD, batch: Batch, angles, memory: Any):
+    def compute(self, x_TD, batch: Batch, angles, memory: Any):
         branch_TD = self.input_layernorm(x_TD)
         if self.self_attn is not None:
             branch_TD = self.self_attn(branch_TD, batch, angles, memory)

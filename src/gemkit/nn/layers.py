@@ -27,6 +27,20 @@ class ParamModule(Module):
         return self
 
 
+class Recomputable(Module):
+    """A block whose activations can be computed again in the backward instead of kept (activation checkpointing).
+
+    Its arithmetic is `compute`. The flag is the trainer's; the choice lies inside of `forward`, so that hooks, FSDP2's
+    among them, and compilation see a plain module.
+    """
+
+    activation_checkpointing = False
+    compute: Any
+
+    def forward(self, *args):
+        return ops.recomputed(self.compute, *args) if self.activation_checkpointing else self.compute(*args)
+
+
 class LoRAHost(ParamModule):
     """A module with adapters beside its weight, each of which adds its own to what it gives (`lora`), if it has any."""
 

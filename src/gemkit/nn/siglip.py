@@ -15,7 +15,7 @@ from torch.nn import Module, ModuleList, Parameter
 from gemkit import family, ops
 from gemkit.errors import ConfigError
 from gemkit.nn.batch import Patches
-from gemkit.nn.layers import LayerNorm, Linear, ParamModule
+from gemkit.nn.layers import LayerNorm, Linear, ParamModule, Recomputable
 
 
 class PatchEmbedding(ParamModule):
@@ -92,7 +92,7 @@ class EncoderMLP(Module):
         return self.fc2(ops.gelu(self.fc1(x_TW)))
 
 
-class EncoderLayer(Module):
+class EncoderLayer(Recomputable):
     """Attention, then a feed-forward, each on the normed residual stream and added to it."""
 
     def __init__(self, vision: family.Vision):
@@ -102,7 +102,7 @@ class EncoderLayer(Module):
         self.layer_norm2 = LayerNorm(vision.width, vision.norm_eps)
         self.mlp = EncoderMLP(vision)
 
-    def forward(self, x_TW, patches: Patches):
+    def compute(self, x_TW, patches: Patches):
         x_TW = ops.add(x_TW, self.self_attn(self.layer_norm1(x_TW), patches))
         return ops.add(x_TW, self.mlp(self.layer_norm2(x_TW)))
 

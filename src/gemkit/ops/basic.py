@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gemkit.ops.quantized import Quantized
 from gemkit.ops.symbolic import dtype_name, op, same
@@ -229,6 +230,11 @@ def scale(x: Tensor, factor: float) -> Tensor:
 def in_dtype_of(x: Tensor, other: Tensor) -> Tensor:
     """x in the dtype of another array: what an adapter adds to it, which stays float32."""
     return x.to(other.dtype)
+
+
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, of which only the arguments are kept: the backward computes it again (arXiv:1604.06174)."""
+    return checkpoint(function, *args, use_reentrant=False)
 
 
 @op(same)

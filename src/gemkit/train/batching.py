@@ -1,4 +1,4 @@
-"""What a step of training computes: sequences with a weight for the loss of each of their tokens, laid end to end."""
+"""Batches of training examples: sequences with a weight for the loss of each token, packed end to end."""
 
 from __future__ import annotations
 
@@ -44,11 +44,13 @@ class Example:
         return len(self.ids)
 
 
-Unit = tuple[Example, ...]  # what stays together in one step: one example, a preferred and a rejected answer, a group
+ExampleGroup = tuple[
+    Example, ...
+]  # what stays together in one step: one example, a preferred and a rejected answer, a group
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class PackedBatch:
     """Examples end to end, and which of their rows predict something that counts.
 
     M rows carry loss; `rows[m]` is the row whose hidden state predicts `targets[m]`, the token after it.
@@ -62,7 +64,7 @@ class Rows:
     pixels_ICSS: Tensor | None  # of all images in the order of their placeholders; None: there are none
 
     @classmethod
-    def of(cls, examples: Sequence[Example], device: torch.device | str | None = None) -> Rows:
+    def of(cls, examples: Sequence[Example], device: torch.device | str | None = None) -> PackedBatch:
         """Lay examples end to end."""
         starts = [0, *accumulate(map(len, examples))]
         weights = np.concatenate([example.weights for example in examples])

@@ -10,7 +10,7 @@ They are written to a hidden folder, the manifest last, flushed to the disk and 
 folder of that name is whole, whenever the process dies. Those before it are deleted after that. Nothing in one is ever
 executed: tensors and JSON only.
 
-Random numbers need no file. Those of a step come from the seed and the number of the step alone (`trainer.seeded`).
+Random numbers need no file. Those of a step come from the seed and the number of the step alone (`step.seeded`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
 
 from gemkit.errors import NoSpaceError, TrainingError
 from gemkit.files import atomic_file, atomic_folder, is_unfinished, write_safetensors
 from gemkit.inspect.units import memory
+from gemkit.train.process import Process
 
 _NAME = re.compile(r"step-(\d{8,})")
 MANIFEST = "manifest.json"
@@ -50,17 +51,34 @@ class Saved:
     state: Mapping[str, Any]
 
 
-class Checkpoints:
-    """The checkpoints of one run.
+class Checkpoints(Protocol):
+    """The checkpoints of one run, as the loop uses them."""
+
+    def steps(self) -> list[int]:
+        """The steps that a checkpoint was written after, ascending."""
+        ...
+
+    def save(self, saved: Saved) -> Any:
+        """Write one; every process of the run calls it, each with its part of the tensors."""
+        ...
+
+    def newest(self) -> Saved:
+        """The newest that is whole."""
+        ...
+
+
+class FileCheckpoints:
+    """Checkpoints as folders of safetensors files, whole tensors in one file, written by the main process.
 
     Args:
-        folder: where they are; it is made when the first is written.
-        keep: so many of the newest stay, one at least.
+        folder: of all of them; it is made when the first is written.
+        keep: the number of the newest that stay, one at least.
+        process: this process among those of the run. None: the only one.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], keep: int = 2):
+    def __init__(self, folder: str | os.PathLike[str], keep: int = 2, process: Process | None = None):
         assert keep >= 1
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep, self.process = Path(folder), keep, process or Process()
 
     def steps(self) -> list[int]:
         """The steps that a checkpoint was written after, ascending."""
@@ -73,12 +91,14 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, saved: Saved) -> Path:
-        """Write one, then delete those that are too old.
+        """Write one, then delete those that are too old. Only the main process writes.
 
         Raises:
             NoSpaceError: if the disk has no room for it; what was there before stays.
             TrainingError: if a number in it is not finite, which would spoil every run that goes on from it.
         """
+        if not self.process.main:
+            return self.path(saved.step)
         for kind, tensors in (("weight", saved.weights), ("optimizer's", saved.optimizer)):
             for name, value in tensors.items():
                 if not is_finite(value):

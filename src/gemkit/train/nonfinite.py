@@ -1,20 +1,22 @@
-"""What made a loss or a gradient that is not finite: the step is computed once more, and every module is looked at."""
+"""The origin of a loss or a gradient that is not finite: the step is computed once more, with hooks on every module."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from gemkit.train.batching import Unit
+from gemkit.train.batching import ExampleGroup
 from gemkit.train.checkpoint import is_finite
 
 
-def blame(model: Module, parts: Sequence[Sequence[Unit]], loss: Callable[[Sequence[Unit]], Tensor]) -> str:
+def locate(
+    model: Module, parts: Sequence[Sequence[ExampleGroup]], loss: Callable[[Sequence[ExampleGroup]], Tensor]
+) -> str:
     """The first thing that is not finite, in the order in which it is computed, for people.
 
     Args:
@@ -44,7 +46,7 @@ def blame(model: Module, parts: Sequence[Sequence[Unit]], loss: Callable[[Sequen
     return "no single op: the sum of the parts of the step overflows"
 
 
-def _row(units: Sequence[Unit], before: int, loss: Callable[[Sequence[Unit]], Tensor]) -> str:
+def _row(units: Sequence[ExampleGroup], before: int, loss: Callable[[Sequence[ExampleGroup]], Tensor]) -> str:
     """Which of some units has a loss that is not finite, of hidden states that are."""
     with torch.no_grad():
         for i, unit in enumerate(units):
@@ -53,7 +55,7 @@ def _row(units: Sequence[Unit], before: int, loss: Callable[[Sequence[Unit]], Te
     return "the loss is not finite, that of each example by itself is"
 
 
-def _named(unit: Unit, number: int) -> str:
+def _named(unit: ExampleGroup, number: int) -> str:
     source = next((f", {example.extra['source']}" for example in unit if "source" in example.extra), "")
     return f"example {number + 1} of the step{source}"
 
@@ -105,8 +107,3 @@ def _watched(model: Module, lengths: Sequence[int], owners: Sequence[int]) -> It
     finally:
         for handle in handles:
             handle.remove()
-
-
-def summary(gradients: Mapping[str, Tensor]) -> str:
-    """The first parameter whose gradient is not finite; empty if all are."""
-    return next((f"the gradient of {name} is not finite" for name, g in gradients.items() if not is_finite(g)), "")

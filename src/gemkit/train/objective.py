@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from gemkit.nn import LanguageModel
-from gemkit.train.batching import Unit
+from gemkit.train.batching import ExampleGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,24 +25,34 @@ class Loss:
     metrics: Mapping[str, float] = field(default_factory=dict)  # sums too: each is divided by the step's size
 
 
+# what an objective must be given before training, by `objectives.attach`: a teacher model, the model before training,
+# a judge of answers; a reward head on the model itself; and, when it is made, the image tower
+Need = Literal["teacher", "reference", "judge", "score", "vision"]
+
+
 class Objective(Protocol):
-    """One way to learn. What it remembers (a reference model, a teacher) is given when it is made."""
+    """One way to learn. Its class has `Options`, a frozen dataclass of the settings that an experiment may give it."""
 
     name: str  # "sft", "dpo", ...
     forms: tuple[str, ...]  # the forms of records that it takes, as `data` names them
 
-    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+    @property
+    def needs(self) -> AbstractSet[Need]: ...
+
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[ExampleGroup]:
         """What there is to learn of one record; an empty list if nothing. It depends on its arguments alone."""
         ...
 
-    def prepare(self, model: LanguageModel, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+    def prepare(
+        self, model: LanguageModel, units: Sequence[ExampleGroup], rng: np.random.Generator
+    ) -> list[ExampleGroup]:
         """Once a step, before any gradient: what must be known of the units first, such as answers to their prompts."""
         ...
 
-    def size(self, units: Sequence[Unit]) -> float:
+    def size(self, units: Sequence[ExampleGroup]) -> float:
         """What the losses of a whole step are divided by: the weights of its tokens, or the number of its pairs."""
         ...
 
-    def loss(self, model: LanguageModel, units: Sequence[Unit]) -> Loss:
+    def loss(self, model: LanguageModel, units: Sequence[ExampleGroup]) -> Loss:
         """The loss of some units of a step, with a gradient."""
         ...

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.utils import get_total_norm
 
 from gemkit.errors import ConfigError, TrainingError
 from gemkit.train import experiment
@@ -31,7 +32,7 @@ def decays(name: str) -> bool:
     return not (name.endswith("bias") or any(part in name for part in ("norm", "embed", "rg_lru")))
 
 
-def rate(settings: experiment.Optimizer, step: int, steps: int) -> float:
+def learning_rate(settings: experiment.Optimizer, step: int, steps: int) -> float:
     """The learning rate of a step, counted from 0.
 
     It rises over the steps of warm-up, to the full rate at the last of them. Then: `constant`; `cosine` and `linear`
@@ -46,9 +47,12 @@ def rate(settings: experiment.Optimizer, step: int, steps: int) -> float:
     through = (step - warmup + 1) / max(steps - warmup, 1)  # 1 at the last step
     match settings.decay:
         case "cosine":
-            share = settings.final + (1 - settings.final) * (1 + math.cos(math.pi * min(through, 1.0))) / 2
+            share = (
+                settings.final_lr_share
+                + (1 - settings.final_lr_share) * (1 + math.cos(math.pi * min(through, 1.0))) / 2
+            )
         case "linear":
-            share = settings.final + (1 - settings.final) * (1 - min(through, 1.0))
+            share = settings.final_lr_share + (1 - settings.final_lr_share) * (1 - min(through, 1.0))
         case "rsqrt":
             share = math.sqrt(max(warmup, 1) / (step + 1)) if step else 1.0
         case _:
@@ -98,32 +102,33 @@ class Optimizer:
         """The gradient of each parameter that has one, in float32 or wider."""
         return {name: master.grad for name, master in self.masters.items() if master.grad is not None}
 
-    def norm(self) -> float:
-        """The length of all gradients as one vector. It is not finite if any of them is not."""
-        return math.sqrt(sum(part.dot(part).item() for grad in self.gradients().values() for part in wide_parts(grad)))
+    def grad_norm(self) -> float:
+        """The length of all gradients as one vector, summed in float64. It is not finite if any of them is not."""
+        norms = [part.dot(part).sqrt() for grad in self.gradients().values() for part in wide_parts(grad)]
+        return get_total_norm(norms).item()
 
     @torch.no_grad()
     def step(self, step: int, norm: float) -> float:
-        """Change the weights by their gradients, clipped, and forget these; the rate."""
-        if self.settings.clip and norm > self.settings.clip:
+        """Change the weights by their gradients, clipped, and forget these; the learning rate."""
+        if self.settings.grad_clip and norm > self.settings.grad_clip:
             for grad in self.gradients().values():
-                grad.mul_(self.settings.clip / norm)
-        now = rate(self.settings, step, self.steps)
+                grad.mul_(self.settings.grad_clip / norm)
+        now = learning_rate(self.settings, step, self.steps)
         for group in self._adamw.param_groups:
             group["lr"] = now
         self._adamw.step()
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
-        self.forget()
+        self.zero_grad()
         return now
 
-    def forget(self) -> None:
+    def zero_grad(self) -> None:
         """Leave no gradient."""
         for name, parameter in self.parameters.items():
             parameter.grad = self.masters[name].grad = None
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Everything that is needed to go on: moments, counts of steps, masters. The tensors are those in use."""
         tensors = {}
         for name, master in self.masters.items():

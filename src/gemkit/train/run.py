@@ -3,7 +3,7 @@
     runs/x/
         experiment.toml    what was asked for, with everything that was left out
         log.jsonl          an object for each step, evaluation and set of samples
-        curve.svg          the losses, drawn
+        curve.svg, .png    the losses, drawn (with the extra `plot`)
         checkpoints/       the newest few, see `checkpoint`
         README.md          the model card             ┐
         config.json, model.safetensors, tokenizer ... ├ when it is finished: `gemkit chat -m runs/x`
@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,16 +42,20 @@ from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import IMAGE
 from gemkit.train import OBJECTIVES, objectives
 from gemkit.train import experiment as settings
-from gemkit.train.batching import Unit
-from gemkit.train.checkpoint import Checkpoints, Saved, replace_bytes
-from gemkit.train.data import Data, Steps, open_data
+from gemkit.train.batching import ExampleGroup
+from gemkit.train.checkpoint import FileCheckpoints, Saved, replace_bytes
+from gemkit.train.data import Data, Steps, open_data, share
 from gemkit.train.estimate import Plan, choose, flops_per_second, predict
 from gemkit.train.experiment import Experiment
+from gemkit.train.fingerprint import digest, fingerprint
 from gemkit.train.initialise import new_module
+from gemkit.train.log import Progress
+from gemkit.train.loop import Outcome, Trainer
+from gemkit.train.new_model import new_model
 from gemkit.train.objective import Objective
 from gemkit.train.objectives import judges
-from gemkit.train.objectives.rl import Grpo
-from gemkit.train.trainer import Outcome, Progress, Trainer
+from gemkit.train.process import Process
+from gemkit.train.tables import to_tables, to_toml
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.export.hf import save_hf
 from gemkit.weights.load import load_module
@@ -61,7 +64,6 @@ from gemkit.weights.quantize import kind_of
 
 MAX_LENGTH = 1024
 EXPERIMENT, LOCK = "experiment.toml", ".lock"
-_SAMPLE = 1 << 20  # bytes from the beginning and the end of a file of weights, by which it is known again
 _DTYPES = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 Say = Callable[[str], Any]
 
@@ -100,7 +102,7 @@ class Run:
         checkpoint, tokenizer, label = None, None, "a new model"
         if experiment.model.new:
             tokenizer = _tokenizer(Path(experiment.model.tokenizer).expanduser(), experiment)
-            decoder, vision = settings.new_model(experiment.model.new, len(tokenizer))
+            decoder, vision = new_model(experiment.model.new, len(tokenizer))
             if vision is not None:
                 vision = replace(vision, placeholder=tokenizer.id(IMAGE))
             prompts: tuple[Prompt, ...] = ("complete",)
@@ -175,7 +177,7 @@ class Run:
             dtype=self.dtype,
             stored=self._stored(experiment),
             checkpointing=checkpointing,
-            models=1 + objectives.others(experiment),
+            models=1 + objectives.others(self.objective, experiment),
         )
 
     @property
@@ -210,13 +212,15 @@ class Run:
         Raises:
             ConfigError: if nothing is judged here.
         """
-        if not isinstance(self.objective, Grpo):
+        if "judge" not in self.objective.needs:
             raise ConfigError(f"{self.objective.name} judges no answers: a reward is for rl")
-        self.objective.judge = function
+        self.objective.judge = function  # type: ignore[attr-defined]  # as its needs say
 
     def rate(self) -> float:
         """Operations that this machine does in a second, measured for a moment."""
-        return flops_per_second(self.decoder, self.experiment.step.max_tokens, self.dtype, self.experiment.model.device)
+        return flops_per_second(
+            self.decoder, self.experiment.step.microbatch_tokens, self.dtype, self.experiment.model.device
+        )
 
     # ── training ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -228,6 +232,7 @@ class Run:
         on_step: Callable[[Progress], Any] = lambda _: None,
         say: Say = lambda _: None,
         progress: Callable[[int, int], Any] | None = None,
+        process: Process | None = None,
     ) -> Outcome:
         """Load, train to the end or to a signal, and save the model when the end is reached.
 
@@ -236,30 +241,34 @@ class Run:
             force: even if the data or the model has changed since.
             on_step, say: are told how steps went, and what else happens.
             progress: is called with (bytes read, bytes in all) while weights are loaded.
+            process: this process among those of the run. None: the only one.
 
         Raises:
             TrainingError: if numbers are not finite, or a checkpoint is of another run.
         """
         saved: Saved | None = None
+        process = process or Process(device=self.experiment.model.device)
         plan = self.plan()  # what is refused leaves no folder behind
-        with self._alone():
-            step = replace(self.experiment.step, checkpointing="on" if plan.checkpointing else "off")
+        with self._alone(process):
+            step = replace(self.experiment.step, activation_checkpointing="on" if plan.checkpointing else "off")
             computed = replace(self.experiment, step=step)
             if self.folder is not None:
-                checkpoints = Checkpoints(self.folder / "checkpoints", self.experiment.save.keep)
+                checkpoints = FileCheckpoints(self.folder / "checkpoints", self.experiment.save.keep)
                 if not go_on:
-                    self._begin(self.folder)
+                    if process.main:
+                        self._begin(self.folder)
                 elif checkpoints.steps():
                     saved = checkpoints.newest()
                 else:  # it was killed before its first checkpoint
                     say("there is no checkpoint yet: the run begins anew")
-                    (self.folder / "log.jsonl").unlink(missing_ok=True)
+                    if process.main:
+                        (self.folder / "log.jsonl").unlink(missing_ok=True)
             module = self._load(progress)
             account = _prepare(module, self.experiment)
             if account is not None:
                 say(str(account))
             objectives.attach(self.objective, self.experiment, module)
-            source = self._source()
+            source = self._source(process)
             trainer = Trainer(
                 module,
                 self.objective,
@@ -268,10 +277,11 @@ class Run:
                 self.steps,
                 folder=self.folder,
                 origin=self.origin(),
-                held_out=self._held_out(),
-                sample=self._sampler(module) if self.experiment.watch.samples else None,
+                held_out=share(self._held_out(), process.rank, process.world),
+                sample=self._sampler(module) if self.experiment.monitor.samples else None,
                 on_step=on_step,
                 say=say,
+                process=process,
             )
             if saved is not None:
                 trainer.resume(saved, force=force)
@@ -279,14 +289,15 @@ class Run:
             outcome = trainer.run()
             for line in (source.report(), *self.data.bad[:3]):
                 say(f"data: {line}")
-            if not outcome.stopped and self.folder is not None:
+            if not outcome.stopped and self.folder is not None and process.main:
                 self._save(module, outcome, self.folder)
             return outcome
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No two processes train in one folder. The lock is the process's: it is gone when it dies, however it does."""
-        if self.folder is None:
+    def _alone(self, process: Process) -> Iterator[None]:
+        """No two runs train in one folder. The lock is its main process's: it is gone when that dies, however it
+        does."""
+        if self.folder is None or not process.main:
             yield
             return
         try:
@@ -305,7 +316,7 @@ class Run:
             raise ConfigError(
                 f"{folder} exists and is not empty: --resume {folder} goes on with the run in it, or take a new folder"
             )
-        replace_bytes(folder / EXPERIMENT, settings.to_toml(self.experiment).encode())
+        replace_bytes(folder / EXPERIMENT, to_toml(self.experiment).encode())
 
     def _load(self, progress: Callable[[int, int], Any] | None) -> LanguageModel:
         model = self.experiment.model
@@ -323,13 +334,13 @@ class Run:
         )
         return module
 
-    def _source(self) -> Steps:
-        return _source(self.experiment, self.data, self.objective)
+    def _source(self, process: Process) -> Steps:
+        return _source(self.experiment, self.data, self.objective, process=process)
 
-    def _held_out(self) -> list[Unit]:
+    def _held_out(self) -> list[ExampleGroup]:
         if self.held_out is None:
             return []
-        most = self.experiment.watch.evaluate_examples
+        most = self.experiment.monitor.evaluate_examples
         steps = Steps(
             self.held_out,
             self.objective,
@@ -343,8 +354,8 @@ class Run:
 
     def _sampler(self, module: LanguageModel) -> Callable[[], list[tuple[str, str]]]:
         if self.vision is not None:
-            raise ConfigError("watch.samples: a model that sees images is not asked for samples; look at held_out")
-        asked = self.experiment.watch
+            raise ConfigError("monitor.samples: a model that sees images is not asked for samples; look at held_out")
+        asked = self.experiment.monitor
         made = [
             formats.chat(self.tokenizer, [{"role": "user", "content": prompt}])
             if "chat" in self.prompts
@@ -363,11 +374,11 @@ class Run:
 
     def origin(self) -> dict[str, Any]:
         """What a checkpoint must agree with to go on from it: other numbers would come of anything else."""
-        tables = settings.to_tables(self.experiment)
+        asked = to_tables(self.experiment)
         kept = ("objective", "steps", "seed", "lora", "optimizer", "options")
         return {
-            "the model": self._fingerprint(),
-            "the tokenizer": _digest(self.tokenizer.vocabulary.pieces),
+            "the model": fingerprint(self.decoder, self.vision, self.checkpoint),
+            "the tokenizer": digest(self.tokenizer.vocabulary.pieces),
             "the data": self.data.fingerprint,
             "model.freeze": list(self.experiment.model.freeze),
             "model.dtype": str(self.dtype),
@@ -375,24 +386,9 @@ class Run:
             "data.batch": [
                 self.experiment.data.batch_size, self.experiment.data.batch_tokens, self.experiment.data.max_length
             ],
-            "step.max_tokens": self.experiment.step.max_tokens,
-            **{name: tables[name] for name in kept},
+            "step.microbatch_tokens": self.experiment.step.microbatch_tokens,
+            **{name: asked[name] for name in kept},
         }  # fmt: skip
-
-    def _fingerprint(self) -> str:
-        """Of the architecture, and of the names, sizes and ends of the files of weights."""
-        parts = [repr(self.decoder), repr(self.vision)]
-        if self.checkpoint is not None:
-            entries = self.checkpoint.reader.entries
-            parts += [f"{name} {entry.dtype} {tuple(entry.shape)}" for name, entry in sorted(entries.items())]
-            for path in sorted({Path(entry.path) for entry in entries.values()}):
-                with open(path, "rb") as file:
-                    size = file.seek(0, os.SEEK_END)
-                    parts.append(str(size))
-                    for begin in (0, max(0, size - _SAMPLE)):
-                        file.seek(begin)
-                        parts.append(hashlib.sha256(file.read(_SAMPLE)).hexdigest())
-        return _digest(parts)
 
     def _save(self, module: LanguageModel, outcome: Outcome, folder: Path) -> None:
         """The model into the run folder, its configuration last: without that it is no model yet."""
@@ -457,8 +453,15 @@ def _prepare(module: LanguageModel, experiment: Experiment) -> lora.Account | No
     return account
 
 
-def _source(experiment: Experiment, data: Data, objective: Objective, epochs: int | None = None) -> Steps:
-    e = experiment.data
+def _source(
+    experiment: Experiment,
+    data: Data,
+    objective: Objective,
+    *,
+    process: Process | None = None,
+    epochs: int | None = None,
+) -> Steps:
+    e, process = experiment.data, process or Process()
     return Steps(
         data,
         objective,
@@ -467,6 +470,8 @@ def _source(experiment: Experiment, data: Data, objective: Objective, epochs: in
         batch_tokens=e.batch_tokens or None,
         max_length=e.max_length,
         epochs=epochs,
+        rank=process.rank,
+        world=process.world,
     )
 
 
@@ -494,10 +499,3 @@ def _tokenizer(path: Path, experiment: Experiment) -> Tokenizer:
     read = Tokenizer.from_json if path.suffix == ".json" else Tokenizer.from_model
     tokenizer = read(path)
     return tokenizer.with_places() if "vision" in experiment.model.new else tokenizer
-
-
-def _digest(parts: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()

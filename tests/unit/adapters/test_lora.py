@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gemkit import family, nn
-from gemkit.adapters import lora
+from gemkit.adapters import lora, merge
 from gemkit.adapters.layers import LoRA
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Batch
@@ -140,7 +140,7 @@ def test_the_rule_of_keras_written_out():
     plain = x_TD @ proj.weight.T
     change = torch.einsum("td,ndr,rh->tnh", x_TD, kernel_A, kernel_B).flatten(1) * 2.0
     torch.testing.assert_close(proj(x_TD), plain + change, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(lora.delta(adapter), torch.einsum("ndr,rh->nhd", kernel_A, kernel_B).flatten(0, 1) * 2)
+    torch.testing.assert_close(merge.delta(adapter), torch.einsum("ndr,rh->nhd", kernel_A, kernel_B).flatten(0, 1) * 2)
     bound = math.sqrt(6 / (heads.heads * config.width))  # he_uniform of such a kernel
     other = model("gemma-2-2b")
     lora.enable_lora(other, 3, rule="keras", targets="q_proj")
@@ -179,13 +179,13 @@ def test_merge_computes_the_same_and_unmerge_is_exact():
     lora.enable_lora(module, 3, rule="keras", name="two")
     train(module)
     told = logits(module)
-    assert lora.merge(module) == lora.merged(module) == ["one", "two"]
+    assert merge.merge(module) == lora.merged(module) == ["one", "two"]
     assert not any(".lora_" in name for name, _ in module.named_parameters())  # nothing beside the weights
     changed = [name for name, weight in module.named_parameters() if not torch.equal(weight, before[name])]
     assert len(changed) == len(lora.account(module, "one").modules)
     largest = told.float().abs().max()
     assert (logits(module).float() - told.float()).abs().max() < 0.1 * largest  # bfloat16 rounds in other places
-    assert lora.unmerge(module) == ["one", "two"]
+    assert merge.unmerge(module) == ["one", "two"]
     assert torch.equal(logits(module), told)
     after = dict(module.named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
@@ -198,10 +198,10 @@ def test_one_of_several_is_merged_and_another_is_trained_on_top():
     lora.enable_lora(module, 2, name="two", seed=1)
     train(module)
     told = logits(module)
-    lora.merge(module, "one")
+    merge.merge(module, "one")
     torch.testing.assert_close(logits(module), told, rtol=1e-4, atol=1e-4)
     lora.enable_lora(module, 2, targets="q_proj", name="three", seed=2)
-    lora.unmerge(module)
+    merge.unmerge(module)
     assert lora.names(module) == ["one", "two", "three"]
     assert torch.equal(logits(module), told)  # the third is zero
 
@@ -209,20 +209,20 @@ def test_one_of_several_is_merged_and_another_is_trained_on_top():
 def test_bookkeeping_of_merges():
     module = model()
     with pytest.raises(ConfigError, match="the model has no adapter"):
-        lora.merge(module)
+        merge.merge(module)
     with pytest.raises(ConfigError, match="no adapter is merged"):
-        lora.unmerge(module)
+        merge.unmerge(module)
     lora.enable_lora(module, 2)
-    lora.merge(module)
+    merge.merge(module)
     with pytest.raises(ConfigError, match="default is merged already: unmerge first"):
-        lora.merge(module)
+        merge.merge(module)
     with pytest.raises(ConfigError, match="'default' is merged into the weights: unmerge first"):
         lora.remove(module)
     with pytest.raises(ConfigError, match="'default' is merged into the weights: unmerge first"):
         lora.set_strength(module, 0.5)
-    lora.unmerge(module)
+    merge.unmerge(module)
     with pytest.raises(ConfigError, match="no adapter is merged"):
-        lora.unmerge(module)
+        merge.unmerge(module)
 
 
 @pytest.mark.parametrize(("target", "other"), [("lm_head", "embeddings"), ("embed_tokens", "logits")])
@@ -232,7 +232,7 @@ def test_the_tied_table_is_not_merged_into(target, other):
     lora.enable_lora(module, 2, targets=[target, "q_proj"])
     train(module)
     with pytest.raises(ConfigError, match=f"{target} has an adapter, .* it would change the {other} too"):
-        lora.merge(module)
+        merge.merge(module)
     assert lora.merged(module) == []
     assert torch.equal(module.decoder.embed_tokens.weight, table)
     assert module.decoder.lm_head.weight is module.decoder.embed_tokens.weight
@@ -264,7 +264,7 @@ def test_a_sum_that_is_not_finite_changes_nothing():
     with torch.no_grad():
         bad[0, 0] = math.inf
     with pytest.raises(WeightsError, match=r"layers\.5\.mlp\.down_proj would have numbers that are not finite"):
-        lora.merge(module)
+        merge.merge(module)
     assert lora.merged(module) == []
     with torch.no_grad():
         bad.copy_(good)
@@ -306,7 +306,7 @@ def test_a_quantized_weight_is_not_merged_into():
     module = quantized()
     lora.enable_lora(module, 2)
     with pytest.raises(ConfigError, match=r"q_proj is quantized \(Q4_0\), .* load the model dense to merge"):
-        lora.merge(module)
+        merge.merge(module)
 
 
 # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,7 @@
 """`gemkit bench long` on tiny shapes: what it reports, draws and refuses."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
@@ -50,8 +51,9 @@ def test_json_and_drawing(capsys, folders, tmp_path):
             assert len(row["rounds_ms_per_token"]) == long_context.ROUNDS
             assert row["tokens_per_second"] * row["ms_per_token"] == pytest.approx(1000)
     root = ET.parse(svg).getroot()
-    curves = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
-    assert [len(curve.attrib["points"].split()) for curve in curves] == [2, 2, 2, 2]  # two of rate, two of memory
+    svg_g, svg_path = "{http://www.w3.org/2000/svg}g", "{http://www.w3.org/2000/svg}path"
+    curves = [g.find(svg_path) for g in root.iter(svg_g) if g.get("id", "").startswith("curve ")]
+    assert [len(re.findall("[ML]", c.attrib["d"])) for c in curves if c is not None] == [2, 2, 2, 2]
     written = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {record["model"] for record in report["models"]} <= set(written)
 

@@ -1,4 +1,4 @@
-"""Checkpoints under everything that happens to disks and processes."""
+"""FileCheckpoints under everything that happens to disks and processes."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from gemkit.errors import NoSpaceError, TrainingError
 from gemkit.train import checkpoint
-from gemkit.train.checkpoint import MANIFEST, Checkpoints, Saved, read_tensors, replace_bytes, write_tensors
+from gemkit.train.checkpoint import MANIFEST, FileCheckpoints, Saved, read_tensors, replace_bytes, write_tensors
 
 
 def saved(step: int, value: float = 0.5) -> Saved:
@@ -37,13 +37,13 @@ def same(one: Saved, other: Saved) -> bool:
 @pytest.fixture
 def kept(tmp_path):
     """Two checkpoints, of steps 10 and 20."""
-    made = Checkpoints(tmp_path / "checkpoints", keep=2)
+    made = FileCheckpoints(tmp_path / "checkpoints", keep=2)
     for step in (10, 20):
         made.save(saved(step))
     return made
 
 
-def left_over(made: Checkpoints) -> list[str]:
+def left_over(made: FileCheckpoints) -> list[str]:
     return sorted(path.name for path in made.folder.iterdir() if not path.name.startswith("step-"))
 
 
@@ -109,7 +109,7 @@ def test_none_that_is_whole(kept, tmp_path):
     with pytest.warns(UserWarning, match="state.json has 1 bytes"), pytest.raises(TrainingError, match="no complete"):
         kept.newest()
     with pytest.raises(TrainingError, match="no complete checkpoint"):
-        Checkpoints(tmp_path / "empty").newest()
+        FileCheckpoints(tmp_path / "empty").newest()
 
 
 class Died(Exception):
@@ -120,7 +120,7 @@ class Died(Exception):
 def test_death_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, at):
     """The process ends before its n-th change of the disk; whatever is there then is what a new process finds."""
     folder = tmp_path / "checkpoints"
-    made = Checkpoints(folder, keep=1)
+    made = FileCheckpoints(folder, keep=1)
     made.save(saved(10))
     left = [at]
 
@@ -133,7 +133,7 @@ def test_death_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, at
 
         return call
 
-    monkeypatch.setattr(checkpoint.Checkpoints, "_sweep", lambda self: None)  # a dead process sweeps nothing
+    monkeypatch.setattr(checkpoint.FileCheckpoints, "_sweep", lambda self: None)  # a dead process sweeps nothing
     monkeypatch.setattr(os, "replace", fatal(os.replace))
     monkeypatch.setattr(os, "fsync", fatal(os.fsync))
     monkeypatch.setattr(shutil, "rmtree", fatal(shutil.rmtree))
@@ -144,10 +144,10 @@ def test_death_at_any_moment_leaves_the_old_or_the_new(tmp_path, monkeypatch, at
     except Died:
         died = True
     monkeypatch.undo()
-    found = Checkpoints(folder, keep=1).newest()
+    found = FileCheckpoints(folder, keep=1).newest()
     assert found.step in ((10, 20) if died else (20,))
     assert same(found, saved(found.step))
-    after = Checkpoints(folder, keep=1)
+    after = FileCheckpoints(folder, keep=1)
     after.save(saved(30))
     assert after.steps() == [30]
     assert left_over(after) == []

@@ -12,7 +12,7 @@ from gemkit.nn import Batch
 from gemkit.train.estimate import Plan, _Meter, choose, flops_per_second, predict
 from gemkit.train.experiment import Data, LoRA, Model, Step
 from gemkit.train.initialise import new_module
-from gemkit.train.trainer import blocks_again
+from gemkit.train.step import activation_checkpointing
 from support.tiny import TOWER, VOCAB, tiny
 from support.training import experiment, small
 
@@ -26,7 +26,7 @@ def few(name):
 
 def asked(**changes):
     changes.setdefault("data", Data(max_length=LENGTH, batch_size=4))
-    return experiment(**{"step": Step(max_tokens=2 * LENGTH), **changes})
+    return experiment(**{"step": Step(microbatch_tokens=2 * LENGTH), **changes})
 
 
 def whole(module):
@@ -58,7 +58,7 @@ def measured(name, prepare, *, checkpointing=False) -> tuple[int, int]:
         patches = module.vision.tokens
         rows, spans = torch.arange(2 * patches), [(0, patches), (LENGTH, LENGTH + patches)]
     batch = Batch.of([torch.zeros(LENGTH, dtype=torch.int64)] * 2, spans=spans, image_rows=rows)
-    with blocks_again(module, checkpointing), _Meter() as meter:
+    with activation_checkpointing(module, checkpointing), _Meter() as meter:
         x_TD = module(batch, None, torch.arange(2 * LENGTH), pixels, output="hidden")
         kept = meter.now
         x_TD.backward(torch.zeros_like(x_TD))
@@ -82,7 +82,7 @@ def test_many_sequences_are_as_many_times_one():
     with _Meter() as meter:
         x_TD = module(batch, None, torch.arange(4 * LENGTH), output="hidden")
         x_TD.backward(torch.zeros_like(x_TD))
-    found = plan("gemma-3-270m", of=asked(step=Step(max_tokens=4 * LENGTH)))
+    found = plan("gemma-3-270m", of=asked(step=Step(microbatch_tokens=4 * LENGTH)))
     assert found.tokens == 4 * LENGTH
     assert found.activations == pytest.approx(meter.peak, rel=0.02)
 
@@ -119,7 +119,7 @@ def test_operations_are_six_for_each_weight_and_token():
     """Two forward, four back; the head's among them. Attention over 64 tokens is 2 % of it. With adapters the four are
     two, and a little."""
     decoder = family.get("gemma-3-270m").decoder
-    of = asked(data=Data(max_length=64, batch_size=4), step=Step(max_tokens=64))
+    of = asked(data=Data(max_length=64, batch_size=4), step=Step(microbatch_tokens=64))
     matmuls = sum(s[0] * s[1] for _, s in family.parameters(decoder) if len(s) == 2)
     found, tuned = (predict(of, decoder, None, kind, dtype=torch.float32) for kind in (whole, adapters))
     assert found.flops / (6 * matmuls * 4 * 64) == pytest.approx(1.02, abs=0.02)
@@ -131,19 +131,27 @@ def test_operations_are_six_for_each_weight_and_token():
     [
         (
             lambda e, again: 50 if again else 200,
-            asked(step=Step(checkpointing="off")),
-            r"step\.checkpointing=on would fit",
+            asked(step=Step(activation_checkpointing="off")),
+            r"step\.activation_checkpointing=on would fit",
         ),
-        (lambda e, again: e.step.max_tokens, asked(step=Step(max_tokens=960)), r"step\.max_tokens=96 would fit"),
-        (lambda e, again: 90 if e.lora.rank else 200, asked(step=Step(max_tokens=96)), r"lora\.rank=8 would fit"),
+        (
+            lambda e, again: e.step.microbatch_tokens,
+            asked(step=Step(microbatch_tokens=960)),
+            r"step\.microbatch_tokens=96 would fit",
+        ),
+        (
+            lambda e, again: 90 if e.lora.rank else 200,
+            asked(step=Step(microbatch_tokens=96)),
+            r"lora\.rank=8 would fit",
+        ),
         (
             lambda e, again: 90 if e.model.weights else 200,
-            asked(step=Step(max_tokens=96), lora=LoRA(rank=4)),
+            asked(step=Step(microbatch_tokens=96), lora=LoRA(rank=4)),
             r"model\.weights=int4 would fit",
         ),
         (
             lambda e, again: 90 if e.model.weights and e.lora.rank else 200,
-            asked(step=Step(max_tokens=96), model=Model()),
+            asked(step=Step(microbatch_tokens=96), model=Model()),
             r"lora\.rank=8 and model\.weights=int4 would fit, in",
         ),
         (lambda e, again: 200, asked(), "not even .* would fit: take a smaller member"),

@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from gemkit import family
 from gemkit.errors import ConfigError, TrainingError
 from gemkit.train import experiment
-from gemkit.train.optimizer import Optimizer, decays, rate
+from gemkit.train.optimizer import Optimizer, decays, learning_rate
 from support.training import PLAIN, replace
 
 
@@ -30,7 +30,7 @@ def gradients(step: int) -> list[torch.Tensor]:
 
 def test_steps_are_those_of_plain_adamw_with_decay_on_matrices_alone():
     ours, theirs = weights(), weights()
-    optimizer = Optimizer(ours, settings(clip=0.0), 5)
+    optimizer = Optimizer(ours, settings(grad_clip=0.0), 5)
     matrix, *others = theirs.values()
     plain = torch.optim.AdamW(
         [{"params": [matrix], "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=1e-3, foreach=False
@@ -39,7 +39,7 @@ def test_steps_are_those_of_plain_adamw_with_decay_on_matrices_alone():
         for kind in (ours, theirs):
             for weight, grad in zip(kind.values(), gradients(step), strict=True):
                 weight.grad = grad.clone()
-        optimizer.step(step, optimizer.norm())
+        optimizer.step(step, optimizer.grad_norm())
         plain.step()
         plain.zero_grad()
     for name in ours:  # rounding of a fused kernel
@@ -49,15 +49,15 @@ def test_steps_are_those_of_plain_adamw_with_decay_on_matrices_alone():
 
 def test_clipping_is_torchs():
     ours, theirs = weights(), weights()
-    optimizer = Optimizer(ours, settings(clip=0.5), 1)
+    optimizer = Optimizer(ours, settings(grad_clip=0.5), 1)
     for kind in (ours, theirs):
         for weight, grad in zip(kind.values(), gradients(0), strict=True):
             weight.grad = grad.clone()
     norm = torch.nn.utils.clip_grad_norm_(theirs.values(), 0.5)
-    assert optimizer.norm() == pytest.approx(norm.item(), rel=1e-6)
+    assert optimizer.grad_norm() == pytest.approx(norm.item(), rel=1e-6)
     clipped = {}
     optimizer._adamw.step = lambda: clipped.update({n: g.clone() for n, g in optimizer.gradients().items()})
-    optimizer.step(0, optimizer.norm())
+    optimizer.step(0, optimizer.grad_norm())
     for name, weight in theirs.items():  # torch divides by the norm + 1e-6
         torch.testing.assert_close(clipped[name], weight.grad, atol=2e-6, rtol=2e-6)
 
@@ -68,7 +68,7 @@ def test_bfloat16_weights_keep_changes_that_are_smaller_than_their_rounding():
     optimizer = Optimizer(ours, settings(learning_rate=1e-4, weight_decay=0.0), 200)
     for step in range(200):
         ours["w.weight"].backward(torch.ones(4, 4, dtype=torch.bfloat16))
-        optimizer.step(step, optimizer.norm())
+        optimizer.step(step, optimizer.grad_norm())
     master = optimizer.masters["w.weight"]
     assert master.dtype == torch.float32
     torch.testing.assert_close(master, torch.full((4, 4), 0.98), atol=1e-5, rtol=0)
@@ -102,10 +102,10 @@ def test_schedules():
 
     def rates(**changes):
         of = settings(**{"learning_rate": 1.0, "warmup": 2, **changes})
-        return [rate(of, step, 10) for step in range(10)]
+        return [learning_rate(of, step, 10) for step in range(10)]
 
     assert rates(decay="constant") == [0.5, *[1.0] * 9]
-    linear = rates(decay="linear", final=0.1)
+    linear = rates(decay="linear", final_lr_share=0.1)
     assert linear[:2] == [0.5, 1.0]
     assert linear[-1] == pytest.approx(0.1)
     assert linear[5] == pytest.approx(1 - 0.9 * 4 / 8)
@@ -124,13 +124,13 @@ def test_a_state_goes_on_to_the_same_bits():
         for step in steps:
             for weight, grad in zip(ours.values(), gradients(step), strict=True):
                 weight.backward(grad.to(weight.dtype))
-            optimizer.step(step, optimizer.norm())
+            optimizer.step(step, optimizer.grad_norm())
 
     whole, first = weights(torch.bfloat16), weights(torch.bfloat16)
     run(Optimizer(whole, settings(), 6), whole, range(6))
     before = Optimizer(first, settings(), 6)
     run(before, first, range(3))
-    state = {name: value.clone() for name, value in before.state().items()}
+    state = {name: value.clone() for name, value in before.state_dict().items()}
     second = {name: Parameter(value.detach().clone()) for name, value in first.items()}
     after = Optimizer(second, settings(), 6)
     after.resume(state)

@@ -78,13 +78,6 @@ def encode_answer(
     return _learned(before[:1], before[1:] + said) if learn_prompt else _learned(before, said)
 
 
-def encode_completion(
-    tokenizer: Tokenizer, prompt: str | Messages, completion: str, *, context: int | None = None
-) -> Example:
-    """A prompt and what comes after it, of which the latter is learned. As `encode_answer`."""
-    return encode_answer(tokenizer, prompt, completion, context=context)
-
-
 def encode_chat(tokenizer: Tokenizer, messages: Messages, *, context: int | None = None) -> Example:
     """A conversation; every answer of the assistant is learned, with the `<end_of_turn>` that ends it.
 

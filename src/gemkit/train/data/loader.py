@@ -12,7 +12,7 @@ seeded with (seed, epoch, record), never of what came before.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemkit.errors import ConfigError, ContextError, DataError, GemkitError
-from gemkit.train.batching import Unit
+from gemkit.train.batching import ExampleGroup
 from gemkit.train.data.files import MAX_BAD, Data
 
 LOOK_AHEAD = 64  # units among which a step with a budget of tokens chooses
@@ -34,21 +34,21 @@ class Encoder(Protocol):
     name: str
     forms: tuple[str, ...]
 
-    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]: ...
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[ExampleGroup]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class _Waiting:
     position: int  # of its record in the order of the epoch
     number: int  # among the units of its record
-    unit: Unit
+    unit: ExampleGroup
 
     @property
     def size(self) -> int:
         return sum(map(len, self.unit))
 
 
-class Steps(Iterator[list[Unit]]):
+class Steps(Iterator[list[ExampleGroup]]):
     """An iterator of steps over some epochs, or for ever.
 
     What is left out is counted: `counts` has, over all epochs so far, "records", "units" and "tokens" given out or
@@ -68,6 +68,8 @@ class Steps(Iterator[list[Unit]]):
         shuffle: bool = True,
         epochs: int | None = None,
         prefetch: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ):
         """
         Args:
@@ -77,6 +79,8 @@ class Steps(Iterator[list[Unit]]):
             shuffle: False keeps the order of the data.
             epochs: how many; None never ends. The last step of an epoch has what is left.
             prefetch: steps that a thread encodes in advance. It changes nothing else.
+            rank, world: this process among those of the run: of every step it gets its `share`. All of them make the
+                same steps in the same order, so `state` is that of the run and not of a process.
 
         Raises:
             ConfigError: if these contradict one another, or the objective takes no records of this form.
@@ -97,17 +101,18 @@ class Steps(Iterator[list[Unit]]):
             )
         self.data, self.objective, self.seed, self.max_length = data, objective, seed, max_length
         self.batch_size, self.batch_tokens, self.shuffle, self.epochs = batch_size, batch_tokens, shuffle, epochs
+        self.rank, self.world = rank, world
         self._counts: Counter[str] = Counter()
         self._epoch, self._position, self._number = 0, 0, 0
-        self._units: list[Unit] | None = None  # of the record at `_position`, from which unit `_number` is next
+        self._units: list[ExampleGroup] | None = None  # of the record at `_position`, from which unit `_number` is next
         self._waiting: deque[_Waiting] = deque()
         self._order: tuple[int, np.ndarray] | None = None
         self._prefetch = prefetch
         self._thread = ThreadPoolExecutor(1, "gemkit-data") if prefetch else None
-        self._coming: deque[Future[tuple[list[Unit] | None, dict[str, Any]]]] = deque()
+        self._coming: deque[Future[tuple[list[ExampleGroup] | None, dict[str, Any]]]] = deque()
         self._given = self._snapshot()
 
-    def __next__(self) -> list[Unit]:
+    def __next__(self) -> list[ExampleGroup]:
         if self._thread is None:
             step, self._given = self._make()
         else:
@@ -116,7 +121,7 @@ class Steps(Iterator[list[Unit]]):
             step, self._given = self._coming.popleft().result()
         if step is None:
             raise StopIteration
-        return step
+        return share(step, self.rank, self.world)
 
     @property
     def epoch(self) -> float:
@@ -153,7 +158,7 @@ class Steps(Iterator[list[Unit]]):
         self._counts = Counter(state["counts"])
         self._units = self._encode(self._position) if self._number else None
         self._waiting = deque()
-        encoded: dict[int, list[Unit]] = {}
+        encoded: dict[int, list[ExampleGroup]] = {}
         for position, number in state["waiting"]:
             if position not in encoded:
                 encoded[position] = self._encode(position)
@@ -191,7 +196,7 @@ class Steps(Iterator[list[Unit]]):
             "counts": dict(self._counts),
         }
 
-    def _make(self) -> tuple[list[Unit] | None, dict[str, Any]]:
+    def _make(self) -> tuple[list[ExampleGroup] | None, dict[str, Any]]:
         """The next step, and the state after it; None at the end."""
         while self.epochs is None or self._epoch < self.epochs:
             chosen = self._by_number(self.batch_size) if self.batch_size else self._by_tokens(self.batch_tokens or 0)
@@ -202,14 +207,14 @@ class Steps(Iterator[list[Unit]]):
             self._epoch, self._position, self._number, self._units = self._epoch + 1, 0, 0, None
         return None, self._snapshot()
 
-    def _by_number(self, size: int) -> list[Unit]:
-        step: list[Unit] = []
+    def _by_number(self, size: int) -> list[ExampleGroup]:
+        step: list[ExampleGroup] = []
         while len(step) < size and (waiting := self._next()):
             step.append(waiting.unit)
         return step
 
-    def _by_tokens(self, budget: int) -> list[Unit]:
-        step: list[Unit] = []
+    def _by_tokens(self, budget: int) -> list[ExampleGroup]:
+        step: list[ExampleGroup] = []
         left = budget
         while True:
             while len(self._waiting) < LOOK_AHEAD and (waiting := self._next()):
@@ -241,7 +246,7 @@ class Steps(Iterator[list[Unit]]):
             self._position, self._number, self._units = self._position + 1, 0, None
         return None
 
-    def _counted(self, unit: Unit) -> bool:
+    def _counted(self, unit: ExampleGroup) -> bool:
         """Whether a unit is to be learned; either way it is counted."""
         if self.max_length is not None and max(map(len, unit)) > self.max_length:
             self._counts["too_long"] += 1
@@ -257,7 +262,7 @@ class Steps(Iterator[list[Unit]]):
             self._counts["shortened"] += 1
         return True
 
-    def _encode(self, position: int) -> list[Unit]:
+    def _encode(self, position: int) -> list[ExampleGroup]:
         index = self._index(position)
         try:
             return self.objective.encode(
@@ -296,3 +301,19 @@ class Steps(Iterator[list[Unit]]):
         ]
         found = f"{counts['records']:,} records, {counts['tokens']:,} tokens of which {counts['learned']:,} are learned"
         return "; ".join([found, *left_out])
+
+
+def share(units: Sequence[ExampleGroup], rank: int, world: int) -> list[ExampleGroup]:
+    """The units of a step that one of several processes computes, in their order: all of one process's own.
+
+    Longest first, each goes to the process that has the fewest tokens so far, so that all have nearly the same number.
+    """
+    if world == 1:
+        return list(units)
+    tokens, mine = [0] * world, []
+    for i in sorted(range(len(units)), key=lambda i: -sum(map(len, units[i]))):
+        least = min(range(world), key=lambda r: tokens[r])
+        tokens[least] += sum(map(len, units[i]))
+        if least == rank:
+            mine.append(i)
+    return [units[i] for i in sorted(mine)]

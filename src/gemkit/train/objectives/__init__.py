@@ -13,35 +13,39 @@ reference.py   what DPO and RL stay near to: the model before training
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from gemkit.adapters import lora
 from gemkit.adapters.resolve import find
-from gemkit.errors import ConfigError, nearest
+from gemkit.errors import ConfigError
 from gemkit.family import Modality
 from gemkit.nn import LanguageModel
 from gemkit.text import Tokenizer
-from gemkit.train.data.infilling import Infilling
+from gemkit.train import OBJECTIVES
 from gemkit.train.experiment import Experiment
 from gemkit.train.objective import Objective
 from gemkit.train.objectives import judges, reference
 from gemkit.train.objectives.distill import Distill
 from gemkit.train.objectives.dpo import Dpo
-from gemkit.train.objectives.image import Image
 from gemkit.train.objectives.infill import Infill
 from gemkit.train.objectives.pretrain import Pretrain
 from gemkit.train.objectives.reward import Reward
 from gemkit.train.objectives.rl import Grpo
 from gemkit.train.objectives.sft import Sft
+from gemkit.train.tables import convert
 from gemkit.weights.load import load_module, put_score
 
-REGISTRY: dict[str, Any] = {
-    kind.name: kind for kind in (Pretrain, Infill, Sft, Image, Distill, Dpo, Reward, Grpo)
-}  # by the name that an experiment says
-_MODELS = {"distill": "teacher", "rl": "reward"}  # options that name a model, which `attach` loads
+_KINDS = {kind.name: kind for kind in (Sft, Pretrain, Infill, Distill, Dpo, Reward, Grpo)}
+assert tuple(_KINDS) == OBJECTIVES  # which names them without importing torch
+
+
+def kind_of(name: str, form: str = "") -> Any:
+    """The class of an objective, by the name that an experiment says and the form of the records."""
+    kind = _KINDS[name]
+    return getattr(kind, "by_form", {}).get(form, kind)
 
 
 def make(experiment: Experiment, tokenizer: Tokenizer, vision: Modality | None, form: str) -> Objective:
@@ -53,53 +57,69 @@ def make(experiment: Experiment, tokenizer: Tokenizer, vision: Modality | None, 
     Raises:
         ConfigError: for an option that the objective has not, or a value that cannot be.
     """
-    name = "image" if experiment.objective == "sft" and form == "image" else experiment.objective
-    if name == "image" and vision is None:
-        raise ConfigError("records with images, and a model that sees none: use a PaliGemma")
-    options = dict(experiment.options)
-    options.pop(_MODELS.get(name, ""), None)
-    known = set(inspect.signature(REGISTRY[name]).parameters) - {"tokenizer", "vision", "teacher", "judge", "context"}
-    if name == "infill":
-        known = set(inspect.signature(Infilling).parameters)
-    for option in options:
-        if option not in known:
-            raise ConfigError(f"options.{option}: {name} has no such option; {nearest(option, sorted(known))}")
-    settings: dict[str, Any] = {"how": Infilling(**options)} if name == "infill" else options
-    if name == "image":
-        settings["vision"] = vision
-    return REGISTRY[name](tokenizer, context=experiment.data.max_length, **settings)
+    kind = kind_of(experiment.objective, form)
+    options = convert(dict(experiment.options), kind.Options, experiment.objective, "options")
+    given: dict[str, Any] = {}
+    if "vision" in kind.needs:
+        if vision is None:
+            raise ConfigError("records with images, and a model that sees none: use a PaliGemma")
+        given["vision"] = vision
+    return kind(tokenizer, options, context=experiment.data.max_length, **given)
 
 
-def others(experiment: Experiment) -> int:
-    """How many more models of about this size are in memory: a teacher, a reference, a reward model."""
-    needs_copy = experiment.objective in ("dpo", "rl") and not experiment.lora.rank
-    return int(needs_copy) + int(bool(experiment.options.get(_MODELS.get(experiment.objective, ""))))
+def others(objective: Any, experiment: Experiment) -> int:
+    """The number of further models of about this size in memory: a teacher, a reference, a reward model."""
+    copied = "reference" in objective.needs and not experiment.lora.rank
+    judged = "judge" in objective.needs and bool(objective.options.reward)
+    return int(copied) + int("teacher" in objective.needs) + int(judged)
 
 
 def attach(objective: Objective, experiment: Experiment, module: LanguageModel) -> None:
-    """Give an objective the models that it needs, and a reward model its head: after adapters are in, before training.
+    """Give an objective what it needs: after adapters are in, before training.
 
     Raises:
         ConfigError: if no teacher is named, or what judges is neither named nor given.
     """
-    named = experiment.options.get(_MODELS.get(objective.name, ""), "")
-    if isinstance(objective, Dpo | Grpo) and getattr(objective, "kl", 1):
-        objective.reference = reference.frozen(module)
-    if isinstance(objective, Reward):
-        new_score(module, experiment.seed)
-    if isinstance(objective, Distill) and objective.teacher is None:
-        if not named:
-            raise ConfigError("distill has no teacher: options.teacher=MODEL")
-        with find(named) as checkpoint:
-            objective.teacher = load_module(checkpoint, device=module.device)[0]
-    if isinstance(objective, Grpo) and objective.judge is None:
-        if not named:
-            raise ConfigError("rl has nothing that rewards: options.reward=MODEL, or a function of yours by --reward")
-        with find(named) as checkpoint:
-            judge = load_module(checkpoint, device=module.device)[0]
-            for folder in checkpoint.place.adapters:
-                lora.attach(judge, folder)
-            objective.judge = judges.Reward(judge, checkpoint.tokenizer, checkpoint.prompts)
+    for need in sorted(objective.needs):
+        if need in _SUPPLY:
+            _SUPPLY[need](objective, experiment, module)
+
+
+def _reference(objective: Any, _: Experiment, module: LanguageModel) -> None:
+    objective.reference = reference.frozen(module)
+
+
+def _teacher(objective: Any, _: Experiment, module: LanguageModel) -> None:
+    if objective.teacher is not None:
+        return
+    if not objective.options.teacher:
+        raise ConfigError("distill has no teacher: options.teacher=MODEL")
+    with find(objective.options.teacher) as checkpoint:
+        objective.teacher = load_module(checkpoint, device=module.device)[0]
+
+
+def _judge(objective: Any, _: Experiment, module: LanguageModel) -> None:
+    if objective.judge is not None:
+        return
+    if not objective.options.reward:
+        raise ConfigError("rl has nothing that rewards: options.reward=MODEL, or a function of yours by --reward")
+    with find(objective.options.reward) as checkpoint:
+        judge = load_module(checkpoint, device=module.device)[0]
+        for folder in checkpoint.place.adapters:
+            lora.attach(judge, folder)
+        objective.judge = judges.Reward(judge, checkpoint.tokenizer, checkpoint.prompts)
+
+
+def _score(_: Any, experiment: Experiment, module: LanguageModel) -> None:
+    new_score(module, experiment.seed)
+
+
+_SUPPLY: Mapping[str, Callable[[Any, Experiment, Any], None]] = {
+    "reference": _reference,
+    "teacher": _teacher,
+    "judge": _judge,
+    "score": _score,
+}
 
 
 def new_score(module: LanguageModel, seed: int) -> None:

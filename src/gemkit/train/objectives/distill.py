@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,8 +17,8 @@ from gemkit.errors import ConfigError
 from gemkit.nn import LanguageModel
 from gemkit.text import Tokenizer
 from gemkit.train import losses
-from gemkit.train.batching import Unit
-from gemkit.train.objective import Loss
+from gemkit.train.batching import ExampleGroup
+from gemkit.train.objective import Loss, Need
 from gemkit.train.objectives.pretrain import Pretrain, rows_of, weight
 from gemkit.train.objectives.sft import Sft
 
@@ -30,38 +31,42 @@ class Distill:
 
     Args:
         teacher: a module with the student's vocabulary; it is never trained. `attach` may give it later.
-        beta: 0 is the forward divergence of Gemma 2, 1 the reverse, between them GKD's mixture.
-        temperature: both distributions are flattened by it.
-        sampled: draw so many tokens of the teacher at each place and learn these alone, as Gemma 3 did with 256.
         context: as for pretraining and fine-tuning.
     """
 
     name = "distill"
     forms: tuple[str, ...] = ("text", "chat", "completion")
+    needs: AbstractSet[Need] = frozenset({"teacher"})
+
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of the objective. Raises: ConfigError."""
+
+        teacher: str = ""  # the name of a model, which `attach` loads
+        beta: float = 0.0  # 0 is the forward divergence of Gemma 2, 1 the reverse, between them GKD's mixture
+        temperature: float = 1.0  # both distributions are flattened by it
+        sampled: int = 0  # tokens drawn of the teacher at each place, to learn these alone, as Gemma 3 did with 256
+
+        def __post_init__(self) -> None:
+            if self.sampled < 0 or (self.sampled and (self.beta or self.temperature != 1)):
+                raise ConfigError(
+                    f"sampled={self.sampled} must not be negative, and is a cross-entropy that beta={self.beta} and "
+                    f"temperature={self.temperature} have no part in"
+                )
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        teacher: Any = None,
-        *,
-        beta: float = 0.0,
-        temperature: float = 1.0,
-        sampled: int = 0,
-        context: int | None = None,
+        self, tokenizer: Tokenizer, options: Options | None = None, *, teacher: Any = None, context: int | None = None
     ):
-        if sampled < 0 or (sampled and (beta or temperature != 1)):
-            raise ConfigError(
-                f"sampled={sampled} must not be negative, and is a cross-entropy that beta={beta} and "
-                f"temperature={temperature} have no part in"
-            )
-        self.teacher, self.beta, self.temperature, self.sampled = teacher, beta, temperature, sampled
+        self.options, self.teacher = options or self.Options(), teacher
         self._text, self._answers = Pretrain(tokenizer, context=context), Sft(tokenizer, context=context)
 
-    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[ExampleGroup]:
         return (self._text if "text" in record else self._answers).encode(record, rng)
 
     @torch.no_grad()
-    def prepare(self, model: LanguageModel, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+    def prepare(
+        self, model: LanguageModel, units: Sequence[ExampleGroup], rng: np.random.Generator
+    ) -> list[ExampleGroup]:
         if self.teacher is None:
             raise ConfigError("distill has no teacher: name one")
         if self.teacher.config.vocab_size != model.config.vocab_size:
@@ -72,11 +77,11 @@ class Distill:
         drawn = torch.Generator(model.device).manual_seed(int(rng.integers(2**62)))
         return [self._taught(unit, drawn) for unit in units]
 
-    def _taught(self, unit: Unit, drawn: torch.Generator) -> Unit:
+    def _taught(self, unit: ExampleGroup, drawn: torch.Generator) -> ExampleGroup:
         rows = rows_of(self.teacher, [unit])
         told: Sequence[Tensor]
-        if self.sampled:
-            told = losses.sample_teacher(partial(rows.loss, self.teacher), self.sampled, drawn)
+        if self.options.sampled:
+            told = losses.sample_teacher(partial(rows.loss, self.teacher), self.options.sampled, drawn)
         else:
             told = (rows.hidden(self.teacher),)
         return tuple(
@@ -84,19 +89,19 @@ class Distill:
             for i, example in enumerate(unit)
         )
 
-    def size(self, units: Sequence[Unit]) -> float:
+    def size(self, units: Sequence[ExampleGroup]) -> float:
         return weight(units)
 
-    def loss(self, model: LanguageModel, units: Sequence[Unit]) -> Loss:
+    def loss(self, model: LanguageModel, units: Sequence[ExampleGroup]) -> Loss:
         rows = rows_of(model, units)
         told: list[Tensor] = [
             torch.cat(parts).to(rows.weights.device)
             for parts in zip(*(example.extra["teacher"] for example in chain.from_iterable(units)), strict=True)
         ]
-        if self.sampled:
+        if self.options.sampled:
             loss = losses.sampled_cross_entropy(told[0], told[1], rows.weights)
         else:
             loss = losses.distillation(
-                self.teacher, told[0], rows.weights, beta=self.beta, temperature=self.temperature
+                self.teacher, told[0], rows.weights, beta=self.options.beta, temperature=self.options.temperature
             )
         return Loss(rows.loss(model, loss)[0])

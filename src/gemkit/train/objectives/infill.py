@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gemkit.text import Tokenizer
-from gemkit.train.batching import Unit
+from gemkit.train.batching import ExampleGroup
 from gemkit.train.data.infilling import Infilling, encode_infill
 from gemkit.train.objectives.pretrain import NextToken
 
@@ -22,12 +22,14 @@ class Infill(NextToken):
     name = "infill"
     forms = ("text", "files")
 
-    def __init__(self, tokenizer: Tokenizer, *, context: int, how: Infilling = Infilling()):  # noqa: B008  # frozen
-        self.tokenizer, self.context, self.how = tokenizer, context, how
+    Options = Infilling
 
-    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+    def __init__(self, tokenizer: Tokenizer, options: Infilling | None = None, *, context: int):
+        self.tokenizer, self.context, self.options = tokenizer, context, options or Infilling()
+
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[ExampleGroup]:
         if "files" in record:
             files = [(file["path"], file["text"]) for file in record["files"]]
         else:
             files = [(record.get("path"), record["text"])]
-        return [(row,) for row in encode_infill(self.tokenizer, files, rng, how=self.how, context=self.context)]
+        return [(row,) for row in encode_infill(self.tokenizer, files, rng, how=self.options, context=self.context)]

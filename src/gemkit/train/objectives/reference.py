@@ -14,7 +14,7 @@ from torch import Tensor
 from gemkit.adapters.layers import Adapter
 from gemkit.nn import LanguageModel
 from gemkit.train import losses
-from gemkit.train.batching import Unit
+from gemkit.train.batching import ExampleGroup
 from gemkit.train.objectives.pretrain import rows_of
 
 
@@ -47,14 +47,14 @@ def before_training(model: LanguageModel, other: Any) -> Iterator[Any]:
         model.train(was_training)
 
 
-def logprobs(model: LanguageModel, unit: Unit, temperature: float = 1.0) -> list[Tensor]:
+def logprobs(model: LanguageModel, unit: ExampleGroup, temperature: float = 1.0) -> list[Tensor]:
     """Log-probability of each token that counts, of each sequence of a unit."""
     rows = rows_of(model, [unit])
     found_M = rows.loss(model, losses.token_logprobs(rows.targets, temperature=temperature))
     return [found_M[rows.sequences == i] for i in range(len(unit))]
 
 
-def per_sequence(values_M: Tensor, units: Sequence[Unit]) -> list[Tensor]:
+def per_sequence(values_M: Tensor, units: Sequence[ExampleGroup]) -> list[Tensor]:
     """Values of the rows of units, sequence by sequence."""
     counts = [int((example.weights != 0).sum()) for example in chain.from_iterable(units)]
     ends = [*accumulate(counts)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -14,8 +16,8 @@ from gemkit.errors import ConfigError
 from gemkit.nn import Batch, LanguageModel
 from gemkit.text import Tokenizer
 from gemkit.train import losses
-from gemkit.train.batching import Unit
-from gemkit.train.objective import Loss
+from gemkit.train.batching import ExampleGroup
+from gemkit.train.objective import Loss, Need
 from gemkit.train.objectives.dpo import pair
 
 
@@ -26,34 +28,46 @@ class Reward:
     `attach` puts it there. It is trained beside whatever else is, all weights or adapters.
 
     Args:
-        centre: factor of the square of the sum of both rewards, which only their difference tells otherwise
-            (arXiv:2312.09244, appendix A); 0.01 there.
         context: tokens of prompt and answer at most; longer pairs are left out.
     """
 
     name = "reward"
     forms: tuple[str, ...] = ("preference",)
 
-    def __init__(self, tokenizer: Tokenizer, *, centre: float = 0.0, context: int | None = None):
-        if centre < 0:
-            raise ConfigError(f"centre={centre} must not be negative")
-        self.tokenizer, self.centre, self.context = tokenizer, centre, context
+    needs: AbstractSet[Need] = frozenset({"score"})
 
-    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of the objective. Raises: ConfigError."""
+
+        # factor of the square of the sum of both rewards, which the loss of their difference leaves free
+        # (arXiv:2312.09244, appendix A); 0.01 there
+        centre: float = 0.0
+
+        def __post_init__(self) -> None:
+            if self.centre < 0:
+                raise ConfigError(f"centre={self.centre} must not be negative")
+
+    def __init__(self, tokenizer: Tokenizer, options: Options | None = None, *, context: int | None = None):
+        self.tokenizer, self.options, self.context = tokenizer, options or self.Options(), context
+
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[ExampleGroup]:
         return [pair(self.tokenizer, record, self.context)]
 
-    def prepare(self, model: LanguageModel, units: Sequence[Unit], rng: np.random.Generator) -> list[Unit]:
+    def prepare(
+        self, model: LanguageModel, units: Sequence[ExampleGroup], rng: np.random.Generator
+    ) -> list[ExampleGroup]:
         return list(units)
 
-    def size(self, units: Sequence[Unit]) -> float:
+    def size(self, units: Sequence[ExampleGroup]) -> float:
         return float(len(units))
 
-    def loss(self, model: LanguageModel, units: Sequence[Unit]) -> Loss:
+    def loss(self, model: LanguageModel, units: Sequence[ExampleGroup]) -> Loss:
         rewards_E = rewards(model, [example.ids for example in chain.from_iterable(units)])
         chosen_B, rejected_B = rewards_E[0::2], rewards_E[1::2]
         total = losses.bradley_terry(chosen_B, rejected_B).sum()
-        if self.centre:
-            total = total + self.centre * (chosen_B + rejected_B).square().sum()
+        if self.options.centre:
+            total = total + self.options.centre * (chosen_B + rejected_B).square().sum()
         with torch.no_grad():
             margin_B = chosen_B - rejected_B
             metrics = {"margin": float(margin_B.sum()), "accuracy": float((margin_B > 0).sum())}

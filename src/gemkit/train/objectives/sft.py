@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from gemkit.text import Tokenizer
-from gemkit.train.batching import Unit
+from gemkit.train.batching import ExampleGroup
 from gemkit.train.data.encoding import encode_answer, encode_chat
+from gemkit.train.objectives.image import Image
 from gemkit.train.objectives.pretrain import NextToken
 
 
@@ -18,29 +20,28 @@ class Sft(NextToken):
 
     Args:
         context: a conversation that is longer loses turns at its end; a completion that is longer is left out.
-        smoothing: label smoothing; the transfers of PaliGemma (arXiv:2407.07726) were made with 0 to 0.3.
-        learn_prompt: count the tokens of a completion's prompt as well.
     """
 
     name = "sft"
     forms = ("chat", "completion")
+    by_form: ClassVar = {"image": Image}  # records of other forms, and the objective that takes them
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        *,
-        context: int | None = None,
-        smoothing: float = 0.0,
-        learn_prompt: bool = False,
-    ):
-        self.tokenizer, self.context = tokenizer, context
-        self.smoothing, self.learn_prompt = smoothing, learn_prompt
+    @dataclass(frozen=True)
+    class Options:
+        """Settings of the objective."""
 
-    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[Unit]:
+        smoothing: float = 0.0  # label smoothing; the transfers of PaliGemma (arXiv:2407.07726) had 0 to 0.3
+        learn_prompt: bool = False  # count the tokens of a completion's prompt as well
+
+    def __init__(self, tokenizer: Tokenizer, options: Options | None = None, *, context: int | None = None):
+        self.options = options or self.Options()
+        self.tokenizer, self.context, self.smoothing = tokenizer, context, self.options.smoothing
+
+    def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[ExampleGroup]:
         if "messages" in record:
             return [(encode_chat(self.tokenizer, record["messages"], context=self.context),)]
         prompt, completion = record["prompt"], record["completion"]
         example = encode_answer(
-            self.tokenizer, prompt, completion, context=self.context, learn_prompt=self.learn_prompt
+            self.tokenizer, prompt, completion, context=self.context, learn_prompt=self.options.learn_prompt
         )
         return [(example,)]

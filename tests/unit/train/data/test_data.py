@@ -25,7 +25,7 @@ def test_code_is_cut_for_infilling(tmp_path, form):
         (tmp_path / name).write_text(text)
     ours, how = tokenizer("codegemma"), Infilling(rate=0.9)
     data = open_data(tmp_path, form)
-    objective = Infill(ours, context=128, how=how)
+    objective = Infill(ours, how, context=128)
     made = [unit for record in data for unit in objective.encode(record, np.random.default_rng(3))]
     files = [("a.py", "x = 1\n" * 50), ("b.py", "import a\n\nprint(a.x)\n")]
     expected = []
@@ -50,7 +50,7 @@ def test_pictures_beside_their_data_file(tmp_path):
         "".join(json.dumps({"image": "a.png", "prompt": "detect cat", "suffix": s}) + "\n" for s in ("", "a b c d"))
     )
     ours = tokenizer("paligemma")
-    objective = Image(ours, TOWER)
+    objective = Image(ours, vision=TOWER)
     (step,) = Steps(open_data(tmp_path), objective, seed=0, batch_size=2, shuffle=False, epochs=1)
     for (example,), suffix in zip(step, ("", "a b c d"), strict=True):
         expected = encode_image(ours, str(tmp_path / "a.png"), "detect cat", suffix, vision=TOWER)

@@ -12,7 +12,6 @@ from gemkit.text import chat, complete, image
 from gemkit.train.data import (
     encode_answer,
     encode_chat,
-    encode_completion,
     encode_image,
     encode_text,
     prompt_ids,
@@ -101,7 +100,7 @@ def test_a_chat_that_teaches_nothing():
 @given(prompt=CONTENT, completion=CONTENT)
 def test_a_completion_comes_after_its_prompt(prompt, completion):
     ours = tokenizer("gemma3")
-    example = encode_completion(ours, prompt, completion)
+    example = encode_answer(ours, prompt, completion)
     before = complete(ours, prompt).ids
     assert example.ids.tolist() == [*before, *ours.encode(completion), ours.eos]
     assert learned(example) == [*ours.encode(completion), ours.eos]

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemkit.errors import AccessError, ConfigError, DataError, MissingExtraError
-from gemkit.train.data import Data, files, open_data
+from gemkit.train.data import Data, files, open_data, sources
 
 USER = {"role": "user", "content": "Hi"}
 MODEL = {"role": "assistant", "content": "Hello"}
@@ -230,7 +230,7 @@ def test_an_empty_file(tmp_path, content):
 
 
 def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_RECORD", 1 << 20)
+    monkeypatch.setattr(sources, "MAX_RECORD", 1 << 20)
     long = json.dumps({"messages": [USER, {"role": "assistant", "content": "x" * (3 << 20)}]})
     assert wrong(tmp_path, GOOD, long, GOOD) == "data.jsonl:2: a line of more than 1 MiB; break the record up"
     data = open_data(lines(tmp_path, *[GOOD] * 60, long, *[GOOD] * 60), on_bad="skip")
@@ -278,7 +278,7 @@ def test_parquet_is_read_row_by_row(tmp_path):
 
 
 def test_few_row_groups_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_TABLES", 1)
+    monkeypatch.setattr(sources, "_TABLES", 1)
     data = open_data(parquet(tmp_path / "a.parquet", [{"text": str(i)} for i in range(9)], row_group_size=3))
     assert [data[i]["text"] for i in (8, 0, 4, 8)] == ["8", "0", "4", "8"]
     assert len(data._sources[0]._tables) == 1

@@ -6,7 +6,7 @@ import torch
 
 from gemkit import nn
 from gemkit.nn import Batch
-from gemkit.train.batching import Example, Rows
+from gemkit.train.batching import Example, PackedBatch
 from support.tiny import VOCAB, WINDOW, tiny
 
 LENGTHS = (3 * WINDOW, 5, 2, 2 * WINDOW + 1)  # past the window, shorter than the convolution, and in between
@@ -33,7 +33,7 @@ def examples(seed=1):
 
 
 def logits(model, some):
-    rows = Rows.of(some)
+    rows = PackedBatch.of(some)
     return rows, model.decoder.lm_head(rows.hidden(model))
 
 

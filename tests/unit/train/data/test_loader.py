@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gemkit.errors import ConfigError, ContextError, DataError, ImageError
 from gemkit.train.batching import Example
 from gemkit.train.data import Data, Steps, open_data
-from gemkit.train.data.loader import LOOK_AHEAD
+from gemkit.train.data.loader import LOOK_AHEAD, share
 
 
 class Lengths:
@@ -238,3 +238,29 @@ def test_a_state_of_other_data_is_refused(tmp_path):
     assert len(next(changed)[0][0]) == 6
     with pytest.raises(ConfigError, match="seed was 0 when the state was saved and is 1: this is another order"):
         Steps(open_data(path), Lengths(), seed=1, batch_size=1).resume(changed.state())
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@given(lengths=RECORDS, batch=BATCH, world=st.integers(1, 4))
+def test_processes_share_every_step(lengths, batch, world):
+    """Of each step every unit goes to one process, in its order; all of them know the position of the run."""
+    records = data(*lengths)
+    whole = Steps(records, Lengths(), seed=1, epochs=1, **batch)
+    shards = [Steps(records, Lengths(), seed=1, epochs=1, rank=rank, world=world, **batch) for rank in range(world)]
+    for step in whole:
+        parts = [next(shard) for shard in shards]
+        dealt = [ids([unit])[0] for part in parts for unit in part]
+        assert sorted(map(str, dealt)) == sorted(map(str, ids(step)))
+        places = [[ids(step).index(unit) for unit in ids(part)] for part in parts]
+        assert all(each == sorted(each) for each in places) or len(set(map(str, dealt))) < len(dealt)
+        assert all(shard.state() == whole.state() for shard in shards)
+        tokens = [sum(len(example) for unit in part for example in unit) for part in parts]
+        assert max(tokens) - min(tokens) <= max(sum(map(len, unit)) for unit in step)
+    assert all(next(shard, None) is None for shard in shards)
+
+
+def test_one_process_has_every_step_as_it_is():
+    units = [(Lengths.example(length, np.random.default_rng(0)),) for length in (3, 9, 4)]
+    assert share(units, 0, 1) == units

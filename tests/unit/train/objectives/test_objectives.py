@@ -18,7 +18,7 @@ from gemkit.adapters import lora
 from gemkit.errors import ConfigError, DataError, ModelError
 from gemkit.text.vocabulary import IMAGE
 from gemkit.train import objectives
-from gemkit.train.batching import Rows
+from gemkit.train.batching import PackedBatch
 from gemkit.train.experiment import Experiment
 from gemkit.train.objectives import judges, reference
 from gemkit.train.objectives.distill import Distill
@@ -67,17 +67,17 @@ def encoded(objective, *records):
     return [unit for record in records for unit in objective.encode(record, rng())]
 
 
-def log_softmax(model, units) -> tuple[Rows, Tensor]:
+def log_softmax(model, units) -> tuple[PackedBatch, Tensor]:
     """Of all rows that count, and all of the vocabulary."""
-    rows = Rows.of([example for unit in units for example in unit])
+    rows = PackedBatch.of([example for unit in units for example in unit])
     return rows, torch.log_softmax(model.decoder.lm_head(rows.hidden(model)), -1)
 
 
-def picked(rows: Rows, log_p_MV: Tensor) -> Tensor:
+def picked(rows: PackedBatch, log_p_MV: Tensor) -> Tensor:
     return log_p_MV.gather(1, rows.targets[:, None])[:, 0]
 
 
-def of_sequences(rows: Rows, values_M: Tensor, count: int) -> Tensor:
+def of_sequences(rows: PackedBatch, values_M: Tensor, count: int) -> Tensor:
     return torch.stack([values_M[rows.sequences == i].sum() for i in range(count)])
 
 
@@ -98,7 +98,7 @@ def assert_same_gradient(model, ours: Tensor, theirs: Tensor) -> None:
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_pretrain(name):
-    model, objective = model_of(name), Pretrain(WORDS, context=8, z_loss=0.01)
+    model, objective = model_of(name), Pretrain(WORDS, Pretrain.Options(z_loss=0.01), context=8)
     units = encoded(objective, TEXT, TEXT)
     assert len(units) == 6  # 15 tokens in pieces of 7 after a <bos>
     loss = objective.loss(model, units)
@@ -111,7 +111,7 @@ def test_pretrain(name):
 
 @pytest.mark.parametrize("name", MEMBERS)
 def test_sft(name):
-    model, objective = model_of(name), Sft(WORDS, smoothing=0.1)
+    model, objective = model_of(name), Sft(WORDS, Sft.Options(smoothing=0.1))
     units = encoded(objective, CHAT, {"prompt": "a", "completion": "bc"})
     rows, log_p_MV = log_softmax(model, units)
     assert len(rows.rows) == 2 * 5 + 3  # two answers of four letters and <end_of_turn>; bc and <eos>
@@ -122,7 +122,7 @@ def test_sft(name):
 def test_image():
     words = WORDS.with_places()
     vision = replace(TOWER, placeholder=words.id(IMAGE))
-    model, objective = model_of("paligemma-3b-pt-224", words=words, vision=vision), Image(words, vision)
+    model, objective = model_of("paligemma-3b-pt-224", words=words, vision=vision), Image(words, vision=vision)
     picture = np.random.default_rng(1).integers(0, 256, (60, 50, 3), dtype=np.uint8)
     units = encoded(
         objective,
@@ -139,7 +139,7 @@ def test_image():
 @pytest.mark.parametrize("settings", [{}, {"beta": 1.0, "temperature": 2.0}, {"beta": 0.5}, {"sampled": 7}])
 def test_distill(name, settings):
     model, teacher = model_of(name), model_of("gemma-2-2b", seed=3)
-    objective = Distill(WORDS, teacher, **settings)
+    objective = Distill(WORDS, Distill.Options(**settings), teacher=teacher)
     units = encoded(objective, TEXT, CHAT)
     prepared = objective.prepare(model, units, rng())
     rows, _ = log_softmax(model, units)
@@ -164,7 +164,7 @@ def test_distill(name, settings):
 def test_gemma_2s_loss_has_the_gradient_of_the_divergence():
     """-sum Q log P and KL(Q || P) differ by what is no function of the student."""
     model, teacher = model_of("gemma-2-2b"), model_of("gemma-2-2b", seed=3)
-    objective = Distill(WORDS, teacher)
+    objective = Distill(WORDS, teacher=teacher)
     units = encoded(objective, TEXT)
     rows, log_p_MV = log_softmax(model, units)
     q_MV = torch.softmax(teacher.decoder.lm_head(rows.hidden(teacher)), -1).detach()
@@ -177,14 +177,14 @@ def test_gemma_2s_loss_has_the_gradient_of_the_divergence():
 @pytest.mark.parametrize("settings", [{}, {"smoothing": 0.1, "beta": 0.5}, {"loss": "ipo", "beta": 0.3}])
 def test_dpo(name, settings):
     model, before = model_of(name), model_of(name, seed=4)
-    objective = Dpo(WORDS, **settings)
+    objective = Dpo(WORDS, Dpo.Options(**settings))
     objective.reference = before
     units = objective.prepare(model, encoded(objective, PAIR, TURNS), rng())
     loss = objective.loss(model, units)
     rows, log_p_MV = log_softmax(model, units)
     now = of_sequences(rows, picked(rows, log_p_MV), 4)
     then = of_sequences(rows, picked(*log_softmax(before, units)), 4).detach()
-    beta, e, d = objective.beta, objective.smoothing, now - then
+    beta, e, d = objective.options.beta, objective.options.smoothing, now - then
     if "loss" in settings:
         d = d / torch.bincount(rows.sequences)
         plain = ((d[0::2] - d[1::2] - 1 / (2 * beta)) ** 2).sum()
@@ -201,7 +201,7 @@ def test_reward(name):
     model = model_of(name)
     objectives.new_score(model, seed=1)
     model.score.double()
-    objective = Reward(WORDS, centre=0.01)
+    objective = Reward(WORDS, Reward.Options(centre=0.01))
     units = encoded(objective, PAIR, TURNS)
     rewards_E = torch.stack(
         [
@@ -219,7 +219,9 @@ def test_reward(name):
 @pytest.mark.parametrize("variant", ["grpo", "dr_grpo"])
 def test_rl(name, variant):
     model = model_of(name)
-    objective = Grpo(WORDS, length_of, group=3, max_tokens=6, temperature=0.8, kl=0.5, variant=variant)
+    objective = Grpo(
+        WORDS, Grpo.Options(group=3, max_tokens=6, temperature=0.8, kl=0.5, variant=variant), judge=length_of
+    )
     objective.reference = before = model_of(name, seed=4)
     units = objective.prepare(model, encoded(objective, {"prompt": "on"}, {"prompt": TURNS["prompt"]}), rng())
     assert len(units) == 6
@@ -290,7 +292,7 @@ def test_a_policy_that_has_not_moved_has_no_margin():
 
 
 def test_the_same_seed_draws_the_same_answers():
-    model, objective = model_of("gemma-2-2b"), Grpo(WORDS, length_of, group=4, max_tokens=5, kl=0)
+    model, objective = model_of("gemma-2-2b"), Grpo(WORDS, Grpo.Options(group=4, max_tokens=5, kl=0), judge=length_of)
     units = encoded(objective, {"prompt": "on"})
     drawn = [[u[0].ids.tolist() for u in objective.prepare(model, units, np.random.default_rng(s))] for s in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
@@ -298,7 +300,10 @@ def test_the_same_seed_draws_the_same_answers():
 
 
 def test_equal_rewards_teach_nothing():
-    model, objective = model_of("gemma-2-2b"), Grpo(WORDS, lambda *_: 1.0, group=3, max_tokens=4, kl=0)
+    model, objective = (
+        model_of("gemma-2-2b"),
+        Grpo(WORDS, Grpo.Options(group=3, max_tokens=4, kl=0), judge=lambda *_: 1.0),
+    )
     units = objective.prepare(model, encoded(objective, {"prompt": "on"}), rng())
     loss = objective.loss(model, units)
     assert loss.total == 0
@@ -335,7 +340,7 @@ def test_a_judge_that_fails_counts_nothing_and_ends_nothing(judge, why):
 
 
 def test_failures_are_counted_in_the_metrics():
-    model, objective = model_of("gemma-2-2b"), Grpo(WORDS, raises, group=2, max_tokens=3, kl=0)
+    model, objective = model_of("gemma-2-2b"), Grpo(WORDS, Grpo.Options(group=2, max_tokens=3, kl=0), judge=raises)
     units = objective.prepare(model, encoded(objective, {"prompt": "on"}, {"prompt": "off"}), rng())
     metrics = [objective.loss(model, [unit]).metrics for unit in units]  # in parts: counted once
     assert sum(m["reward_failed"] for m in metrics) == 4
@@ -377,8 +382,9 @@ def test_every_objective_that_an_experiment_can_name_is_made():
         assert made.forms
     made = objectives.make(Experiment(objective="dpo", options={"beta": 0.3, "loss": "ipo"}), WORDS, None, "preference")
     assert isinstance(made, Dpo)
-    assert (made.beta, made.kind) == (0.3, "ipo")
-    with pytest.raises(ConfigError, match=r"options.betta: dpo has no such option; did you mean beta"):
+    assert made.options == Dpo.Options(beta=0.3, loss="ipo")
+    assert objectives.others(made, Experiment(objective="dpo")) == 1
+    with pytest.raises(ConfigError, match=r"dpo: there is no options\.betta; did you mean beta"):
         objectives.make(Experiment(objective="dpo", options={"betta": 0.3}), WORDS, None, "preference")
     with pytest.raises(ConfigError, match="judge"):
         objectives.make(Experiment(objective="rl", options={"judge": "os:abort"}), WORDS, None, "prompt")
@@ -389,15 +395,15 @@ def test_every_objective_that_an_experiment_can_name_is_made():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Dpo(WORDS, beta=0),
-        lambda: Dpo(WORDS, smoothing=0.5),
-        lambda: Dpo(WORDS, loss="ipo", smoothing=0.1),
-        lambda: Dpo(WORDS, loss="hinge"),  # type: ignore[arg-type]
-        lambda: Grpo(WORDS, group=1),
-        lambda: Grpo(WORDS, temperature=0),
-        lambda: Grpo(WORDS, variant="ppo"),  # type: ignore[arg-type]
-        lambda: Distill(WORDS, sampled=4, beta=1.0),
-        lambda: Reward(WORDS, centre=-1),
+        lambda: Dpo.Options(beta=0),
+        lambda: Dpo.Options(smoothing=0.5),
+        lambda: Dpo.Options(loss="ipo", smoothing=0.1),
+        lambda: Dpo.Options(loss="hinge"),  # type: ignore[arg-type]
+        lambda: Grpo.Options(group=1),
+        lambda: Grpo.Options(temperature=0),
+        lambda: Grpo.Options(variant="ppo"),  # type: ignore[arg-type]
+        lambda: Distill.Options(sampled=4, beta=1.0),
+        lambda: Reward.Options(centre=-1),
     ],
 )
 def test_settings_that_cannot_take_effect_are_refused(make):
@@ -410,12 +416,12 @@ def test_what_misses_is_said():
     with pytest.raises(ConfigError, match="teacher"):
         objectives.attach(Distill(WORDS), Experiment(objective="distill"), model)
     with pytest.raises(ConfigError, match="--reward"):
-        objectives.attach(Grpo(WORDS, kl=0), Experiment(objective="rl"), model)
+        objectives.attach(Grpo(WORDS, Grpo.Options(kl=0)), Experiment(objective="rl"), model)
     with pytest.raises(ConfigError, match="no reward head"):
         rewards(model, [[1, 2]])
     small = model_of("gemma-2-2b", words=tokenizer(code=True))
     with pytest.raises(ConfigError, match="vocabulary of"):
-        Distill(WORDS, small).prepare(model, encoded(Distill(WORDS), TEXT), rng())
+        Distill(WORDS, teacher=small).prepare(model, encoded(Distill(WORDS), TEXT), rng())
 
 
 def test_the_same_answer_twice_is_no_preference():

@@ -13,18 +13,28 @@ import pytest
 import torch
 
 from gemkit.adapters.layers import LoRA
-from gemkit.errors import NoSpaceError, TrainingError
-from gemkit.train import checkpoint, trainer
-from gemkit.train.experiment import Save, Step, Watch
-from gemkit.train.trainer import Log, Trainer, cut, thinned
+from gemkit.errors import MissingExtraError, NoSpaceError, TrainingError
+from gemkit.inspect import curves
+from gemkit.train import checkpoint, loop
+from gemkit.train.experiment import Monitor, Save, Step
+from gemkit.train.log import Log, thinned
+from gemkit.train.loop import Trainer
+from gemkit.train.step import split_microbatches
 from support.tiny import VOCAB
 from support.training import PLAIN, NextToken, Sequences, example, experiment, module
 
 STEPS = 6
 
 
+@pytest.fixture(autouse=True)
+def few_pictures(request, monkeypatch):
+    """Curves are drawn where they are looked at: each takes as long as the rest of a test."""
+    if "curve" not in request.node.name:
+        monkeypatch.setattr(loop, "draw", lambda *_: None)
+
+
 def made(model=None, *, steps=STEPS, folder=None, objective=None, source=None, **changes) -> Trainer:
-    changes.setdefault("step", Step(max_tokens=24))
+    changes.setdefault("step", Step(microbatch_tokens=24))
     return Trainer(
         module() if model is None else model,
         objective or NextToken(),
@@ -38,7 +48,7 @@ def made(model=None, *, steps=STEPS, folder=None, objective=None, source=None, *
 
 def losses(folder) -> list[tuple]:
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [(e["step"], e["loss"], e["norm"], e["rate"], e["right"]) for e in entries if "loss" in e]
+    return [(e["step"], e["loss"], e["grad_norm"], e["lr"], e["right"]) for e in entries if "loss" in e]
 
 
 def weights(of: Trainer) -> dict[str, torch.Tensor]:
@@ -66,9 +76,9 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(name):
     found = {}
     for most in (1000, 24, 18, 2):
         model = module(name, layers=3, dtype=torch.float64)
-        of = made(model, step=Step(max_tokens=most))
+        of = made(model, step=Step(microbatch_tokens=most))
         units = of.source.at(0)
-        parts = list(cut(units, most))
+        parts = list(split_microbatches(units, most))
         of.optimizer.step = lambda *_: 0.0
         of._step(units, 0.0)
         found[len(parts)] = of.optimizer.gradients(), of.log.entries[0]
@@ -85,16 +95,19 @@ def test_a_step_in_parts_has_the_gradient_of_the_whole(name):
 
 def test_parts_keep_units_whole_and_in_order():
     units = [(example(np.arange(length) % VOCAB),) for length in (5, 5, 30, 2, 8, 9)]
-    assert [[len(u[0]) for u in part] for part in cut(units, 12)] == [[5, 5], [30], [2, 8], [9]]
+    assert [[len(u[0]) for u in part] for part in split_microbatches(units, 12)] == [[5, 5], [30], [2, 8], [9]]
     pair = (example(np.arange(7)), example(np.arange(7)))
-    assert [len(part) for part in cut([pair, pair], 12)] == [1, 1]
+    assert [len(part) for part in split_microbatches([pair, pair], 12)] == [1, 1]
 
 
 def test_blocks_computed_again_give_the_same_bits():
-    plain, again = made(with_dropout()), made(with_dropout(), step=Step(max_tokens=24, checkpointing="on"))
+    plain, again = (
+        made(with_dropout()),
+        made(with_dropout(), step=Step(microbatch_tokens=24, activation_checkpointing="on")),
+    )
     assert plain.run().loss == again.run().loss
     assert all(torch.equal(a, b) for a, b in zip(weights(plain).values(), weights(again).values(), strict=True))
-    assert "forward" not in vars(again.model.layers[0])  # nothing of it stays
+    assert not again.model.layers[0].activation_checkpointing  # nothing of it stays
 
 
 def test_it_learns():
@@ -104,7 +117,7 @@ def test_it_learns():
         def at(self, position):
             return super().at(0)
 
-    of = made(steps=60, source=Same(), optimizer=replace(PLAIN, learning_rate=3e-2, clip=0.0))
+    of = made(steps=60, source=Same(), optimizer=replace(PLAIN, learning_rate=3e-2, grad_clip=0.0))
     of.run()
     found = [e["loss"] for e in of.log.entries]
     assert found[0] > math.log(VOCAB) - 0.5
@@ -196,7 +209,7 @@ def test_force_goes_on_with_other_data(tmp_path):
 def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     class Interrupting(NextToken):
         def loss(self, model, units):
-            if of.step == 2 and not of._signals:
+            if of.step == 2 and not of._signals.count:
                 os.kill(os.getpid(), number)
             return super().loss(model, units)
 
@@ -314,7 +327,7 @@ def test_an_op_between_modules_is_named_by_the_module_it_feeds(tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_some_steps_may_be_left_out(tmp_path, what):
-    of = poisoned(tmp_path, what, at=2, times=2, step=Step(max_tokens=24, skip_nonfinite=2))
+    of = poisoned(tmp_path, what, at=2, times=2, step=Step(microbatch_tokens=24, skip_nonfinite=2))
     outcome = of.run()
     assert (outcome.step, outcome.stopped) == (STEPS, False)
     assert [e["step"] for e in of.log.entries if e.get("event") == "skipped"] == [3, 4]
@@ -322,7 +335,7 @@ def test_some_steps_may_be_left_out(tmp_path, what):
 
 
 def test_too_many_in_a_row_stop_it(tmp_path):
-    of = poisoned(tmp_path, "loss", at=2, times=3, step=Step(max_tokens=1000, skip_nonfinite=2))
+    of = poisoned(tmp_path, "loss", at=2, times=3, step=Step(microbatch_tokens=1000, skip_nonfinite=2))
     of.objective.length = -1
     of.objective.loss = lambda model, units: replace(NextToken().loss(model, units), total=torch.tensor(math.nan))
     with pytest.raises(TrainingError, match="step 3: the loss is nan"):
@@ -384,7 +397,7 @@ def test_the_last_checkpoint_must_fit(tmp_path, monkeypatch):
 
 
 def test_evaluation_changes_nothing_and_is_logged(tmp_path):
-    plain, watched = made(with_dropout()), made(with_dropout(), watch=Watch(evaluate_every=2))
+    plain, watched = made(with_dropout()), made(with_dropout(), monitor=Monitor(evaluate_every=2))
     watched.held_out = Sequences(seed=7).at(0)
     plain.run()
     outcome = watched.run()
@@ -395,7 +408,7 @@ def test_evaluation_changes_nothing_and_is_logged(tmp_path):
 
 
 def test_samples_are_logged():
-    of = made(watch=Watch(sample_every=4))
+    of = made(monitor=Monitor(sample_every=4))
     of.sample = lambda: [("Why?", f"at {of.step}")]
     of.run()
     shown = [(e["step"], e["samples"]) for e in of.log.entries if "samples" in e]
@@ -404,7 +417,7 @@ def test_samples_are_logged():
 
 def test_progress_is_a_line():
     lines = []
-    of = made(watch=Watch(log_every=3))
+    of = made(monitor=Monitor(log_every=3))
     of.on_step = lambda progress: lines.append(str(progress))
     of.run()
     assert len(lines) == 2
@@ -413,12 +426,28 @@ def test_progress_is_a_line():
 
 
 def test_the_curve_is_drawn(tmp_path):
-    of = made(folder=tmp_path, watch=Watch(evaluate_every=3))
+    of = made(folder=tmp_path, monitor=Monitor(evaluate_every=3))
     of.held_out = Sequences(seed=7).at(0)
     of.run()
     root = ET.parse(tmp_path / "curve.svg").getroot()
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"pretrain", "training", "held out", "loss", "learning rate", "steps"} <= set(texts)
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_curve_is_missed_once(tmp_path, monkeypatch):
+    def missing():
+        raise MissingExtraError("drawing curves", "plot")
+
+    monkeypatch.setattr(curves, "require", missing)
+    said = []
+    of = made(folder=tmp_path)
+    of.say = said.append
+    of.run()
+    of.draw()
+    assert [line for line in said if "curve" in line] == [said[-1]]
+    assert "gemkit[plot]" in said[-1]
+    assert not (tmp_path / "curve.svg").exists()
 
 
 def test_long_curves_are_means():
@@ -427,12 +456,12 @@ def test_long_curves_are_means():
     assert len(short) == 334
     assert short[0] == (3.0, pytest.approx(2 / 3))
     assert short[-1][0] == 1000.0
-    assert trainer.thinned(points[:400]) == points[:400]
+    assert thinned(points[:400]) == points[:400]
 
 
 def test_global_settings_are_put_back():
     before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    made(steps=1, step=Step(max_tokens=24, threads=1)).run()
+    made(steps=1, step=Step(microbatch_tokens=24, threads=1)).run()
     assert (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()) == before
 
 
