@@ -5,15 +5,19 @@ They stand on an executor, a tokenizer and prompts, whatever holds these.
 
 from __future__ import annotations
 
+import json
+import os
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from gemkit import generate as loop
 from gemkit import text as formats
 from gemkit.errors import StateError
+from gemkit.files import atomic_folder
 from gemkit.generate import GREEDY, INSTRUCTION_TUNED, Event, Options, Request, Result, Sampling
 from gemkit.text import Prompt, Tokenizer
 
@@ -128,15 +132,23 @@ class Completer:
         return Stream(prompt, loop.generate(self.runtime.sync(), [request], **options_of_loop))
 
 
+class _Past(NamedTuple):
+    """The turns that count: all ids, and a snapshot of a beginning of them."""
+
+    ids: list[int]
+    snapshot: Any
+
+
 class Conversation:
     """Turns with one model; the state of the turns before is kept, so that history is never computed again.
 
     talk = model.conversation(system="Answer in one sentence.")
     print(talk.say("What is a tide?"))
     print(talk.say("And a spring tide?"))
+    talk.save("tides")  # model.load_conversation("tides") goes on, in another process too
 
     Any thread may take the next turn: `say` waits for the `say` of another. A turn that is streamed and not yet at its
-    end is dropped by the next one, as if it had never been.
+    end is dropped by the next one, as if it had never been: the snapshot from before it is restored.
 
     Args:
         system: instructions, put at the head of the first turn.
@@ -145,13 +157,18 @@ class Conversation:
 
     def __init__(self, completer: Completer, system: str | None = None, options: Options | None = None):
         self.completer = completer
-        self.ids: list[int] = []  # the whole conversation as the model has seen and written it
         self._system = system
         self._options: Options = {} if options is None else options
         self._executor: Any = None
         self._state: Any = None
+        self._past = _Past([], None)
         self._turn: Stream | None = None
         self._lock = threading.RLock()
+
+    @property
+    def ids(self) -> list[int]:
+        """The whole conversation as the model has seen and written it."""
+        return self._past.ids
 
     def say(self, words: str) -> Result:
         """The model's answer to the user's next turn."""
@@ -165,14 +182,61 @@ class Conversation:
                 self._turn.close()
             prompt = self._prompt(words)
             executor = self.completer.runtime.sync()
-            dropped = self._turn is not None and self._turn.result is None
-            if dropped or executor is not self._executor:  # its past is computed anew
-                self._executor, self._state = executor, executor.new_state(1)
+            if executor is not self._executor:  # its past is computed anew
+                self._begin(executor, self.ids)
+            elif self._turn is not None and self._turn.result is None:
+                self._state.restore(self._past.snapshot, 0)
             request = self.completer.request(prompt, self._options, INSTRUCTION_TUNED, history=self.ids, slot=0)
             options = loop.loop_options(self._options, self.completer.tokenizer.stream)
             events = loop.generate(executor, [request], state=self._state, **options)
             self._turn = Stream(prompt, events, lambda result: self._remember(request, result))
             return self._turn
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a new folder that `load` reads: the turns, the options, and the state, so that nothing is computed
+        again. A turn that is not yet at its end is no part of it.
+
+        Raises:
+            StateError: if nothing has been said yet, or it cannot be written: a folder that is there stays.
+        """
+        past, folder = self._past, Path(path).expanduser()  # ids and snapshot of one moment
+        if not past.ids:
+            raise StateError("nothing has been said yet: there is nothing to save")
+        options: dict[str, Any] = dict(self._options)
+        if "logit_bias" in options:  # JSON has no numbers as keys
+            options["logit_bias"] = list(options["logit_bias"].items())
+        record = {"version": _VERSION, "ids": past.ids, "system": self._system, "options": options}
+        try:
+            with atomic_folder(folder) as work:
+                past.snapshot.save(work / _STATE)
+                (work / _RECORD).write_text(json.dumps(record, default=_number), encoding="utf-8")
+        except OSError as error:
+            raise StateError(f"cannot write {folder}: {error.strerror or error}") from error
+        return folder
+
+    @classmethod
+    def load(cls, completer: Completer, path: str | os.PathLike[str]) -> Conversation:
+        """A conversation that was saved, with the same model and executor; the architecture is checked.
+
+        Raises:
+            StateError: if it is damaged, or of another architecture or executor.
+        """
+        folder = Path(path).expanduser()
+        ids, system, options = _read(folder / _RECORD, len(completer.tokenizer))
+        talk, executor = cls(completer, system, options), completer.runtime.sync()
+        state = talk._begin(executor, ids)
+        snapshot = state.load(folder / _STATE)
+        if snapshot.length > len(ids):
+            raise StateError(f"{folder} is damaged: its state has {snapshot.length} tokens, its turns {len(ids)}")
+        state.restore(snapshot, 0)
+        talk._past = _Past(ids, snapshot)
+        return talk
+
+    def _begin(self, executor: Any, ids: list[int]) -> Any:
+        """A state that has seen nothing of these ids."""
+        self._executor, self._state = executor, executor.new_state(1)
+        self._past = _Past(ids, self._state.snapshot(0))
+        return self._state
 
     def _prompt(self, words: str) -> Prompt:
         if self.ids:
@@ -187,4 +251,33 @@ class Conversation:
         ids = [*request.ids, *result.ids]
         if ids[-1] == self.completer.tokenizer.eos:  # ends the answer, but not the conversation
             ids.pop()  # it was drawn last, so the state has not seen it
-        self.ids = ids
+        self._past = _Past(ids, self._state.snapshot(0))
+
+
+_RECORD, _STATE, _VERSION = "conversation.json", "state.safetensors", 1
+
+
+def _number(value: Any) -> Any:
+    """What JSON makes of a number of NumPy's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"an option of the type {type(value).__name__}")
+
+
+def _read(path: Path, vocab_size: int) -> tuple[list[int], str | None, Options]:
+    """Ids, system and options of a saved conversation."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version, ids, system, options = (record[key] for key in ("version", "ids", "system", "options"))
+        if version != _VERSION:
+            raise StateError(f"{path} is of version {version!r}; this version of gemkit reads {_VERSION}")
+        if "logit_bias" in options:
+            options["logit_bias"] = {int(token): float(bias) for token, bias in options["logit_bias"]}
+        known = set(options) <= set(Options.__annotations__) and (system is None or isinstance(system, str))
+        if not (ids and known and all(type(i) is int and 0 <= i < vocab_size for i in ids)):
+            raise ValueError("unknown options, or ids that the vocabulary does not have")
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror or error}: Conversation.save writes it") from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise StateError(f"{path} is no conversation, or damaged: {error}") from None
+    return ids, system, Options(**options)

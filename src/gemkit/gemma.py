@@ -269,6 +269,14 @@ class Gemma(ImageTasks):
         self.warn_if_not_tuned_for_chat()
         return Conversation(self.completer, system, options)
 
+    def load_conversation(self, path: str | os.PathLike[str]) -> Conversation:
+        """A conversation that `Conversation.save` wrote, of this model on this executor; nothing is computed again.
+
+        Raises:
+            StateError: if it is damaged, or of another architecture or executor.
+        """
+        return Conversation.load(self.completer, path)
+
     def infill(
         self,
         prefix: str,

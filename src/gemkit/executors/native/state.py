@@ -28,13 +28,29 @@ FORMAT = "gemkit snapshot 1"
 _MAX_HEADER = 1 << 26
 
 
+class _Memory:
+    """A `State` of csrc: deleted after all of its snapshots, also where the collector finds both in one cycle."""
+
+    def __init__(self, executor: NativeExecutor):
+        self.library = executor.library
+        self.handle = self.library.gk_state_new(executor.handle)
+
+    def drop(self, snapshot: int) -> None:
+        self.library.gk_snapshot_delete(self.handle, snapshot)
+
+    def __del__(self):
+        self.library.gk_state_delete(self.handle)
+
+
 class NativeSnapshot:
     """The memory of one sequence at one moment. Immutable; it shares pages with slots and other snapshots."""
 
     def __init__(self, state: NativeState, handle: int, length: int):
-        self.state = state  # it must outlive the snapshot
+        self.state = state
         self.handle = handle
         self.length = length
+        # no `__del__`: of a cycle's objects those are called in any order, the state's memory perhaps first
+        weakref.finalize(self, state.memory.drop, handle).atexit = False
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write one safetensors file with a manifest, atomically; `NativeState.load` reads it, in another process too.
@@ -61,10 +77,6 @@ class NativeSnapshot:
             raise StateError(f"{path} cannot be written: {error.strerror or error}") from error
         return Path(path)
 
-    def __del__(self):
-        if getattr(self, "handle", None):
-            self.state.library.gk_snapshot_delete(self.state.handle, self.handle)
-
 
 class NativeState:
     """The memory of sequences between calls: one slot a sequence, in pages that slots and snapshots share."""
@@ -73,7 +85,8 @@ class NativeState:
         self.executor = executor  # it must outlive the state
         self.decoder = executor.decoder
         self.library = executor.library
-        self.handle = self.library.gk_state_new(executor.handle)
+        self.memory = _Memory(executor)
+        self.handle = self.memory.handle
         self.lengths: dict[int, int] = {}
         # snapshots of each slot whose tokens the slot still begins with
         self._of_slot: dict[int, weakref.WeakSet[NativeSnapshot]] = {}
@@ -216,10 +229,6 @@ class NativeState:
         if slot is None or slot not in self.lengths:
             raise StateError(f"slot {slot} of a state with the slots {sorted(self.lengths)}")
         return slot
-
-    def __del__(self):
-        if getattr(self, "handle", None):
-            self.library.gk_state_delete(self.handle)
 
 
 def fingerprint(decoder: Any) -> str:
