@@ -220,7 +220,7 @@ def test_random_folders_load_and_a_state_that_is_made_up_goes_on(run, tmp_path, 
     state = executor.new_state(2)
     importlib.import_module("worker").fill(executor, state, 100)  # windows of 8 are long full
     assert state.lengths == {0: 100, 1: 0}
-    state.fork(0, 1)
+    state.restore(state.snapshot(0), 1)
     logits = [dense(executor, [Chunk(1, [token])], state) for token in (2, 30, 31)]
     assert np.isfinite(logits).all()
     assert state.lengths == {0: 100, 1: 103}

@@ -152,3 +152,25 @@ def test_misuse_is_refused():
         EXECUTOR.run([Chunk(3, [1])], EXECUTOR.new_state(1))
     with pytest.raises(ConfigError, match="is cut by a chunk"):
         EXECUTOR.run([Chunk(0, [1, 2], spans=[(0, 3)])], EXECUTOR.new_state(1))
+
+
+@pytest.mark.parametrize(("reach", "window", "seen"), [("past", None, 0), ("both", 3, 2), ("all", None, 7)])
+def test_a_layer_reaches_as_far_as_its_data_says(reach, window, seen):
+    """One layer: another token changes the rows that see it, and what sees its followers is computed whole."""
+    config = MODULE.config
+    (layer, *_) = config.layers
+    layer = replace(layer, mixer=replace(layer.mixer, reach=reach, window=window))
+    module = nn.Decoder(replace(config, layers=(layer,)))
+    for name, weight in MODULE.named_parameters():
+        if name in dict(module.named_parameters()):
+            module.get_parameter(name).data.copy_(weight)
+    executor = TorchExecutor(module)
+    state = executor.new_state(1)
+    before = dense(executor, [Chunk(0, IDS, rows=8)], state, output="hidden")
+    after = dense(executor, [Chunk(0, [*IDS[:-1], 0], rows=8)], executor.new_state(1), output="hidden")
+    changed = [int(row) for row in np.flatnonzero(np.abs(before - after).max(1) > 0)]
+    assert changed == list(range(7 - seen, 8))
+    if seen:
+        with pytest.raises(StateError, match="goes on at position 8, but its tokens see those after them"):
+            executor.run([Chunk(0, [1])], state)
+        assert state.lengths == {0: 8}
