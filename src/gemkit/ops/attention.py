@@ -130,7 +130,9 @@ def attention(
         StateError: if a sequence goes on from what `memory` holds while its window reaches after the query: the tokens
             that are remembered have not seen these.
 
-    Source: the joined masks are those of Hugging Face's Gemma 3 and PaliGemma, `or_masks` in `masking_utils.py`.
+    Source: the masks are those of Transformers' PaliGemma, and of its EmbeddingGemma for a window on both sides. Its
+        Gemma 3 lets a window cut the past of a span too; an image there has 256 tokens and no window is shorter than
+        512, so that both readings are the same.
     """
     fused = attention_kernel(softcap)[0] == "sdpa"
     trained = memory is None and torch.is_grad_enabled() and any(x.requires_grad for x in (q_TNH, k_TKH, v_TKH))
