@@ -22,7 +22,7 @@ from gemkit import text as formats
 from gemkit.adapters.resolve import find
 from gemkit.conversation import Completer, Conversation, Stream
 from gemkit.errors import ConfigError, ModelError
-from gemkit.generate import INSTRUCTION_TUNED, MAX_TOKENS, Options, Result, Score, unused_ids
+from gemkit.generate import INSTRUCTION_TUNED, MAX_TOKENS, Chunk, Options, Result, Score, unused_ids
 from gemkit.image_tasks import ImageTasks, Shown
 from gemkit.runtime.open import Runtime, open_runtime
 from gemkit.runtime.options import ExecutorName, LoadOptions
@@ -352,9 +352,17 @@ class Gemma(ImageTasks):
         Raises:
             ModelError: if it is no reward model.
         """
-        from gemkit.train.objectives.judges import Reward
+        from gemkit.train.data.encoding import encode_answer
 
-        return Reward(self.module, self.tokenizer, self.prompts)(prompt, answer)
+        executor = self.sync()
+        if not self.is_reward_model:
+            raise ModelError(f"{self.label} has no reward head (score.weight): `gemkit tune reward` trains one")
+        asked = [{"role": "user", "content": prompt}] if prompt and "chat" in self.prompts else prompt
+        ids = [int(token) for token in encode_answer(self.tokenizer, asked, answer).ids]
+        state = executor.new_state(1)
+        for start in range(0, len(ids) - 1, 512):  # as long texts are prefilled: memory for one chunk at a time
+            executor.run([Chunk(0, ids[start : min(start + 512, len(ids) - 1)], rows=0)], state)
+        return float(executor.run([Chunk(0, ids[-1:])], state, output="reward").rows[0][0])
 
     @property
     def is_reward_model(self) -> bool:

@@ -11,8 +11,10 @@ import gemkit
 from gemkit.adapters import lora
 from gemkit.errors import ModelError, WeightsError
 from gemkit.train import objectives
+from gemkit.train.data.encoding import encode_answer
 from gemkit.train.objectives.reward import Reward, rewards
 
+NATIVE = 0.02  # keys and values in float16
 PAIR = {"prompt": "best?", "chosen": "this one", "rejected": "no"}
 
 
@@ -30,14 +32,20 @@ def test_a_saved_reward_model_is_asked(models, tmp_path, run):
     model = reward_model(models, "random")
     wanted = rewards(model.module, sequences(model)).tolist()
     model.save(tmp_path / "reward")
-    for executor in ("auto", "torch"):
+    for executor, tolerance in (("native", NATIVE), ("torch", 1e-5)):
         again = gemkit.load(tmp_path / "reward", executor=executor)
         assert again.is_reward_model
         found = [again.reward(PAIR[side], PAIR["prompt"]) for side in ("chosen", "rejected")]
-        assert found == pytest.approx(wanted, rel=1e-6)
+        assert found == pytest.approx(wanted, rel=tolerance)
+        assert again.runtime.is_open is (executor == "torch")  # the score head is in the packed model
+    long = 300 * "this one "  # of several chunks
+    ids = encode_answer(model.tokenizer, "best?", long).ids
+    assert len(ids) > 2 * 512
+    native = gemkit.load(tmp_path / "reward", executor="native")
+    assert native.reward(long, "best?") == pytest.approx(rewards(model.module, [ids]).item(), rel=NATIVE)
     code, out, _ = run("score", "-m", tmp_path / "reward", "--json", "--prompt", PAIR["prompt"], PAIR["chosen"])
     assert code == 0
-    assert json.loads(out)["reward"] == pytest.approx(wanted[0], rel=1e-6)
+    assert json.loads(out)["reward"] == pytest.approx(wanted[0], rel=NATIVE)
     code, out, _ = run("score", "-m", tmp_path / "reward", PAIR["chosen"])
     assert code == 0
     assert out.splitlines()[-1].startswith("reward ")
@@ -48,7 +56,7 @@ def test_one_that_was_tuned_for_chat_is_asked_in_turns(models, tmp_path):
     model = reward_model(models, "chat")
     turns = {**PAIR, "prompt": [{"role": "user", "content": PAIR["prompt"]}]}
     pair = Reward(model.tokenizer).encode(turns, np.random.default_rng(0))[0]
-    assert model.reward("this one", "best?") == pytest.approx(rewards(model.module, [pair[0].ids]).item())
+    assert model.reward("this one", "best?") == pytest.approx(rewards(model.module, [pair[0].ids]).item(), rel=1e-5)
 
 
 def test_other_models_have_no_reward(models, run, error):
