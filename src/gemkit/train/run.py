@@ -9,8 +9,7 @@
         config.json, model.safetensors, tokenizer ... ├ when it is finished: `gemkit chat -m runs/x`
         or adapter_config.json, adapter_model...      ┘ for an adapter, in PEFT's layout
 
-`Run.start` opens what is read at once, headers and data, so that what is wrong is said before anyone waits; `plan` says
-what it will take; `train` loads the weights and trains.
+`Run.start` opens headers and data, so that faults are reported at once; `plan` estimates; `train` loads weights.
 """
 
 from __future__ import annotations
