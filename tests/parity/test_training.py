@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 STEPS = 20
 SETTINGS = Optimizer(
-    learning_rate=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, clip=1.0, warmup=0, decay="constant"
+    learning_rate=3e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, grad_clip=1.0, warmup=0, decay="constant"
 )
 WORDS = ["red", "green", "a circle", "two squares, then one more", "left", "from here to the door"]
 
@@ -77,7 +77,7 @@ def their_losses(theirs, folder, adapter, records):
             labels[row, : len(given)][learned] = given[learned]
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, SETTINGS.clip)
+        torch.nn.utils.clip_grad_norm_(trained, SETTINGS.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())

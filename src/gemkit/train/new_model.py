@@ -1,13 +1,15 @@
-"""A model from nothing: the architecture of a table `[model.new]` of an experiment."""
+"""A model from nothing: the architecture of a table `[model.new]` of an experiment, and its tokenizer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from gemkit.errors import ConfigError, nearest
 from gemkit.family import Attention, DecoderConfig, Layer, Mixer, Mlp, Modality, Recurrent, Vision, get, repeat
+from gemkit.text import Tokenizer
 from gemkit.train.tables import convert
 
 
@@ -106,3 +108,15 @@ def _mixer(values: Any, every: Mapping[str, Any], where: str, name: str) -> Mixe
     if missing := [f.name for f in fields(Attention) if _is_required(f) and f.name not in numbers]:
         raise _missing(missing[0], where)
     return convert(numbers, Attention, f"{where}: {name}")
+
+
+def new_tokenizer(path: str, *, places: bool) -> Tokenizer:
+    """The tokenizer of a new model: a tokenizer.model, a tokenizer.json, or a folder with the first.
+
+    Args:
+        places: with the pieces for images and places, of a model that sees images.
+    """
+    file = Path(path).expanduser()
+    file = file / "tokenizer.model" if file.is_dir() else file
+    tokenizer = Tokenizer.from_json(file) if file.suffix == ".json" else Tokenizer.from_model(file)
+    return tokenizer.with_places() if places else tokenizer

@@ -50,7 +50,7 @@ from gemkit.train.fingerprint import digest, fingerprint
 from gemkit.train.initialise import new_module
 from gemkit.train.log import Progress
 from gemkit.train.loop import Outcome, Trainer
-from gemkit.train.new_model import new_model
+from gemkit.train.new_model import new_model, new_tokenizer
 from gemkit.train.objective import Objective
 from gemkit.train.objectives import judges
 from gemkit.train.process import Process
@@ -100,7 +100,7 @@ class Run:
                 raise ConfigError(f"{name}={asked!r} is not one of float32, bfloat16")
         checkpoint, tokenizer, label = None, None, "a new model"
         if experiment.model.new:
-            tokenizer = _tokenizer(Path(experiment.model.tokenizer).expanduser(), experiment)
+            tokenizer = new_tokenizer(experiment.model.tokenizer, places="vision" in experiment.model.new)
             decoder, vision = new_model(experiment.model.new, len(tokenizer))
             if vision is not None:
                 vision = replace(vision, placeholder=tokenizer.id(IMAGE))
@@ -491,10 +491,3 @@ def _answers(prompts: tuple[Prompt, ...], objective: Objective, data: Data) -> t
     elif objective.name == "infill":
         learned = "infill"
     return prompts if learned is None or learned in prompts else (*prompts, learned)
-
-
-def _tokenizer(path: Path, experiment: Experiment) -> Tokenizer:
-    path = path / "tokenizer.model" if path.is_dir() else path
-    read = Tokenizer.from_json if path.suffix == ".json" else Tokenizer.from_model
-    tokenizer = read(path)
-    return tokenizer.with_places() if "vision" in experiment.model.new else tokenizer
