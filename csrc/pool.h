@@ -2,12 +2,43 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <mutex>
 #include <thread>
 #include <vector>
 
 namespace gk {
+
+// A mutex that can be waited for a while, so that a caller can look at signals and stop flags in between. Not a
+// std::timed_mutex: ThreadSanitizer does not see the call that it is locked by.
+class Turn {
+public:
+    void lock() {
+        std::unique_lock guard(mutex_);
+        free_.wait(guard, [this] { return !taken_; });
+        taken_ = true;
+    }
+    bool try_lock_for(std::chrono::milliseconds time) {
+        std::unique_lock guard(mutex_);
+        const bool mine = free_.wait_until(guard, std::chrono::system_clock::now() + time, [this] { return !taken_; });
+        if (mine) taken_ = true;
+        return mine;
+    }
+    void unlock() {
+        {
+            const std::lock_guard guard(mutex_);
+            taken_ = false;
+        }
+        free_.notify_one();
+    }
+
+private:
+    std::mutex mutex_;
+    std::condition_variable free_;
+    bool taken_ = false;
+};
 
 class Pool {
 public:
@@ -27,7 +58,7 @@ public:
         run(items, [](void *context, int64_t item, int thread) { (*(F *)context)(item, thread); }, &f);
     }
 
-    std::timed_mutex turn;  // so that a caller that waits can look at signals and stop flags
+    Turn turn;
 
 private:
     void worker(int thread);
