@@ -41,7 +41,7 @@ def test_the_tied_table_counts_once(model):
     assert [name.endswith("embed_tokens.weight") for name in names].count(True) == 1
     assert not any("lm_head" in name for name in names)
     assert sum(weight.numel() for weight in model.module.parameters()) == count(model)
-    assert model.module.lm_head.weight is model.module.embed_tokens.weight
+    assert model.module.decoder.lm_head.weight is model.module.decoder.embed_tokens.weight
 
 
 def test_torchinfo_sums_it_up(model):
@@ -73,7 +73,7 @@ def test_state_dict_goes_out_and_in(model):
     torch.save(ours.state_dict(), file)
     file.seek(0)
     other = copy.deepcopy(ours)
-    assert other.lm_head.weight is other.embed_tokens.weight
+    assert other.decoder.lm_head.weight is other.decoder.embed_tokens.weight
     with torch.no_grad():
         for weight in other.parameters():
             weight.zero_()
@@ -85,4 +85,4 @@ def test_state_dict_goes_out_and_in(model):
 def test_it_moves_to_another_dtype_with_its_tie(model):
     other = copy.deepcopy(model.module).to(torch.float64)
     assert {weight.dtype for weight in other.parameters()} == {torch.float64}
-    assert other.lm_head.weight is other.embed_tokens.weight
+    assert other.decoder.lm_head.weight is other.decoder.embed_tokens.weight

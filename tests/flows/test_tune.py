@@ -248,7 +248,7 @@ def test_what_cannot_fit_is_refused(run, models, texts, tmp_path, monkeypatch):
         ("dpo --data DATA -o OUT", "dpo learns from records of the form preference"),
         ("sft --data DATA -o OUT --lora 500", "rank=500 is larger than"),
         ("sft --data DATA -o OUT --lora 2 --set lora.targets=x_proj", "target 'x_proj' matches nothing"),
-        ("sft --data DATA -o OUT --set options.smooth=1", "sft has no such option; did you mean smoothing"),
+        ("sft --data DATA -o OUT --set options.smooth=1", "sft: there is no options.smooth; did you mean smoothing?"),
         ("sft --data DATA -o OUT --set optimizer.lr=1", "there is no optimizer.lr"),
         ("sft --data DATA -o OUT --max-length 9999", "data.max_length=9999 is beyond the 256 tokens"),
         ("sft --data DATA -o OUT --set model.freeze=visio", "model.freeze='visio' is the beginning of no weight"),
@@ -313,11 +313,12 @@ def test_going_on_with_something_else_is_refused(run, models, texts, tmp_path, c
 
 def test_two_processes_in_one_folder(models, texts, tmp_path):
     from gemkit.errors import TrainingError
+    from gemkit.train.process import Process
     from gemkit.train.run import Run
 
     named = [f"model.name={models / 'random'}", f"data.train={texts}", "data.max_length=64"]
     asked = experiment.set_fields(experiment.Experiment("pretrain"), named)
-    with Run.start(asked, tmp_path / "out") as one, Run.start(asked, tmp_path / "out") as other, one._alone():
+    with Run.start(asked, tmp_path / "out") as one, Run.start(asked, tmp_path / "out") as other, one._alone(Process()):
         refused = pytest.raises(TrainingError, match="another process is training in")
         with refused:
             other.train()

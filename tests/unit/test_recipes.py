@@ -13,6 +13,7 @@ from gemkit.cli import main
 from gemkit.text import Tokenizer, places
 from gemkit.text.vocabulary import INFILL
 from gemkit.train import experiment
+from gemkit.train.new_model import new_model
 from support.recipe_scripts import RECIPES, load
 
 CODE = Path(__file__).parents[1] / "data" / "code"  # the model that recipe b left, and the lines it was measured with
@@ -45,7 +46,7 @@ def test_experiments_are_read(path):
     assert read.objective in experiment.OBJECTIVES
     assert read.data.train.startswith("data/")
     if read.model.new:
-        decoder, _ = experiment.new_model(read.model.new, 512)
+        decoder, _ = new_model(read.model.new, 512)
         assert decoder.max_context >= read.data.max_length
 
 

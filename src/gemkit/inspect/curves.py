@@ -67,7 +67,7 @@ def draw(
 
     # text stays text in an SVG, and equal curves make equal files
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gemkit", "font.size": 10}):
-        figure = Figure(figsize=(8, 1.2 + 2.8 * len(panels) + 0.2 * len(notes)), layout="constrained")
+        figure = Figure(figsize=(8, 1.2 + 2.8 * len(panels) + 0.2 * len(notes)))
         figure.suptitle(title, weight="bold")
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, panel in zip(axes, panels, strict=True):
@@ -76,7 +76,9 @@ def draw(
         handles = {line.get_label(): line for axis in axes for line in axis.get_lines()}
         axes[0].legend([handles[name] for name in names], names, loc="lower left", bbox_to_anchor=(0, 1), ncols=4)
         file = io.BytesIO()
-        figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None, dpi=110)
+        # tight: a long name or note makes the picture larger, never the axes smaller
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(file, format=kind, metadata=metadata, dpi=110, bbox_inches="tight")
     return file.getvalue()
 
 

@@ -169,7 +169,7 @@ def test_several_add_up_and_each_can_be_turned_down():
     assert torch.equal(logits(module), plain)
     lora.remove(module)
     assert lora.names(module) == []
-    assert all(owner.adapters is None for owner in lora._owners(module).values())
+    assert all(owner.adapters is None for owner in lora.owners_of(module).values())
 
 
 def test_merge_computes_the_same_and_unmerge_is_exact():
@@ -285,7 +285,7 @@ def quantized() -> nn.Decoder:
 def test_qlora_trains_beside_codes():
     """Gradients are those beside the same weights made dense."""
     coded, dense = quantized(), quantized()
-    for name, owner in lora._owners(dense).items():
+    for name, owner in lora.owners_of(dense).items():
         if isinstance(owner.weight, Quantized) and name != "lm_head":
             dense.set_param(f"{name}.weight", torch.nn.Parameter(owner.weight.dequantize(), requires_grad=False))
     assert isinstance(coded.layers[0].self_attn.q_proj.weight, Quantized)

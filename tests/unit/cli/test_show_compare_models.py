@@ -33,7 +33,8 @@ def test_show_begins_with_the_answer(run):
     assert "(0-27): 28 x Block(" in rest
 
 
-def test_show_names_what_is_published_otherwise(run):
+def test_show_names_what_is_published_otherwise(run, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # the width of a pipe; pytest-xdist sets one for its workers
     _, out, _ = run("show", "gemma-2b")
     (line,) = (line for line in out.splitlines() if "pre_feedforward_layernorm" in line)
     assert line.endswith("2,048  post_attention_layernorm")

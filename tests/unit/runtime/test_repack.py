@@ -8,7 +8,8 @@ import torch
 
 import gemkit
 from gemkit import nn
-from gemkit.adapters.lora import enable_lora, merge, remove, set_strength, unmerge
+from gemkit.adapters.lora import enable_lora, remove, set_strength
+from gemkit.adapters.merge import merge, unmerge
 from gemkit.errors import ModelError, WeightsError
 from gemkit.executors.native.executor import NativeExecutor
 from gemkit.executors.native.packer import pack
