@@ -141,7 +141,8 @@ class Decoder(LanguageModel):
         if pixels_ICSS is not None:
             features_ED = self.image_features(pixels_ICSS)
         if not isinstance(batch, Batch):
-            return self.forward(Batch.rows(batch), state, rows, output=output, loss=loss).unflatten(0, batch.shape)
+            flat = self.forward(Batch.rows(batch), state, rows, features_ED=features_ED, output=output, loss=loss)
+            return flat.unflatten(0, batch.shape)
         x_RD = self._hidden(batch, state, rows, features_ED)
         match output:
             case "hidden":

@@ -175,3 +175,10 @@ def test_images_and_placeholders_must_match():
     with pytest.raises(ConfigError, match=r"the span of tokens 0 to 10 is cut by a chunk of those from 0 to 9"):
         feed(state, [63] * 9, 10, [image()])
     assert state.lengths == {0: 0}
+
+
+def test_a_rectangle_of_ids_has_no_place_for_an_image():
+    """Pixels beside it are an error, not left out in silence: only a `Batch` says which rows they take."""
+    ids_BT = torch.tensor([[63] * PATCHES + [1, 2, 3]])
+    with pytest.raises(ConfigError, match=rf"{PATCHES} image features for 0 image_rows: must agree"):
+        MODULE(ids_BT, pixels_ICSS=torch.from_numpy(image())[None])

@@ -36,7 +36,7 @@ SCORE = "score.weight"
 
 
 class Tower(Protocol):
-    """Whatever turns images into what the decoder sees of them (`weights.native.TorchTower` is one)."""
+    """The image tower and its projection: images to features of the decoder (`executors.native.tower.NativeTower`)."""
 
     @property
     def vision(self) -> family.Modality: ...
@@ -265,7 +265,7 @@ class NativeExecutor:
         return (hidden_D * weight_D.astype(np.float64)).sum(keepdims=True).astype(np.float32)
 
     def _features(self, chunks: Sequence[Chunk]) -> tuple[np.ndarray, np.ndarray]:
-        """What the decoder sees of the images of a call, float32 (E, D), and the rows of their placeholders."""
+        """The features of the images of a call, float32 (E, D), and the rows of their placeholders."""
         images = [image for chunk in chunks for image in chunk.images]
         if not images:
             return np.empty((0, self.decoder.width), np.float32), np.empty(0, np.int64)
