@@ -67,27 +67,27 @@ def find(args: argparse.Namespace, task: str, decoder: MaskDecoder | None = None
         _check_overlay(Path(args.overlay), args.image)
     chosen: Options = options(args)
     model = load_image_model(args)
-    sight = model.detect_prompt(picture, task, masks=decoder, **chosen)
+    detections = model.detect_prompt(picture, task, masks=decoder, **chosen)
     if args.json:
-        found = {"width": picture.width, "height": picture.height, "things": sight.coco(), "rest": sight.rest}
+        found = {"width": picture.width, "height": picture.height, "things": detections.coco(), "rest": detections.rest}
         print_json(
             {
                 "model": model.label,
                 "image": args.image,
                 "prompt": task,
                 **found,
-                **result_json(sight.result, model.tokenizer),
+                **result_json(detections.result, model.tokenizer),
             }
         )
     else:
-        for line in filter(None, str(sight).splitlines()):
+        for line in filter(None, str(detections).splitlines()):
             print(printable(line, args.raw))
-    if not len(sight):
+    if not len(detections):
         say("nothing was found")
     if args.overlay is not None:
-        sight.save_overlay(args.overlay)
+        detections.save_overlay(args.overlay)
         say(f"drawn into {args.overlay}")
-    return conclude(args, model.tokenizer, sight.result)
+    return conclude(args, model.tokenizer, detections.result)
 
 
 def _check_overlay(target: Path, image: str) -> None:

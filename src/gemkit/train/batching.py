@@ -97,7 +97,7 @@ class PackedBatch:
         )
 
     def hidden(self, model: LanguageModel) -> Tensor:
-        """(M, D): the hidden state after the last norm of each row. `model` is a `Decoder` or a `PaliGemma`."""
+        """(M, D): the hidden state after the last norm of each row. `model` is an `nn.LanguageModel`."""
         return model(self.batch, None, self.rows, self.pixels_ICSS, output="hidden")
 
     def loss(self, model: LanguageModel, loss: ChunkedLoss) -> Any:

@@ -64,7 +64,7 @@ class Trainer:
     """Trains a module.
 
     Args:
-        model: a `Decoder` or a `PaliGemma`, its weights loaded.
+        model: an `nn.LanguageModel`, its weights loaded.
         objective: the way to learn.
         source: the units of each step, of which this process has its share.
         experiment: its `optimizer` has nothing left out.
