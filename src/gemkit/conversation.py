@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,7 +19,7 @@ from gemkit import generate as loop
 from gemkit import text as formats
 from gemkit.errors import StateError
 from gemkit.files import atomic_folder
-from gemkit.generate import GREEDY, INSTRUCTION_TUNED, Event, Options, Request, Result, Sampling
+from gemkit.generate import GREEDY, INSTRUCTION_TUNED, Event, Options, Request, Result, Sampling, StopFlag
 from gemkit.text import Prompt, Tokenizer
 
 
@@ -35,13 +36,25 @@ class Stream(Iterator[str]):
 
     A Ctrl-C while the model computes ends the answer and keeps what there is, with `result.finish_reason`
     "interrupted". One that arrives between two pieces is yours to catch: `interrupt()` then does the same. Any thread
-    may call any method; `interrupt` waits for the step that another thread is in.
+    may call any method.
+
+    Args:
+        events: those of a loop with one request.
+        stop: the flag that the loop was given.
+        on_result: called with the result, by the thread that reads the end.
     """
 
-    def __init__(self, prompt: Prompt, events: Generator[Event], on_result: Callable[[Result], None] | None = None):
+    def __init__(
+        self,
+        prompt: Prompt,
+        events: Generator[Event],
+        stop: StopFlag,
+        on_result: Callable[[Result], None] | None = None,
+    ):
         self.prompt = prompt  # what the model was shown, of this turn
         self.result: Result | None = None
         self._events = events
+        self._stop = stop
         self._on_result = on_result
         self._lock = threading.RLock()  # a generator that runs in one thread cannot be entered by another
 
@@ -50,19 +63,14 @@ class Stream(Iterator[str]):
             return self._take(next(self._events))
 
     def interrupt(self) -> Result:
-        """Stop here; the result has everything up to now.
+        """End the answer here, and the step that another thread computes for it; the result has everything up to now.
 
         Raises:
             StateError: if the answer was dropped (`close`).
         """
+        self._stop.set()  # before the lock, which a reader that takes it again at once could keep to the end
         with self._lock:
-            if self.result is None:
-                try:
-                    self._take(self._events.throw(KeyboardInterrupt))
-                except KeyboardInterrupt:
-                    raise _dropped() from None
-            assert self.result is not None
-            return self.result
+            return self._rest()
 
     def finish(self) -> Result:
         """Read to the end without looking at the text, or to a Ctrl-C.
@@ -71,29 +79,29 @@ class Stream(Iterator[str]):
             StateError: if the answer was dropped (`close`).
         """
         try:
-            for _ in self:
-                pass
+            return self._rest()
         except KeyboardInterrupt:
-            self.interrupt()
-        if self.result is None:
-            raise _dropped()
-        return self.result
+            return self.interrupt()
 
     def close(self) -> None:
         """Drop the answer: nothing more comes, and without a result yet there will be none."""
         with self._lock:
             self._events.close()
 
+    def _rest(self) -> Result:
+        for _ in self:
+            pass
+        if self.result is None:
+            raise StateError("this answer was dropped before its end: the next turn of its conversation has begun")
+        return self.result
+
     def _take(self, event: Event) -> str:
         if event.result is not None:
-            self.result = event.result
+            cancelled = event.result.finish_reason == "cancelled"  # by `interrupt`, which alone sets the flag
+            self.result = replace(event.result, finish_reason="interrupted") if cancelled else event.result
             if self._on_result is not None:
-                self._on_result(event.result)
+                self._on_result(self.result)
         return event.text
-
-
-def _dropped() -> StateError:
-    return StateError("this answer was dropped before its end: the next turn of its conversation has begun")
 
 
 class Completer:
@@ -129,7 +137,8 @@ class Completer:
         """The answer to a prompt as it comes."""
         request = self.request(prompt, options, defaults, images=images)
         options_of_loop = loop.loop_options(options, self.tokenizer.stream)
-        return Stream(prompt, loop.generate(self.runtime.sync(), [request], **options_of_loop))
+        stop = StopFlag()
+        return Stream(prompt, loop.generate(self.runtime.sync(), [request], stop=stop, **options_of_loop), stop)
 
 
 class _Past(NamedTuple):
@@ -188,8 +197,9 @@ class Conversation:
                 self._state.restore(self._past.snapshot, 0)
             request = self.completer.request(prompt, self._options, INSTRUCTION_TUNED, history=self.ids, slot=0)
             options = loop.loop_options(self._options, self.completer.tokenizer.stream)
-            events = loop.generate(executor, [request], state=self._state, **options)
-            self._turn = Stream(prompt, events, lambda result: self._remember(request, result))
+            stop = StopFlag()
+            events = loop.generate(executor, [request], state=self._state, stop=stop, **options)
+            self._turn = Stream(prompt, events, stop, lambda result: self._remember(request, result))
             return self._turn
 
     def save(self, path: str | os.PathLike[str]) -> Path:

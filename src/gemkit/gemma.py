@@ -22,7 +22,7 @@ from gemkit import text as formats
 from gemkit.adapters.resolve import find
 from gemkit.conversation import Completer, Conversation, Stream
 from gemkit.errors import ConfigError, ModelError
-from gemkit.generate import INSTRUCTION_TUNED, MAX_TOKENS, Chunk, Options, Result, Score, unused_ids
+from gemkit.generate import INSTRUCTION_TUNED, MAX_TOKENS, Options, Result, Score, unused_ids
 from gemkit.image_tasks import ImageTasks, Shown
 from gemkit.runtime.open import Runtime, open_runtime
 from gemkit.runtime.options import ExecutorName, LoadOptions
@@ -326,7 +326,7 @@ class Gemma(ImageTasks):
         """Log-probability of every token of a text, and its perplexity. The text follows a `<bos>`.
 
         Args:
-            top: list so many of the most likely tokens at each position.
+            top: how many of the most likely tokens to list at each position.
             image, prompt: rate the text as the answer to this prompt on an image, such as "caption en".
         """
         if image is None:
@@ -358,11 +358,7 @@ class Gemma(ImageTasks):
         if not self.is_reward_model:
             raise ModelError(f"{self.label} has no reward head (score.weight): `gemkit tune reward` trains one")
         asked = [{"role": "user", "content": prompt}] if prompt and "chat" in self.prompts else prompt
-        ids = [int(token) for token in encode_answer(self.tokenizer, asked, answer).ids]
-        state = executor.new_state(1)
-        for start in range(0, len(ids) - 1, 512):  # as long texts are prefilled: memory for one chunk at a time
-            executor.run([Chunk(0, ids[start : min(start + 512, len(ids) - 1)], rows=0)], state)
-        return float(executor.run([Chunk(0, ids[-1:])], state, output="reward").rows[0][0])
+        return loop.reward(executor, [int(token) for token in encode_answer(self.tokenizer, asked, answer).ids])
 
     @property
     def is_reward_model(self) -> bool:
@@ -384,9 +380,11 @@ class Gemma(ImageTasks):
             f"loaded in {self.report.seconds:.1f} s",
             f"context    {self.config.max_context:,} tokens",
             f"trained to {', '.join(self.prompts)}",
-            *self._images_line(),
-            f"executor   {executor.name}: {executor.about()}",
         ]
+        if self.vision is not None:
+            size = self.vision.tower.image_size
+            lines.append(f"images     {size} x {size} pixels, {self.vision.tokens:,} tokens each")
+        lines.append(f"executor   {executor.name}: {executor.about()}")
         lines += [f"adapter    {told}" for told in self._accounts()]
         lines += [f"note       {note}" for note in self.report.notes]
         return "\n".join(lines)
@@ -397,12 +395,6 @@ class Gemma(ImageTasks):
         from gemkit.adapters import lora
 
         return [lora.account(self.module, name) for name in lora.names(self.module)]
-
-    def _images_line(self) -> list[str]:
-        if self.vision is None:
-            return []
-        size, tokens = self.vision.tower.image_size, self.vision.tokens
-        return [f"images     {size} x {size} pixels, {tokens:,} tokens each"]
 
     def save(
         self,

@@ -1,7 +1,7 @@
 """Ids in, ids and text out: requests, sequences, policies, sampling, stop strings, speculation, the loop. No torch."""
 
-from gemkit.executors.interface import Chunk, Executor, State
-from gemkit.generate.loop import complete, generate, score, step
+from gemkit.executors.interface import Chunk, Executor, State, StopFlag
+from gemkit.generate.loop import complete, generate, reward, score, step
 from gemkit.generate.policy import Mixed, Plan, Policy, PromptsFirst
 from gemkit.generate.request import MAX_TOKENS, Options, Request, TextStream, loop_options, unused_ids
 from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, TokenLogprob
@@ -30,6 +30,7 @@ __all__ = [
     "Sequence",
     "SpeculationController",
     "State",
+    "StopFlag",
     "StopStrings",
     "TextStream",
     "Timings",
@@ -37,6 +38,7 @@ __all__ = [
     "complete",
     "generate",
     "loop_options",
+    "reward",
     "sample",
     "score",
     "step",

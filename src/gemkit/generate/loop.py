@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from gemkit.errors import ConfigError, ContextError, StateError, Stopped
-from gemkit.executors.interface import Executor, State, StopFlag
+from gemkit.executors.interface import Chunk, Executor, State, StopFlag
 from gemkit.generate.policy import Plan, Policy, PromptsFirst
 from gemkit.generate.request import Request, TextStream
 from gemkit.generate.result import Event, Result, Score, TokenLogprob
@@ -208,6 +208,18 @@ def score(
         for position, row in enumerate(outputs.rows, first):
             entries[position] = token_logprob(row, int(ids[position]), top)
     return Score(tuple(entries))
+
+
+def reward(executor: Executor, ids: abc.Sequence[int], *, chunk: int = 512) -> float:
+    """The number that a reward model's head gives for the last of `ids`.
+
+    Args:
+        chunk: tokens a call, which bounds the memory that a long text takes.
+    """
+    state = executor.new_state(1)
+    for start in range(0, len(ids) - 1, chunk):
+        executor.run([Chunk(0, ids[start : min(start + chunk, len(ids) - 1)], rows=0)], state)
+    return float(executor.run([Chunk(0, ids[-1:])], state, output="reward").rows[0][0])
 
 
 def _slots(requests: abc.Sequence[Request], state: State | None) -> list[int]:
