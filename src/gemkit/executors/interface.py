@@ -74,11 +74,19 @@ class Outputs:
             "hidden": for each output row (D,) float32, the hidden state after the last norm;
             "reward": for each output row (1,) float32, the number of the score head;
             "pooled": for each chunk with output rows (D,) float32, the mean of their hidden states.
-        computed: (R,) int64: logits that were computed for each row; 0 where the output is none.
+        computed: (len(rows),) int64: logits that were computed for each row; 0 where the output is none.
     """
 
     rows: Sequence[np.ndarray | SparseLogits]
     computed: np.ndarray
+
+
+def pool(hidden: np.ndarray, chunks: Sequence[Chunk]) -> Outputs:
+    """The "pooled" output of the hidden states (R, D) of a call: means in float64, of the chunks that have rows."""
+    counts = [chunk.rows for chunk in chunks if chunk.rows]
+    parts = np.split(hidden, np.cumsum(counts)[:-1]) if counts else []
+    means = [part.mean(0, dtype=np.float64).astype(np.float32) for part in parts]
+    return Outputs(means, np.zeros(len(means), np.int64))
 
 
 class Snapshot(Protocol):

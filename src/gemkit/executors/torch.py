@@ -20,6 +20,7 @@ from gemkit.executors.interface import (
     StopFlag,
     check_ids,
     image_rows,
+    pool,
     span_rows,
 )
 from gemkit.executors.native import dequantize
@@ -83,16 +84,14 @@ class TorchExecutor:
             wanted = [row for end, chunk in zip(ends, chunks, strict=True) for row in range(end - chunk.rows, end)]
             rows = torch.tensor(wanted, dtype=torch.int64, device=self.device)
             found = self.module(batch, state, rows, **options).float().cpu().numpy()
-        parts = np.split(found, np.cumsum([chunk.rows for chunk in chunks])[:-1])
-        computed = np.full(len(found), self.decoder.vocab_size if output == "logits" else 0, np.int64)
         match output:
             case "logits":
-                rows_of = [_filtered(row, chunk) for chunk, part in zip(chunks, parts, strict=True) for row in part]
-                return Outputs(rows_of, computed)
+                of = [chunk for chunk in chunks for _ in range(chunk.rows)]
+                computed = np.full(len(found), self.decoder.vocab_size, np.int64)
+                return Outputs([_filtered(row, chunk) for row, chunk in zip(found, of, strict=True)], computed)
             case "pooled":
-                pooled = [part.mean(0) for part in parts if len(part)]
-                return Outputs(pooled, computed[: len(pooled)])
-        return Outputs([np.atleast_1d(row) for row in found], computed)
+                return pool(found, chunks)
+        return Outputs([np.atleast_1d(row) for row in found], np.zeros(len(found), np.int64))
 
     def _batch(self, chunks: Sequence[Chunk], state: State) -> Batch:
         for chunk in chunks:

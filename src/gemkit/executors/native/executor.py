@@ -26,6 +26,7 @@ from gemkit.executors.interface import (
     StopFlag,
     check_ids,
     image_rows,
+    pool,
     span_rows,
 )
 from gemkit.executors.native.library import available, library, threads
@@ -137,18 +138,13 @@ class NativeExecutor:
         features = self._features(chunks)
         with self._turn(stop):
             rows = self._run(chunks, state, features, output, stop, seconds)
-        if output == "logits":
-            return rows
-        hidden = [np.asarray(row) for row in rows.rows]
-        counts = [chunk.rows for chunk in chunks if chunk.rows]
         match output:
-            case "hidden":
+            case "logits" | "hidden":
                 return rows
             case "reward":
-                return Outputs([self._reward(row) for row in hidden], rows.computed)
+                return Outputs([self._reward(np.asarray(row)) for row in rows.rows], rows.computed)
             case "pooled":
-                parts = np.split(np.array(hidden), np.cumsum(counts)[:-1]) if counts else []
-                return Outputs([part.mean(0, dtype=np.float64).astype(np.float32) for part in parts], rows.computed)
+                return pool(np.array(rows.rows), chunks)
         assert_never(output)
 
     @contextmanager
