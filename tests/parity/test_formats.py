@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import gguf
-import numpy as np
 import pytest
 import torch
 
@@ -12,72 +11,8 @@ from gemkit.nn import Batch
 from gemkit.ops import Quantized
 from gemkit.weights.checkpoint import find
 from gemkit.weights.load import load_module
+from support.gguf_files import ARCHITECTURES, small, tiny_file
 from support.tiny import WINDOW, assert_close, load, reference, tiny, tokens
-
-GGUF_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-ARCHITECTURES = {"gemma-2b": "gemma", "gemma-2-2b": "gemma2", "gemma-3-1b": "gemma3"}
-
-
-def write_gguf(model, config, architecture, path, kind):
-    """The file that llama.cpp's converter writes: its names, norms plus one, `kind` for matrices. The gguf package
-    quantizes; `model` is given the numbers that the file then means."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_context)
-    writer.add_embedding_length(config.width)
-    writer.add_block_count(len(config.layers))
-    heads = config.attention[0]
-    writer.add_feed_forward_length(config.layers[0].ffw.width)
-    writer.add_head_count(heads.heads)
-    writer.add_head_count_kv(heads.kv_heads)
-    writer.add_key_length(heads.head_dim)
-    writer.add_value_length(heads.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    if architecture != "gemma":
-        writer.add_sliding_window(config.windows[0])
-    if heads.softcap:
-        writer.add_attn_logit_softcapping(heads.softcap)
-        writer.add_final_logit_softcapping(config.final_softcap)
-    for name, weight in model.model.named_parameters():
-        stem, values = name.removesuffix(".weight"), weight.detach().numpy()
-        if "norm" in stem:
-            writer.add_tensor(_gguf_name(stem, architecture), values + np.float32(1))
-            with torch.no_grad():  # what is left of w after 1 + w was rounded
-                weight.copy_(torch.from_numpy((values + np.float32(1)) - np.float32(1)))
-            continue
-        data = gguf.quants.quantize(values, kind)
-        writer.add_tensor(_gguf_name(stem, architecture), data, raw_dtype=kind)
-        with torch.no_grad():
-            weight.copy_(torch.from_numpy(gguf.quants.dequantize(data, kind).reshape(values.shape)))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _gguf_name(stem, architecture):
-    if stem == "embed_tokens":
-        return "token_embd.weight"
-    if stem == "norm":
-        return "output_norm.weight"
-    _, number, leaf = stem.split(".", 2)
-    norms = {
-        "post_attention_layernorm": "ffn_norm" if architecture == "gemma" else "post_attention_norm",
-        "pre_feedforward_layernorm": "ffn_norm",
-        "post_feedforward_layernorm": "post_ffw_norm",
-    }
-    return f"blk.{number}.{ {**GGUF_NAMES, **norms}[leaf] }.weight"
-
 
 KINDS = [gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q5_1")]
 
@@ -85,12 +20,8 @@ KINDS = [gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gguf(name, kind, tmp_path):
-    config = tiny(name)
-    if config.width % 32:  # blocks run over 32 numbers of a row; Gemma 3 1B has 4 heads, so 16 at this size
-        config = replace(config, width=32)
-    theirs = reference(config)
-    path = tmp_path / "tiny.gguf"
-    write_gguf(theirs, config, ARCHITECTURES[name], path, kind)
+    config, path = small(name), tmp_path / "tiny.gguf"
+    theirs = tiny_file(path, name, kind)
     ours = load(path, dtype="float32")
     assert ours.config == config  # metadata and implied settings give the same architecture
     if kind.name.startswith("Q"):

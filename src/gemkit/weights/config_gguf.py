@@ -9,6 +9,23 @@ from gemkit.errors import ConfigError, WeightsError
 from gemkit.family import DecoderConfig, Global, Mlp, Rope, Sliding, repeat
 from gemkit.weights.config_keys import Keys, refuse_differences
 
+# What a GGUF may hold beside models, by its `general.type`.
+_OTHER_KINDS = {
+    "adapter": "a LoRA adapter, not a model; adapters are read in PEFT's layout (adapter_config.json)",
+    "mmproj": "an image tower (mmproj), not a model: name the GGUF of the text model beside it",
+    "vocab": "a vocabulary without weights",
+    "imatrix": "an importance matrix, which quantizers read, not a model",
+}
+
+
+def refuse_other_kinds(metadata: Mapping[str, Any], where: str) -> None:
+    """Raises: WeightsError, for a GGUF that holds something else than a model; says what."""
+    kind = metadata.get("general.type", "model")
+    if metadata.get("general.architecture") == "clip":  # towers from before there was a general.type
+        kind = "mmproj"
+    if kind != "model":
+        raise WeightsError(f"{where} is " + _OTHER_KINDS.get(kind, f"a GGUF of general.type={kind!r}, not a model"))
+
 
 def from_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str) -> DecoderConfig:
     """The decoder that a GGUF's metadata describes; `vocab_size` counts the rows of its embedding.

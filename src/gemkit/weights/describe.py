@@ -15,7 +15,7 @@ from gemkit.family import DecoderConfig, Member, Modality, Prompt
 from gemkit.text import Tokenizer
 from gemkit.text.prompts import FIM_PREFIX
 from gemkit.text.vocabulary import IMAGE
-from gemkit.weights import config_gguf, config_hf, config_vision
+from gemkit.weights import config_gguf, config_hf, config_vision, vocabulary_gguf
 from gemkit.weights.fit import member_of
 from gemkit.weights.formats.base import MAX_HEADER, Reader, parse_json
 from gemkit.weights.formats.safetensors import SafetensorsReader
@@ -44,15 +44,28 @@ def describe(reader: Reader, place: Place) -> Description:
     """
     match reader.format:
         case "gguf":
-            table = reader.entries.get("token_embd.weight")
-            if table is None or len(table.shape) != 2:
-                raise WeightsError(f"{place.label}: token_embd.weight is missing or not a matrix")
-            return Description(config_gguf.from_gguf(reader.metadata, table.shape[0], place.label), None, place.member)
+            return _describe_gguf(reader, place)
         case "safetensors":
             return _describe_folder(reader, place)
         case "ckpt":
             member = place.member or member_of(reader, place.label)
             return Description(member.decoder, None, member)
+
+
+def _describe_gguf(reader: Reader, place: Place) -> Description:
+    config_gguf.refuse_other_kinds(reader.metadata, place.label)
+    table = reader.entries.get("token_embd.weight")
+    if table is None or len(table.shape) != 2:
+        raise WeightsError(f"{place.label}: token_embd.weight is missing or not a matrix")
+    decoder, notes = config_gguf.from_gguf(reader.metadata, table.shape[0], place.label), []
+    if any(name.startswith(("v.", "mm.")) for name in reader.entries):
+        notes.append(_TOWER_LEFT_OUT)
+    if "tokenizer.ggml.tokens" in reader.metadata and "tokenizer.ggml.token_type" not in reader.metadata:
+        notes.append("the GGUF has no token types: control tokens are known by their names")
+    return Description(decoder, None, place.member, tuple(notes))
+
+
+_TOWER_LEFT_OUT = "the image tower is left out: the text decoder alone is loaded"
 
 
 def _describe_folder(reader: Reader, place: Place) -> Description:
@@ -65,7 +78,7 @@ def _describe_folder(reader: Reader, place: Place) -> Description:
         reader.join(kinds)
     vision = config_vision.vision_from_hf(config, place.label)
     left_out = vision is None and "vision_config" in config
-    notes = ("the image tower is left out: the text decoder alone is loaded",) if left_out else ()
+    notes = (_TOWER_LEFT_OUT,) if left_out else ()
     return Description(config_hf.from_hf(config, place.label), vision, place.member, notes)
 
 
@@ -79,7 +92,7 @@ def read_tokenizer(reader: Reader, place: Place, description: Description) -> To
         WeightsError: if there is none, or if it is another model's.
     """
     if reader.format == "gguf":
-        tokenizer = _tokenizer_in_metadata(reader.metadata, place.label)
+        tokenizer = vocabulary_gguf.from_metadata(reader.metadata, place.label)
     else:
         tokenizer = _tokenizer_in(place.folder, description.member)
     vision = description.vision
@@ -97,14 +110,6 @@ def read_tokenizer(reader: Reader, place: Place, description: Description) -> To
             "they belong to different models"
         )
     return tokenizer
-
-
-def _tokenizer_in_metadata(metadata: dict[str, Any], label: str) -> Tokenizer:
-    try:
-        columns = [metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")]
-    except KeyError as error:
-        raise WeightsError(f"{label}: the GGUF has no {error.args[0]}: its vocabulary is missing") from None
-    return Tokenizer.from_pieces(*columns)
 
 
 def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:

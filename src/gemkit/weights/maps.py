@@ -290,7 +290,7 @@ _GGUF_QK_NORMS = tuple(
     (f"blk.{{i}}.{theirs}.weight", f"{_LAYER}{ours}.weight")
     for theirs, ours in (("attn_q_norm", "self_attn.q_norm"), ("attn_k_norm", "self_attn.k_norm"))
 )
-_GGUF_IGNORED = (r"rope_freqs\.weight",)
+_GGUF_IGNORED = (r"(v|mm)\..*",)  # the image tower in the same file, as Ollama keeps it
 
 
 def _plus_one(ours: str, shape: Shape, decoder: DecoderConfig) -> Layout:

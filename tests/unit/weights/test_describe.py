@@ -2,20 +2,26 @@
 
 import json
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from gemkit import family
 from gemkit.errors import WeightsError
+from gemkit.nn import Batch
 from gemkit.weights.checkpoint import open_checkpoint
 from gemkit.weights.config_hf import to_hf
 from gemkit.weights.describe import describe, vocabulary_of, with_adapters
 from gemkit.weights.export.hf import save_hf
 from gemkit.weights.export.torch_checkpoint import save_torch_checkpoint
 from gemkit.weights.formats.sniff import open_reader
+from gemkit.weights.load import load_module
 from gemkit.weights.resolve import Place
-from support.tiny import load, reference, tiny
+from support.gguf_files import tiny_file
+from support.tiny import assert_close, load, reference, tiny, tokens
+from support.tiny_models import tokenizer
 from support.vocabularies import small_model
 
 
@@ -134,3 +140,59 @@ def test_tensors_that_do_not_fit_are_named_with_the_member_that_they_fit(tmp_pat
         pytest.raises(WeightsError, match=message + r"74 more\. These tensors are those of gemma-2-2b"),
     ):
         _ = checkpoint.parts
+
+
+def test_a_tower_in_the_file_of_a_gguf_is_left_out_with_a_note(tmp_path):
+    """As Ollama keeps Gemma 3 from 4B up."""
+    tower = {"v.blk.0.attn_k.weight": (32, 32), "v.patch_embedding.weight": (32, 3, 14, 14), "mm.input.weight": (8,)}
+    tensors = {name: np.ones(shape, np.float32) for name, shape in tower.items()}
+    theirs = tiny_file(tmp_path / "x.gguf", tensors=tensors, keys={"{arch}.vision.block_count": 1})
+    with open_checkpoint(Place(tmp_path / "x.gguf", "it")) as checkpoint:
+        module, report = load_module(checkpoint)
+    assert report.notes == ["the image tower is left out: the text decoder alone is loaded"]
+    ids = tokens(40)[0]
+    with torch.inference_mode():
+        assert_close(module(Batch.of([ids])), theirs(ids[None]).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"general.type": "adapter", "adapter.type": "lora"},
+            "it is a LoRA adapter, not a model; adapters are",
+        ),
+        ({"general.type": "mmproj"}, r"it is an image tower \(mmproj\), not a model: name the GGUF of the text model"),
+        ({"general.type": "vocab"}, "it is a vocabulary without weights"),
+        ({"general.type": "imatrix"}, "it is an importance matrix, which quantizers read"),
+        ({"general.type": "dataset"}, "it is a GGUF of general.type='dataset', not a model"),
+    ],
+)
+def test_a_gguf_of_something_else_says_what_it_is(keys, message, tmp_path):
+    tiny_file(tmp_path / "x.gguf", "gemma-2b", keys=keys)
+    with pytest.raises(WeightsError, match=message):
+        described(tmp_path / "x.gguf")
+
+
+def test_a_tower_of_before_there_was_a_type_says_so_too(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "clip")
+    tiny_file(tmp_path / "x.gguf", "gemma-2b", writer=writer)
+    with pytest.raises(WeightsError, match=r"an image tower \(mmproj\)"):
+        described(tmp_path / "x.gguf")
+
+
+def test_a_gguf_without_types_of_tokens_says_how_it_is_read(tmp_path):
+    tiny_file(tmp_path / "x.gguf", tokenizer=tokenizer(), without=("tokenizer.ggml.token_type",))
+    with open_checkpoint(Place(tmp_path / "x.gguf", "it")) as checkpoint:
+        assert checkpoint.description.notes == ("the GGUF has no token types: control tokens are known by their names",)
+        assert checkpoint.tokenizer.is_control(checkpoint.tokenizer.end_of_turn)
+
+
+def test_infilling_tokens_in_the_metadata_alone_make_a_model_that_infills(tmp_path):
+    known = tokenizer(code=True)
+    pieces = [f"<unused{i}>" if "fim" in piece else piece for i, piece in enumerate(known.vocabulary.pieces)]
+    ids = {f"tokenizer.ggml.{name}_token_id": known.id(f"<|fim_{name}|>") for name in ("prefix", "suffix", "middle")}
+    keys = {**ids, "tokenizer.ggml.tokens": pieces}
+    tiny_file(tmp_path / "x.gguf", "gemma-2b", tokenizer=known, keys=keys)
+    with open_checkpoint(Place(tmp_path / "x.gguf", "it")) as checkpoint:
+        assert checkpoint.prompts == ("complete", "infill")

@@ -2,6 +2,8 @@
 
     "GGUF" | version u32 | tensors u64 | keys u64 | key, type, value ... | name, axes, type, offset ... | padding | data
 
+A model may be cut into several such files (`gguf_parts.py`).
+
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Every count is checked against the bytes that are
 left in the file before anything is allocated or looped over.
 """
@@ -17,7 +19,8 @@ import numpy as np
 
 from gemkit.errors import WeightsError
 from gemkit.files import DTYPES
-from gemkit.weights.formats.base import File, Reader, TensorInfo, count_elements, only_file
+from gemkit.weights.formats import gguf_parts
+from gemkit.weights.formats.base import File, Reader, TensorInfo, count_elements
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,6 +52,10 @@ TYPES = {
 REFUSED_TYPES = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
     22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4", 40: "NVFP4", 41: "Q1_0",
+}  # fmt: skip
+# Blocks of several rows interleaved for one kind of processor, which llama.cpp wrote for a few months of 2024.
+REPACKED_TYPES = {
+    31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
 }  # fmt: skip
 
 # Metadata types: number -> struct format of one value. 8 is a string, 9 an array.
@@ -101,7 +108,7 @@ class Strings(Sequence[str]):
 
 
 class GGUFReader(Reader):
-    """A `.gguf` file, or a folder with one.
+    """A `.gguf` file, a part of one, or a folder with one.
 
     `metadata` maps keys to numbers, bools, strings, NumPy arrays (of the file's dtype) and `Strings`. Shapes are
     reversed to PyTorch's order. `read` gives a Tensor for dense types and a `Quantized` for blocks.
@@ -111,43 +118,35 @@ class GGUFReader(Reader):
     version: int
 
     def _scan(self) -> None:
-        file = self._open(only_file(self.path, "*.gguf") if self.path.is_dir() else self.path)
-        with mmap.mmap(file.fileno(), file.size, access=mmap.ACCESS_READ) as data:
-            cursor = _Cursor(data, file)
-            self.version, num_tensors, num_keys = _read_prologue(cursor)
-            for _ in range(num_keys):
-                key = cursor.string("a metadata key", _MAX_NAME)
-                if not key or key in self.metadata:
-                    raise WeightsError(f"{file.path}: metadata key {key!r} " + ("appears twice" if key else "is empty"))
-                self.metadata[key] = _read_value(cursor, key)
-            infos = [_read_info(cursor) for _ in range(num_tensors)]
-            header_end = cursor.at
-        alignment = self._alignment()
-        self._refuse_split()
-        start = -(-header_end // alignment) * alignment
-        for name, type_id, shape, offset in infos:
-            if offset % alignment:
-                raise WeightsError(f"{file.path}: tensor {name!r} is at {offset}, off the alignment of {alignment}")
+        path = gguf_parts.in_folder(self.path) if self.path.is_dir() else self.path
+        given = _Header(self._open(path))
+        for number, part in enumerate(parts := gguf_parts.parts(path, given.metadata)):
+            header = given if part == path else _Header(self._open(part))
+            if gguf_parts.split_of(part, header.metadata) != (number, len(parts)):
+                raise WeightsError(f"{part} is not part {number + 1} of {len(parts)} of the GGUF of {path.name}")
+            if number == 0:
+                self.version, self.metadata = header.version, header.metadata
+            self._add_tensors(header)
+        promised = self.metadata.get("split.tensors.count", len(self.entries))
+        if promised != len(self.entries):
+            raise WeightsError(f"{path}: {len(self.entries)} tensors in {len(parts)} files, {promised} are promised")
+
+    def _add_tensors(self, header: _Header) -> None:
+        file, start = header.file, header.start
+        added = []
+        for name, type_id, shape, offset in header.infos:
+            if offset % header.alignment:
+                raise WeightsError(
+                    f"{file.path}: tensor {name!r} is at {offset}, off the alignment of {header.alignment}"
+                )
             dtype, nbytes = _measure(f"{file.path}: tensor {name!r}", type_id, shape)
-            self._add(TensorInfo(name, dtype, shape, file.path, start + offset, nbytes))
+            added.append(TensorInfo(name, dtype, shape, file.path, start + offset, nbytes))
+            self._add(added[-1])
         end, last = start, ""
-        for entry in sorted(self.entries.values(), key=lambda entry: entry.offset):
+        for entry in sorted(added, key=lambda entry: entry.offset):
             if entry.offset < end:
                 raise WeightsError(f"{file.path}: tensors {last!r} and {entry.name!r} overlap")
             end, last = entry.offset + entry.nbytes, entry.name
-
-    def _alignment(self) -> int:
-        alignment = self.metadata.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
-            raise WeightsError(f"{self.path}: general.alignment={alignment!r} is not a power of two from 8")
-        return alignment
-
-    def _refuse_split(self) -> None:
-        parts = self.metadata.get("split.count", 1)
-        if parts != 1:
-            raise WeightsError(
-                f"{self.path} is one part of a GGUF split in {parts}: join them first (llama-gguf-split --merge)"
-            )
 
     def read(self, name: str) -> Tensor | Quantized:
         entry = self._entry(name)
@@ -170,6 +169,31 @@ class GGUFReader(Reader):
             self._files[entry.path].read_into(data, entry.offset + start * row_bytes)
             load_blocks(weight.narrow_rows(start, length), data)
         return weight
+
+
+class _Header:
+    """All of a file but its data."""
+
+    def __init__(self, file: File):
+        self.file = file
+        self.metadata: dict[str, Any] = {}
+        with mmap.mmap(file.fileno(), file.size, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data, file)
+            self.version, num_tensors, num_keys = _read_prologue(cursor)
+            for _ in range(num_keys):
+                key = cursor.string("a metadata key", _MAX_NAME)
+                if not key or key in self.metadata:
+                    raise WeightsError(f"{file.path}: metadata key {key!r} " + ("appears twice" if key else "is empty"))
+                self.metadata[key] = _read_value(cursor, key)
+            self.infos = [_read_info(cursor) for _ in range(num_tensors)]
+            self.alignment = self._alignment()
+            self.start = -(-cursor.at // self.alignment) * self.alignment  # of the data
+
+    def _alignment(self) -> int:
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 8 or alignment & (alignment - 1):
+            raise WeightsError(f"{self.file.path}: general.alignment={alignment!r} is not a power of two from 8")
+        return alignment
 
 
 class _Cursor:
@@ -236,7 +260,8 @@ def _read_prologue(cursor: _Cursor) -> tuple[int, int, int]:
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         which = f"{swapped}, big-endian" if swapped in (1, 2, 3) else f"{version}"
-        raise WeightsError(f"{cursor.path} is GGUF version {which}; versions 2 and 3, little-endian, are read")
+        way_out = ": `gguf-convert-endian FILE little` of the gguf package turns it" if swapped in (1, 2, 3) else ""
+        raise WeightsError(f"{cursor.path} is GGUF version {which}; versions 2 and 3, little-endian, are read{way_out}")
     num_tensors = cursor.count("the number of tensors", _MIN_TENSOR_BYTES)
     return version, num_tensors, cursor.count("the number of metadata keys", _MIN_KEY_BYTES)
 
@@ -281,6 +306,12 @@ def _read_info(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
 
 def _measure(where: str, type_id: int, shape: tuple[int, ...]) -> tuple[str, int]:
     """Name of a tensor's type and its bytes."""
+    if type_id in REPACKED_TYPES:
+        name = REPACKED_TYPES[type_id]
+        raise WeightsError(
+            f"{where} is of the type {name}, interleaved for one kind of processor; llama.cpp gave these types up too. "
+            f"Take the {name.rsplit('_', 2)[0]} file of the same model"
+        )
     if type_id not in TYPES:
         name = REFUSED_TYPES.get(type_id, f"number {type_id}")
         readable = ", ".join(name for name, _, _ in TYPES.values())

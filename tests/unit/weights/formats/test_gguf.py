@@ -13,7 +13,7 @@ import torch
 from gemkit.block_types import KINDS
 from gemkit.errors import WeightsError
 from gemkit.ops.quantized import Quantized
-from gemkit.weights.formats.gguf import REFUSED_TYPES, GGUFReader, Strings
+from gemkit.weights.formats.gguf import REFUSED_TYPES, REPACKED_TYPES, GGUFReader, Strings
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
 
@@ -118,6 +118,13 @@ def test_tensors_dense_and_quantized(path, alignment):
         assert torch.equal(weight.dequantize(), torch.from_numpy(wanted))
 
 
+@pytest.mark.parametrize(("number", "name"), REPACKED_TYPES.items())
+def test_repacked_types_are_refused_with_the_way_out(path, number, name):
+    plain = name.rsplit("_", 2)[0]
+    with pytest.raises(WeightsError, match=rf"of the type {name}, interleaved .* Take the {plain} file of"):
+        GGUFReader(write(path, infos=[info(axes=(32, 8), type_id=number)], data=b"\0" * 144))
+
+
 def test_a_weight_larger_than_a_chunk_is_read_whole(path):
     rows, columns = 2600, 4096  # Q4_0: 2304 bytes a row, so 1820 rows a chunk of 4 MiB
     blocks = np.random.default_rng(0).integers(0, 256, (rows, columns // 32 * 18), dtype=np.uint8)
@@ -179,7 +186,7 @@ HOSTILE = {
     "alignment 0": ({"keys": [key("general.alignment", U32, b"\0" * 4)]}, "alignment=0 is not a power of two"),
     "alignment 48": ({"keys": [key("general.alignment", U32, b"\x30\0\0\0")]}, "alignment=48 is not a power of two"),
     "alignment is signed": ({"keys": [key("general.alignment", I32, b"\x20\0\0\0")]}, "must be an unsigned 32-bit"),
-    "split": ({"keys": [key("split.count", U16, b"\3\0")]}, "one part of a GGUF split in 3"),
+    "split": ({"keys": [key("split.count", U16, b"\3\0")]}, "part 1 of 3 of a GGUF, and its name does not say so"),
     "nameless tensor": ({"infos": [info("")], "data": b"\0" * 32}, "has no name"),
     "duplicate tensor": ({"infos": [info(), info(offset=32)], "data": b"\0" * 64}, "tensor 'x' appears twice"),
     "a million axes": ({"infos": [text("x") + struct.pack("<I", 10**6) + b"\0" * 40]}, "1000000 axes"),
@@ -256,8 +263,8 @@ def test_a_folder_with_one_file(path):
     write(path, [key("a", U8, b"\7")])
     with GGUFReader(path.parent) as reader:
         assert reader.metadata == {"a": 7}
-    write(path.parent / "mmproj.gguf")
-    with pytest.raises(WeightsError, match=r"found mmproj.gguf, x.gguf; name the file itself"):
+    write(path.parent / "y.gguf")
+    with pytest.raises(WeightsError, match=r"holds 2 GGUF models: name one of these files: x\.gguf, y\.gguf"):
         GGUFReader(path.parent)
 
 
