@@ -1,8 +1,5 @@
 """What is learned of a chat, and of an answer to a picture, against Transformers: the same ids, the same tokens."""
 
-import json
-from functools import cache
-
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,32 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from fetch_oracles import fetch
 from gemkit.family import Modality, Vision
 from gemkit.text.vocabulary import PLACES
 from gemkit.train.data import encode_chat, encode_image
+from support.chat_templates import marked
 from support.photographs import FOLDER, NAMES
-from support.vocabularies import published, tokenizer, tokenizer_json
+from support.vocabularies import tokenizer, tokenizer_json
 
 TOWER = Modality(Vision(224, patch_size=14, width=36, depth=1, num_heads=2, mlp_width=44), placeholder=257152)
 
 
 # ---------------------------------------------------------------- chats
-
-
-@cache
-def marked(name: str) -> tuple[PreTrainedTokenizerFast, str]:
-    """Their tokenizer with Gemma 3's published template, in which what the assistant says and <end_of_turn> are marked
-    as generated; and the template as it was published, without marks."""
-    plain = json.loads((fetch("tokenizer-gemma3") / "tokenizer_config.json").read_text())["chat_template"]
-    content, end = "{{ message['content'] | trim }}", "{{ '<end_of_turn>\n' }}"
-    assert plain.count(content) == plain.count(end) == 1
-    said = (
-        "{%- if role == 'model' -%}{%- generation -%}{{ (message['content'] | trim) + '<end_of_turn>' }}"
-        "{%- endgeneration -%}{%- else -%}" + content + "{%- endif -%}"
-    )
-    template = plain.replace(content, said).replace(end, "{{ ('' if role == 'model' else '<end_of_turn>') + '\n' }}")
-    return PreTrainedTokenizerFast(tokenizer_object=published(name), bos_token="<bos>", chat_template=template), plain
 
 
 # without characters of several tokens: their mask finds a token by its first and last character, and loses the others

@@ -11,9 +11,8 @@ from peft import PeftModel
 
 from gemkit.adapters import lora
 from gemkit.text import prompts
-from gemkit.train import experiment
+from gemkit.train import experiment, feed
 from gemkit.train.optimizer import learning_rate
-from gemkit.train.process import Process
 from gemkit.train.run import Run, _prepare
 from support.tiny import load
 from support.tiny_models import LETTERS, write
@@ -61,7 +60,7 @@ def test_sft_of_adapters_has_their_curve(tmp_path):
     )
     with Run.start(asked, tmp_path / "run") as run:
         assert len(run.tokenizer.encode(prompts.END_OF_TURN, control=True)) == 1
-        source = run._source(Process())
+        source = feed.steps(run.experiment, run.data, run.objective)
         batches = [next(source) for _ in range(STEPS)]
         run.train()
         settings = run.experiment

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gemkit.cli.options import verb
-from gemkit.cli.output import Progress, print_json, rewrite, say
+from gemkit.cli.output import Progress, print_json, printable, rewrite, say
 from gemkit.errors import ConfigError
 from gemkit.train import OBJECTIVES
 
@@ -35,6 +35,8 @@ _FIELDS = {  # an option and the field that it sets
     "lr": "optimizer.learning_rate",
     "batch_size": "data.batch_size",
     "max_length": "data.max_length",
+    "form": "data.form",
+    "control": "data.control",
     "dtype": "model.dtype",
     "device": "model.device",
     "weights": "model.weights",
@@ -52,8 +54,24 @@ def add(subparsers: Any) -> None:
     group = parser.add_argument_group("experiment")
     group.add_argument("--config", metavar="FILE", help="a TOML file; what is given here comes after it")
     group.add_argument("-m", "--model", metavar="MODEL", help="a member, hub id, folder or file (default: the starter)")
-    group.add_argument("--data", metavar="PATH", help="examples: .jsonl, .parquet, a folder, or hub:owner/name")
+    group.add_argument(
+        "--data", metavar="PATH", help="a file (.jsonl, .json, .csv, .parquet), a folder, or hub:owner/name"
+    )
     group.add_argument("--held-out", metavar="PATH", help="the same, to evaluate on")
+    group.add_argument("--form", metavar="FORM", help="of the records, such as text (default: as each of them shows)")
+    group.add_argument(
+        "--map",
+        action="append",
+        default=[],
+        metavar="FIELD=COLUMN",
+        help="a column of the data by the name of a field, such as prompt=question_en (repeatable)",
+    )
+    group.add_argument(
+        "--control",
+        action="store_true",
+        default=None,
+        help="text that spells a control token, like <start_of_turn>, is trained as that token",
+    )
     group.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank instead of all weights")
     group.add_argument("--steps", type=int, metavar="N", help="default: as many as the epochs take")
     group.add_argument("--epochs", type=float, metavar="X", help="passes over the data (default: 1)")
@@ -103,6 +121,11 @@ def _changed(made: Experiment, args: argparse.Namespace) -> Experiment:
 
 def _given(args: argparse.Namespace) -> list[tuple[str, Any]]:
     given = [(field, getattr(args, name)) for name, field in _FIELDS.items() if getattr(args, name) is not None]
+    for assignment in args.map:
+        name, equals, column = assignment.partition("=")
+        if not (name and equals and column):
+            raise ConfigError(f"--map {assignment}: write FIELD=COLUMN, such as prompt=question_en")
+        given.append((f"data.map.{name}", column))
     if args.reward is not None and not _is_function(args.reward):
         given.append(("options.reward", args.reward))
     return given
@@ -160,9 +183,12 @@ def _plan(args: argparse.Namespace, the_run: Run) -> int:
     plan, rate, available = the_run.plan(), the_run.rate(), available_memory()
     if args.json:
         figures = {"peak": plan.peak, "available": available, "seconds_per_step": plan.seconds(rate), "flop_s": rate}
-        print_json({"model": the_run.label, "steps": the_run.steps, **asdict(plan), **figures})
+        data = {"records": len(the_run.data), "dialects": dict(the_run.data.dialects), "notes": the_run.notes()}
+        print_json({"model": the_run.label, "steps": the_run.steps, "data": data, **asdict(plan), **figures})
         return 0
     print(f"{the_run.label}: {the_run.objective.name} on {len(the_run.data):,} records, {the_run.steps:,} steps")
+    for line in the_run.notes():
+        print(printable(f"data: {line}"))
     print("\n".join(plan.lines(rate, available)))
     return 0
 

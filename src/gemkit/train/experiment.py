@@ -48,9 +48,11 @@ class Model:
 class Data:
     """The training data, and how much of it is one step."""
 
-    train: str = ""  # .jsonl or .parquet, or hub:owner/name
+    train: str = ""  # .jsonl, .json, .csv or .parquet, or hub:owner/name
     held_out: str = ""  # the same, never trained on
-    form: str = ""  # "text", "chat", ...; empty: as the records show
+    form: str = ""  # "text", "chat", ...; empty: as each record shows
+    map: Mapping[str, str] = field(default_factory=dict)  # fields by other names: {prompt = "question_en"}
+    control: bool = False  # text that spells control tokens, such as <start_of_turn>, is these tokens
     max_length: int = 0  # tokens of an example at most; 0: 1024, or what the model was trained to see if that is less
     batch_size: int = 8  # examples (pairs, prompts) a step
     batch_tokens: int = 0  # tokens a step instead; 0: count examples

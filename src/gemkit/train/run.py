@@ -39,11 +39,10 @@ from gemkit.memory import available_memory
 from gemkit.nn import LanguageModel, build
 from gemkit.text import Tokenizer
 from gemkit.text.vocabulary import IMAGE
-from gemkit.train import OBJECTIVES, objectives
+from gemkit.train import OBJECTIVES, feed, objectives
 from gemkit.train import experiment as settings
-from gemkit.train.batching import ExampleGroup
 from gemkit.train.checkpoint import FileCheckpoints, Saved, replace_bytes
-from gemkit.train.data import Data, Steps, open_data, share
+from gemkit.train.data import ControlTokenizer, Data, share
 from gemkit.train.estimate import Plan, choose, flops_per_second, predict
 from gemkit.train.experiment import Experiment
 from gemkit.train.fingerprint import digest, fingerprint
@@ -93,8 +92,6 @@ class Run:
         """
         if not experiment.objective:
             raise ConfigError(f"no objective: one of {', '.join(OBJECTIVES)}")
-        if not experiment.data.train:
-            raise ConfigError("no data.train: a file of examples, as --data FILE")
         for name, asked in (("model.dtype", experiment.model.dtype), ("save.dtype", experiment.save.dtype)):
             if asked not in _DTYPES:
                 raise ConfigError(f"{name}={asked!r} is not one of float32, bfloat16")
@@ -110,10 +107,7 @@ class Run:
             decoder, vision, label = checkpoint.decoder, checkpoint.vision, checkpoint.label
             tokenizer, prompts = checkpoint.tokenizer, checkpoint.prompts
         try:
-            data = open_data(experiment.data.train, experiment.data.form or None, experiment.data.on_bad)
-            held_out = None
-            if experiment.data.held_out:
-                held_out = open_data(experiment.data.held_out, experiment.data.form or None, experiment.data.on_bad)
+            data, held_out = feed.opened(experiment)
             if not experiment.data.max_length:
                 longest = min(MAX_LENGTH, decoder.max_context)
                 experiment = replace(experiment, data=replace(experiment.data, max_length=longest))
@@ -124,8 +118,9 @@ class Run:
                 )
             optimizer = settings.published(experiment.optimizer, decoder, vision, new=checkpoint is None)
             experiment = replace(experiment, optimizer=optimizer)
-            objective = objectives.make(experiment, tokenizer, vision, data.form)
-            steps = experiment.steps or _steps(experiment, data, objective)
+            reads = ControlTokenizer(tokenizer) if experiment.data.control else tokenizer
+            objective = objectives.make(experiment, reads, vision, data.form)
+            steps = experiment.steps or feed.count_steps(experiment, data, objective)
             threads = experiment.step.threads or torch.get_num_threads()
             experiment = replace(experiment, steps=steps, step=replace(experiment.step, threads=threads))
             prompts = _answers(prompts, objective, data)
@@ -155,6 +150,11 @@ class Run:
     def __exit__(self, *_: object) -> None:
         if self.checkpoint is not None:
             self.checkpoint.__exit__()
+
+    def notes(self) -> list[str]:
+        """How the data is understood, in lines."""
+        uses = getattr(self.objective, "fields", ())
+        return [*self.data.account(self.tokenizer, as_control=self.experiment.data.control, uses=uses)]
 
     # ── before ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -247,6 +247,8 @@ class Run:
         """
         saved: Saved | None = None
         process = process or Process(device=self.experiment.model.device)
+        for line in self.notes():
+            say(f"data: {line}")
         plan = self.plan()  # what is refused leaves no folder behind
         with self._alone(process):
             step = replace(self.experiment.step, activation_checkpointing="on" if plan.checkpointing else "off")
@@ -267,7 +269,8 @@ class Run:
             if account is not None:
                 say(str(account))
             objectives.attach(self.objective, self.experiment, module)
-            source = self._source(process)
+            source = feed.steps(self.experiment, self.data, self.objective, process=process)
+            held_out = feed.held_out(self.experiment, self.held_out, self.objective)
             trainer = Trainer(
                 module,
                 self.objective,
@@ -276,7 +279,7 @@ class Run:
                 self.steps,
                 folder=self.folder,
                 origin=self.origin(),
-                held_out=share(self._held_out(), process.rank, process.world),
+                held_out=share(held_out, process.rank, process.world),
                 sample=self._sampler(module) if self.experiment.monitor.samples else None,
                 on_step=on_step,
                 say=say,
@@ -333,24 +336,6 @@ class Run:
         )
         return module
 
-    def _source(self, process: Process) -> Steps:
-        return _source(self.experiment, self.data, self.objective, process=process)
-
-    def _held_out(self) -> list[ExampleGroup]:
-        if self.held_out is None:
-            return []
-        most = self.experiment.monitor.evaluate_examples
-        steps = Steps(
-            self.held_out,
-            self.objective,
-            seed=self.experiment.seed,
-            batch_size=most,
-            max_length=self.experiment.data.max_length,
-            shuffle=False,
-            epochs=1,
-        )
-        return next(steps)
-
     def _sampler(self, module: LanguageModel) -> Callable[[], list[tuple[str, str]]]:
         if self.vision is not None:
             raise ConfigError("monitor.samples: a model that sees images is not asked for samples; look at held_out")
@@ -385,6 +370,7 @@ class Run:
             "data.batch": [
                 self.experiment.data.batch_size, self.experiment.data.batch_tokens, self.experiment.data.max_length
             ],
+            "data.control": self.experiment.data.control,
             "step.microbatch_tokens": self.experiment.step.microbatch_tokens,
             **{name: asked[name] for name in kept},
         }  # fmt: skip
@@ -452,41 +438,11 @@ def _prepare(module: LanguageModel, experiment: Experiment) -> lora.Account | No
     return account
 
 
-def _source(
-    experiment: Experiment,
-    data: Data,
-    objective: Objective,
-    *,
-    process: Process | None = None,
-    epochs: int | None = None,
-) -> Steps:
-    e, process = experiment.data, process or Process()
-    return Steps(
-        data,
-        objective,
-        seed=experiment.seed,
-        batch_size=None if e.batch_tokens else e.batch_size,
-        batch_tokens=e.batch_tokens or None,
-        max_length=e.max_length,
-        epochs=epochs,
-        rank=process.rank,
-        world=process.world,
-    )
-
-
-def _steps(experiment: Experiment, data: Data, objective: Objective) -> int:
-    """How many steps so many epochs take: those of the first are counted, by making them."""
-    if not experiment.epochs:
-        raise ConfigError("steps=0 and epochs=0: nothing is trained")
-    first = sum(1 for _ in _source(experiment, data, objective, epochs=1))
-    return max(1, math.ceil(first * experiment.epochs))
-
-
 def _answers(prompts: tuple[Prompt, ...], objective: Objective, data: Data) -> tuple[Prompt, ...]:
     """What the model answers after it has learned from this."""
     learned: Prompt | None = None
     record: Mapping[str, Any] = data[0]
-    if data.form == "chat" or isinstance(record.get("prompt"), list):
+    if "chat" in data.forms or isinstance(record.get("prompt"), list):
         learned = "chat"
     elif objective.name == "infill":
         learned = "infill"

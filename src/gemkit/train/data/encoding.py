@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Literal
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 
@@ -28,7 +28,21 @@ from gemkit.text import Tokenizer, prompts
 from gemkit.text.vocabulary import IMAGE
 from gemkit.train.batching import Example
 
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class ControlTokenizer(Tokenizer):
+    """A tokenizer to which control tokens that are spelled in text are these tokens: for data that another tool has
+    rendered already, as Transformers reads it."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.__dict__.update(tokenizer.__dict__)
+
+    def encode(self, text: str, *, control: bool = True) -> list[int]:
+        return super().encode(text, control=control)
+
+    def bytes(self, id: SupportsIndex, *, control: bool = True) -> bytes:
+        return super().bytes(id, control=control)
 
 
 def encode_text(tokenizer: Tokenizer, text: str, *, context: int | None = None) -> list[Example]:
@@ -42,6 +56,8 @@ def encode_text(tokenizer: Tokenizer, text: str, *, context: int | None = None) 
         TextError: if `text` cannot be encoded.
     """
     ids = [*tokenizer.encode(text), tokenizer.eos]
+    if isinstance(tokenizer, ControlTokenizer):  # what the text spells itself is not doubled
+        ids = ids[ids[0] == tokenizer.bos : -1 if ids[-2:-1] == [tokenizer.eos] else None]
     step = len(ids) if context is None else _room(context, 1)
     return [_learned([tokenizer.bos], ids[start : start + step]) for start in range(0, len(ids), step)]
 
@@ -52,8 +68,9 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | Messages) -> list[int]:
     Raises:
         TextError: if it makes no prompt.
     """
-    made = prompts.complete(tokenizer, prompt) if isinstance(prompt, str) else prompts.chat(tokenizer, prompt)
-    return made.ids
+    if isinstance(prompt, str):
+        return prompts.complete(tokenizer, prompt, control=isinstance(tokenizer, ControlTokenizer)).ids
+    return prompts.chat(tokenizer, prompt).ids
 
 
 def encode_answer(
@@ -71,7 +88,8 @@ def encode_answer(
     """
     before = prompt_ids(tokenizer, prompt)
     if isinstance(prompt, str):
-        said = [*tokenizer.encode(answer), tokenizer.eos]
+        said = tokenizer.encode(answer)
+        said += [tokenizer.eos] if said[-1:] != [tokenizer.eos] else []  # it may be spelled, see `ControlTokenizer`
     else:
         said = [*tokenizer.encode(answer.strip()), tokenizer.id(prompts.END_OF_TURN)]
     _fits(len(before) + len(said), context, "prompt and answer")
@@ -79,7 +97,8 @@ def encode_answer(
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Messages, *, context: int | None = None) -> Example:
-    """A conversation; every answer of the assistant is learned, with the `<end_of_turn>` that ends it.
+    """A conversation; every answer of the assistant is learned, with the `<end_of_turn>` that ends it. It counts what
+    the `weight` of its message says, 1 where it has none.
 
     A system message goes before the first user message, as in `prompts.chat`. What the user says last, without an
     answer, is left out, for nothing is to be learned of it.
@@ -98,11 +117,12 @@ def encode_chat(tokenizer: Tokenizer, messages: Messages, *, context: int | None
     prompt = prompts.chat(tokenizer, messages[: last + 1], answer=False)
     spans = prompt.spans
     ids = np.fromiter(chain.from_iterable(span.ids for span in spans), np.int64)
-    said = [span.role == "model" and (span.kind == "content" or span.text == prompts.END_OF_TURN) for span in spans]
+    said = _said(spans, [message.get("weight", 1.0) for message in messages if message["role"] != "system"])
     weights = np.repeat(np.array(said, np.float32), [len(span.ids) for span in spans])
     if context is None or len(ids) <= context:
         return Example(ids, weights)
-    ends = np.flatnonzero((ids == tokenizer.id(prompts.END_OF_TURN)) & (weights > 0)) + 2  # with the line break
+    answers = np.repeat([span.role == "model" for span in spans], [len(span.ids) for span in spans])
+    ends = np.flatnonzero((ids == tokenizer.id(prompts.END_OF_TURN)) & answers) + 2  # with the line break
     fitting = ends[ends <= context]
     if not len(fitting):
         raise ContextError(
@@ -152,6 +172,16 @@ def encode_image(
         images=tuple(images.preprocess(images.read(source), vision.tower.image_size) for source in sources),
         image_token=tokenizer.id(IMAGE),
     )
+
+
+def _said(spans: Sequence[prompts.Span], weights: Sequence[float]) -> list[float]:
+    """What the tokens of each span count, by the weights of the turns."""
+    turn, said = -1, []
+    for span in spans:
+        turn += span.kind == "control" and span.text == prompts.START_OF_TURN
+        learned = span.role == "model" and (span.kind == "content" or span.text == prompts.END_OF_TURN)
+        said.append(weights[turn] if learned else 0.0)
+    return said
 
 
 def _learned(before: Sequence[int], said: Sequence[int], *, weight: float = 1.0, **parts) -> Example:

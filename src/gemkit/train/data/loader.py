@@ -94,11 +94,12 @@ class Steps(Iterator[list[ExampleGroup]]):
             raise ConfigError(f"batch_tokens={batch_tokens} does not hold one sequence of max_length={max_length}")
         if seed < 0 or prefetch < 0:
             raise ConfigError(f"seed={seed} and prefetch={prefetch} must be 0 or more")
-        if data.form not in objective.forms:
-            raise ConfigError(
-                f"{objective.name} learns from records of the form {' or '.join(objective.forms)}, "
-                f"and those of {data.where(0)} have the form {data.form}"
-            )
+        for form, first in data.forms.items():
+            if form not in objective.forms:
+                raise ConfigError(
+                    f"{objective.name} learns from records of the form {' or '.join(objective.forms)}, "
+                    f"and {data.where(first)} has the form {form} (data.form and data.map say how it is read)"
+                )
         self.data, self.objective, self.seed, self.max_length = data, objective, seed, max_length
         self.batch_size, self.batch_tokens, self.shuffle, self.epochs = batch_size, batch_tokens, shuffle, epochs
         self.rank, self.world = rank, world

@@ -9,42 +9,19 @@
     prompt      {"prompt": "...", ...}                                and whatever a reward wants to know
 
 A prompt is a text, or a list of messages that ends with one by the user; an answer to it may then be a list too.
-Other spellings in use are read as well: `conversations` with `from` and `value` for `messages` (ShareGPT), `prefix` for
-the prompt on an image. `check` gives every record the one spelling above. Fields that a form does not know are kept.
+Other spellings are dialects of these forms, and `dialects.py` reads them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemkit.errors import ConfigError, DataError, nearest
 
-# A record has the first of these forms whose fields it has. Alternatives are separated by a bar.
-_FIELDS = {
-    "preference": ("chosen", "rejected"),
-    "chat": ("messages|conversations",),
-    "image": ("image", "suffix"),
-    "completion": ("prompt", "completion"),
-    "files": ("files",),
-    "text": ("text",),
-    "prompt": ("prompt",),
-}
-FORMS = tuple(_FIELDS)
-
-# the names of roles in use -> ours
-_ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "model": "assistant",
-    "gpt": "assistant",
-    "system": "system",
-}
-
-Message = dict[str, str]
+FORMS = ("preference", "chat", "image", "completion", "files", "text", "prompt")
 
 
 def known(form: str) -> str:
@@ -54,96 +31,36 @@ def known(form: str) -> str:
     return form
 
 
-def detect(record: Mapping[str, Any]) -> str:
-    """The form of a record, by its fields.
-
-    Raises:
-        DataError: if it has none.
-    """
-    for form, fields in _FIELDS.items():
-        if all(any(name in record for name in field.split("|")) for field in fields):
-            return form
-    wanted = "; ".join(f"{form}: {', '.join(fields)}" for form, fields in _FIELDS.items()).replace("|", " or ")
-    raise DataError(f"the fields {', '.join(map(repr, record)) or '(none)'} make no form of training data ({wanted})")
+def text(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A document. Raises DataError, as all functions here do, with the field that is wrong."""
+    path = {"path": string(record["path"], "path")} if record.get("path") is not None else {}
+    return {"text": filled(field(record, "text"), "text"), **path}
 
 
-def check(form: str, record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The record in the spelling of its form.
-
-    Args:
-        folder: where the paths of images start.
-
-    Raises:
-        DataError: if it has not that form; says which field is wrong, and how.
-    """
-    return {**record, **_CHECKS[form](record, folder)}
-
-
-def _text(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    path = {"path": _string(record["path"], "path")} if "path" in record else {}
-    return {"text": _filled(_field(record, "text"), "text"), **path}
-
-
-def _files(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    files = _field(record, "files")
-    if not isinstance(files, Sequence) or isinstance(files, str) or not files:
-        raise DataError(f"files is {_shown(files)}; it must be a list of files, each with path and text")
-    for i, file in enumerate(files):
+def files(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Files of one repository."""
+    given = field(record, "files")
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        raise DataError(f"files is {shown(given)}; it must be a list of files, each with path and text")
+    for i, file in enumerate(given):
         if not isinstance(file, Mapping):
-            raise DataError(f"files[{i}] is {_shown(file)}, not an object with path and text")
+            raise DataError(f"files[{i}] is {shown(file)}, not an object with path and text")
         for name in ("path", "text"):
-            _filled(_field(file, name, f"files[{i}]."), f"files[{i}].{name}")
+            filled(field(file, name, f"files[{i}]."), f"files[{i}].{name}")
         if "\n" in file["path"]:
             raise DataError(f"files[{i}].path {file['path']!r} must be one line")
-    return {}
+    return {"files": given}
 
 
-def _completion(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    prompt, completion = _answered(record.get("prompt"), _field(record, "completion"), "completion")
-    return {"prompt": prompt, "completion": completion}
-
-
-def _chat(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    name = "conversations" if "conversations" in record and "messages" not in record else "messages"
-    messages = _messages(_field(record, name), name)
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{name} has no turn by the assistant, so there is nothing to learn")
-    return {"messages": messages}
-
-
-def _preference(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    prompt, chosen = _answered(record.get("prompt"), _field(record, "chosen"), "chosen")
-    other, rejected = _answered(record.get("prompt"), _field(record, "rejected"), "rejected")
-    if prompt != other:
-        raise DataError("chosen and rejected answer different prompts")
-    if chosen == rejected:
-        raise DataError("chosen and rejected are the same, so neither is preferred")
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def _image(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    given = _field(record, "image")
+def image(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A task on pictures; their paths start at `folder`."""
+    given = field(record, "image")
     sources = [_picture(source, folder) for source in (given if isinstance(given, list) else [given])]
     if not sources:
         raise DataError("image is an empty list; name at least one")
     prompt = record.get("prefix", record.get("prompt"))
-    suffix = _field(record, "suffix")
-    return {"image": sources, "prompt": _string(prompt, "prompt"), "suffix": _string(suffix, "suffix")}
-
-
-def _prompt(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    return {"prompt": _asked(_field(record, "prompt"))}
-
-
-_CHECKS = {
-    "text": _text,
-    "files": _files,
-    "completion": _completion,
-    "chat": _chat,
-    "preference": _preference,
-    "image": _image,
-    "prompt": _prompt,
-}
+    suffix = field(record, "suffix")
+    return {"image": sources, "prompt": string(prompt, "prompt"), "suffix": string(suffix, "suffix")}
 
 
 def _picture(source: Any, folder: Path) -> str | bytes:
@@ -152,88 +69,36 @@ def _picture(source: Any, folder: Path) -> str | bytes:
         return source["bytes"]
     if isinstance(source, bytes):
         return source
-    path = os.path.join(folder, os.path.expanduser(_filled(source, "image")))
+    path = os.path.join(folder, os.path.expanduser(filled(source, "image")))
     if "\0" in path or not os.path.isfile(path):
         raise DataError(f"image {source!r}: there is no file {path!r} (paths start at the folder of the data file)")
     return path
 
 
-def _asked(prompt: Any) -> str | list[Message]:
-    """A prompt: a text, or messages of which the last is by the user."""
-    if isinstance(prompt, str) or not isinstance(prompt, Sequence):
-        return _filled(prompt, "prompt")
-    messages = _messages(prompt, "prompt")
-    if messages[-1]["role"] != "user":
-        raise DataError(f"prompt[{len(messages) - 1}] is by the {messages[-1]['role']}; it must end with the user")
-    return messages
+# ── fields ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _answered(prompt: Any, answer: Any, name: str) -> tuple[str | list[Message], str]:
-    """A prompt and the text that answers it.
-
-    An answer that is a list of messages has one by the assistant at its end. Those before it are the prompt, where it
-    repeats them; a prompt that is a text is then what the user said.
-    """
-    if isinstance(answer, str) or not isinstance(answer, Sequence):
-        return _asked(prompt), _filled(answer, name)
-    before = [] if prompt is None else _asked(prompt)
-    if isinstance(before, str):
-        before = [{"role": "user", "content": before}]
-    spelled = [_message(message, f"{name}[{i}]") for i, message in enumerate(answer)]
-    if len(spelled) == 1:
-        spelled = [*before, *spelled]
-    messages = _messages(spelled, name)
-    if messages[-1]["role"] != "assistant":
-        raise DataError(f"{name} must end with a message by the assistant, not by the {messages[-1]['role']}")
-    if before and messages[:-1] != before:
-        raise DataError(f"{name} has {len(messages) - 1} messages before its answer, and they are not the prompt")
-    if len(messages) < 2:
-        raise DataError(f"{name} is an answer without a prompt: give one in prompt")
-    return messages[:-1], messages[-1]["content"]
-
-
-def _messages(value: Any, name: str) -> list[Message]:
-    """Messages in our spelling, that make a conversation: an optional system message, then user and assistant."""
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise DataError(f"{name} is {_shown(value)}, not a list of messages")
-    if not value:
-        raise DataError(f"{name} is empty; a conversation begins with a message by the user")
-    messages = [_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
-    start = int(messages[0]["role"] == "system")
-    if len(messages) == start:
-        raise DataError(f"{name} has a system message and no other")
-    for i, message in enumerate(messages[start:], start):
-        expected = ("user", "assistant")[(i - start) % 2]
-        if message["role"] != expected:
-            raise DataError(
-                f"{name}[{i}] is by the {message['role']}, expected the {expected}: "
-                "after an optional system message, user and assistant alternate, the user first"
-            )
-    return messages
-
-
-def _message(message: Any, name: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise DataError(f"{name} is {_shown(message)}, not an object with role and content")
-    by, said = ("from", "value") if "from" in message and "role" not in message else ("role", "content")
-    role = _field(message, by, f"{name}.")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise DataError(f"{name}.{by} is {_shown(role)}; roles are {', '.join(_ROLES)}")
-    content = _string(_field(message, said, f"{name}."), f"{name}.{said}")
-    if _ROLES[role] == "assistant":
-        _filled(content, f"{name}.{said}")
-    return {"role": _ROLES[role], "content": content}
-
-
-def _field(record: Mapping[str, Any], name: str, where: str = "") -> Any:
+def field(record: Mapping[str, Any], name: str, where: str = "") -> Any:
+    """A field that must be there."""
     if name not in record:
-        raise DataError(f"no {where}{name} among the fields {', '.join(map(repr, record)) or '(none)'}")
+        raise DataError(f"no {where}{name} among the fields {listed(record)}")
     return record[name]
 
 
-def _string(value: Any, name: str) -> str:
+def listed(record: Iterable[str]) -> str:
+    """The names of a record's fields."""
+    return ", ".join(map(repr, record)) or "(none)"
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a field says nothing: null, an empty text or list, or JSON of one."""
+    return value is None or value in ("", "[]", "{}", "null") or (isinstance(value, list | dict) and not value)
+
+
+def string(value: Any, name: str) -> str:
+    """A text that can be encoded."""
     if not isinstance(value, str):
-        raise DataError(f"{name} is {_shown(value)}, not a text")
+        raise DataError(f"{name} is {shown(value)}, not a text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -242,13 +107,14 @@ def _string(value: Any, name: str) -> str:
     return value
 
 
-def _filled(value: Any, name: str) -> str:
-    if not _string(value, name).strip():
+def filled(value: Any, name: str) -> str:
+    """A text with something in it."""
+    if not string(value, name).strip():
         raise DataError(f"{name} is empty" if not value else f"{name} is only white space")
     return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as JSON calls it, short."""
     if value is None:
         return "missing or null"

@@ -1,9 +1,12 @@
-"""Sources of records, one class for each kind of file: JSON lines, texts, repositories of code, Parquet, memory."""
+"""Sources of records, one class for each kind of file: JSON lines and lists, CSV, texts, repositories, Parquet."""
 
 from __future__ import annotations
 
+import codecs
+import csv
 import hashlib
 import json
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -12,11 +15,15 @@ from typing import Any, Protocol, TypeAlias
 
 from gemkit.errors import ConfigError, DataError, MissingExtraError
 from gemkit.train.data import repo_order
+from gemkit.train.data.schemas import listed
 
 Place: TypeAlias = tuple[int, int]  # where a record is in its source: what it means, the source knows
 
 MAX_RECORD = 64 * 2**20  # bytes of a line or of a document
 _TABLES = 256 * 2**20  # bytes of a Parquet file that are kept decoded
+_MARK = b"\xef\xbb\xbf"  # that some editors put before UTF-8
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+_JSON = json.JSONDecoder()
 
 
 class Source(Protocol):
@@ -85,7 +92,7 @@ class Lines:
                     self._digest.update(rest)
                     at += len(rest)
                     yield place, DataError(f"a line of more than {MAX_RECORD >> 20} MiB; break the record up")
-                elif line.strip() not in (b"", b"\xef\xbb\xbf"):
+                elif line.strip() not in (b"", _MARK):
                     try:
                         yield place, _parse(line, first=place[0] == 0)
                     except DataError as error:
@@ -106,9 +113,9 @@ class Lines:
 def _parse(line: bytes, *, first: bool) -> Mapping[str, Any]:
     """One line of JSON lines. `first`: it is the first of its file, before which an editor may put a mark."""
     if first:
-        if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        if line.startswith(_UTF_16):
             raise DataError("the file is UTF-16; save it as UTF-8")
-        line = line.removeprefix(b"\xef\xbb\xbf")
+        line = line.removeprefix(_MARK)
     if b"\0" in line:
         raise DataError(f"a NUL byte at column {line.index(0) + 1}: the file is damaged, or no text")
     try:
@@ -116,19 +123,211 @@ def _parse(line: bytes, *, first: bool) -> Mapping[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"byte 0x{line[error.start]:02X} at column {error.start + 1} is not UTF-8") from None
     except json.JSONDecodeError as error:
-        if line.lstrip().startswith(b"[") and first:
-            raise DataError(
-                "a list that goes over lines, not JSON lines: write one object a line (jq -c '.[]' does)"
-            ) from None
         end = line.decode().rstrip()
         shown = end if len(end) <= 40 else end[:37] + "..."
-        raise DataError(f"broken JSON at column {error.colno}, {error.msg}: {shown!r}") from None
+        over = " (one object over several lines? write each on one line, or all in a list)" if end == "{" else ""
+        raise DataError(f"broken JSON at column {error.colno}, {error.msg}: {shown!r}{over}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
         raise DataError(f"JSON that cannot be read: {error}") from None
+    return _object(record, "line")
+
+
+def _object(record: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(record, dict):
         kinds = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
-        raise DataError(f"{kinds.get(type(record), 'null')}, where each line is one object with named fields")
+        raise DataError(f"{kinds.get(type(record), 'null')}, where each {place} is one object with named fields")
     return record
+
+
+def is_list(path: Path) -> bool:
+    """Whether a file of JSON is one list, and not an object a line."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(1024).removeprefix(_MARK).lstrip().startswith(b"[")
+    except OSError:
+        return False
+
+
+class JsonList:
+    """One JSON list of records, decoded a part at a time. A place is (byte at which the entry begins, its number)."""
+
+    def __init__(self, path: Path):
+        self.name, self.folder, self._path = str(path), path.parent, path
+        self._digest = hashlib.sha256()
+        self._sizes = array("q")  # bytes of each entry
+
+    def scan(self) -> Iterator[tuple[Place, Mapping[str, Any] | DataError]]:
+        with _opened(self._path) as file:
+            part = _Part(file, self._digest)
+            part.expect("[")
+            if part.peek() != "]":
+                while True:
+                    start, record = part.at, part.value()
+                    place = (start, len(self._sizes))
+                    self._sizes.append(part.at - start)
+                    try:
+                        yield place, _object(record, "entry")
+                    except DataError as error:
+                        yield place, error
+                    if part.peek() != ",":
+                        break
+                    part.expect(",")
+                    part.peek()
+            part.expect("]")
+            if rest := part.peek():
+                raise part.broken(f"{rest!r} after the end of the list")
+
+    def digest(self) -> bytes:
+        return self._digest.digest()
+
+    def read(self, place: Place) -> Mapping[str, Any]:
+        with _opened(self._path) as file:
+            file.seek(place[0])
+            text = file.read(self._sizes[place[1]])
+        try:
+            return _object(json.loads(text), "entry")
+        except ValueError as error:
+            raise DataError(str(error)) from None
+
+    def where(self, place: Place) -> str:
+        return f"{self.name}, entry {place[1] + 1}"
+
+
+class _Part:
+    """The part of a JSON text that is in memory: it grows until what is asked for is in it."""
+
+    def __init__(self, file: Any, digest: Any):
+        self._file, self._digest, self._name = file, digest, file.name
+        self._utf8 = codecs.getincrementaldecoder("utf-8")()
+        self._text, self._next, self._lines = "", 0, 1
+        self.at = 0  # the byte at which what comes next begins
+        self._more()
+        if self._text.startswith("\ufeff"):
+            self._text, self.at = self._text[1:], len(_MARK)
+
+    def _more(self) -> bool:
+        """Read on, as much again as is waiting; False at the end of the file."""
+        self._lines += self._text.count("\n", 0, self._next)
+        self._text, self._next = self._text[self._next :], 0
+        data = self._file.read(max(1 << 20, len(self._text)))
+        self._digest.update(data)
+        try:
+            self._text += self._utf8.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            self._text += error.object[: error.start].decode()
+            raise self.broken(f"byte 0x{error.object[error.start]:02X} is not UTF-8", len(self._text)) from None
+        return bool(data)
+
+    def peek(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            start = self._next
+            while self._next < len(self._text) and self._text[self._next] in " \t\r\n":
+                self._next += 1
+            self.at += self._next - start
+            if self._next < len(self._text):
+                return self._text[self._next]
+            if not self._more():
+                return ""
+
+    def expect(self, character: str) -> None:
+        found = self.peek()
+        if found != character:
+            raise self.broken(f"{found!r} where {character!r} should be" if found else f"the end before {character!r}")
+        self._next, self.at = self._next + 1, self.at + 1
+
+    def value(self) -> Any:
+        """The value that comes next."""
+        self.peek()
+        while True:
+            try:
+                found, end = _JSON.raw_decode(self._text, self._next)
+            except json.JSONDecodeError as error:
+                if len(self._text) - self._next > MAX_RECORD:
+                    raise self.broken(f"an entry of more than {MAX_RECORD >> 20} MiB, or {error.msg}") from None
+                if not self._more():
+                    raise self.broken(f"broken JSON, {error.msg}", error.pos) from None
+                continue
+            except (ValueError, RecursionError) as error:
+                raise self.broken(f"JSON that cannot be read: {error}") from None
+            self.at += len(self._text[self._next : end].encode("utf-8", "surrogatepass"))
+            self._next = end
+            return found
+
+    def broken(self, what: str, at: int | None = None) -> DataError:
+        line = self._lines + self._text.count("\n", 0, self._next if at is None else at)
+        return DataError(f"{self._name}:{line}: {what}; nothing after it can be read")
+
+
+class Table:
+    """A table of text with names of columns in its first line. A place is (byte at which a row begins, its line)."""
+
+    def __init__(self, path: Path, separator: str):
+        self.name, self.folder, self._path, self._separator = str(path), path.parent, path, separator
+        self._digest = hashlib.sha256()
+        self._columns: list[str] = []
+        csv.field_size_limit(MAX_RECORD)
+
+    def scan(self) -> Iterator[tuple[Place, Mapping[str, Any] | DataError]]:
+        with _opened(self._path) as file:
+            at = 0
+            rows: Any = None
+
+            def lines() -> Iterator[str]:
+                nonlocal at
+                while line := file.readline(MAX_RECORD + 1):
+                    self._digest.update(line)
+                    at += len(line)
+                    yield self._decoded(line, at == len(line), 0 if rows is None else rows.line_num)
+
+            rows = csv.reader(lines(), delimiter=self._separator, strict=True)
+            self._columns = next(rows, [])
+            if len(set(self._columns)) < len(self._columns) or not all(self._columns):
+                raise DataError(f"{self.name}:1: the names of the columns, {listed(self._columns)}, must differ")
+            while True:
+                place = (at, rows.line_num + 1)
+                try:
+                    row = next(rows, None)
+                except csv.Error as error:
+                    yield place, DataError(f"no row of a table: {error}")
+                    continue
+                if row is None:
+                    return
+                try:
+                    if row:
+                        yield place, self._record(row)
+                except DataError as error:
+                    yield place, error
+
+    def _decoded(self, line: bytes, first: bool, number: int) -> str:
+        if first:
+            if line.startswith(_UTF_16):
+                raise DataError(f"{self.name}: the file is UTF-16; save it as UTF-8")
+            line = line.removeprefix(_MARK)
+        try:
+            return line.decode()
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            raise DataError(
+                f"{self.name}:{number + 1}: byte 0x{byte:02X} is not UTF-8; save the file as UTF-8"
+            ) from None
+
+    def _record(self, row: Sequence[str]) -> Mapping[str, Any]:
+        if len(row) != len(self._columns):
+            raise DataError(f"{len(row)} cells, and {len(self._columns)} columns in the first line")
+        return dict(zip(self._columns, row, strict=True))
+
+    def digest(self) -> bytes:
+        return self._digest.digest()
+
+    def read(self, place: Place) -> Mapping[str, Any]:
+        with _opened(self._path) as file:
+            file.seek(place[0])
+            lines = (self._decoded(line, False, place[1]) for line in file)
+            return self._record(next(csv.reader(lines, delimiter=self._separator, strict=True)))
+
+    def where(self, place: Place) -> str:
+        return f"{self.name}:{place[1]}"
 
 
 class Documents:
@@ -205,7 +404,7 @@ def _document(path: Path) -> str:
     if path.stat().st_size > MAX_RECORD:
         raise DataError(f"more than {MAX_RECORD >> 20} MiB in one document; split it, or write JSON lines of parts")
     with _opened(path) as file:
-        data = file.read(MAX_RECORD + 1).removeprefix(b"\xef\xbb\xbf")
+        data = file.read(MAX_RECORD + 1).removeprefix(_MARK)
     if b"\0" in data:
         raise DataError(f"a NUL byte at {data.index(0)}: the file is damaged, or no text")
     try:

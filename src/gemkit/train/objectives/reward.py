@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -33,6 +33,7 @@ class Reward:
 
     name = "reward"
     forms: tuple[str, ...] = ("preference",)
+    fields = ("margin",)  # of a record, beside those of its form: by how much the preferred answer should be better
 
     needs: AbstractSet[Need] = frozenset({"score"})
 
@@ -52,7 +53,8 @@ class Reward:
         self.tokenizer, self.options, self.context = tokenizer, options or self.Options(), context
 
     def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[ExampleGroup]:
-        return [pair(self.tokenizer, record, self.context)]
+        chosen, rejected = pair(self.tokenizer, record, self.context)
+        return [(replace(chosen, extra={"margin": float(record.get("margin") or 0)}), rejected)]
 
     def prepare(
         self, model: LanguageModel, units: Sequence[ExampleGroup], rng: np.random.Generator
@@ -65,7 +67,8 @@ class Reward:
     def loss(self, model: LanguageModel, units: Sequence[ExampleGroup]) -> Loss:
         rewards_E = rewards(model, [example.ids for example in chain.from_iterable(units)])
         chosen_B, rejected_B = rewards_E[0::2], rewards_E[1::2]
-        total = losses.bradley_terry(chosen_B, rejected_B).sum()
+        wanted_B = chosen_B.new_tensor([chosen.extra["margin"] for chosen, _ in units])
+        total = losses.bradley_terry(chosen_B, rejected_B, wanted_B).sum()
         if self.options.centre:
             total = total + self.options.centre * (chosen_B + rejected_B).square().sum()
         with torch.no_grad():

@@ -119,19 +119,20 @@ def test_images_are_beside_their_data_file(tmp_path):
         ({"messages": "Hi"}, "messages is the text 'Hi', not a list of messages"),
         ({"messages": ["Hi"]}, "messages[0] is the text 'Hi', not an object with role and content"),
         ({"messages": [SYSTEM]}, "messages has a system message and no other"),
-        ({"messages": [USER]}, "messages has no turn by the assistant, so there is nothing to learn"),
-        ({"messages": [MODEL, USER]}, "messages[0] is by the assistant, expected the user: after an optional"),
+        ({"messages": [USER]}, "messages has no answer by the assistant to the user, so there is nothing to learn"),
+        ({"messages": [MODEL, USER]}, "messages has no answer by the assistant to the user"),
+        ({"messages": [MODEL]}, "messages[0] is by the assistant, expected the user: after an optional"),
         ({"messages": [USER, USER, MODEL]}, "messages[1] is by the user, expected the assistant"),
         ({"messages": [USER, MODEL, SYSTEM]}, "messages[2] is by the system, expected the user"),
         (
-            {"messages": [USER, {"role": "tool", "content": "x"}]},
-            "messages[1].role is the text 'tool'; roles are",
+            {"messages": [USER, {"role": "critic", "content": "x"}]},
+            "messages[1].role is the text 'critic'; roles are",
         ),
         ({"messages": [USER, {"role": "assistant"}]}, "no messages[1].content among the fields 'role'"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content is empty"),
         (
             {"messages": [USER, {"role": "assistant", "content": ["a"]}]},
-            "messages[1].content is a list ['a'], not a text",
+            "messages[1].content[0] is the text 'a', not an object with type and text",
         ),
         ({"conversations": [{"from": "bot", "value": "x"}]}, "conversations[0].from is the text 'bot'"),
         ({"prompt": "a", "completion": ""}, "completion is empty"),
@@ -159,8 +160,13 @@ def test_a_record_that_has_not_its_form(tmp_path, record, message):
     assert wrong(tmp_path, json.dumps(record)).startswith(f"data.jsonl:1: {message}")
 
 
-def test_all_records_have_the_form_of_the_first(tmp_path):
-    assert wrong(tmp_path, GOOD, "", '{"text": "a"}') == "data.jsonl:3: no messages among the fields 'text'"
+def test_a_file_may_mix_forms_unless_one_is_asked_for(tmp_path):
+    data = open_data(lines(tmp_path, GOOD, "", '{"text": "a"}', GOOD))
+    assert data.forms == {"chat": 0, "text": 1}
+    assert data.report() == "3 records of the form chat and text"
+    assert (
+        wrong(tmp_path, GOOD, "", '{"text": "a"}', form="chat") == "data.jsonl:3: no messages among the fields 'text'"
+    )
 
 
 def test_a_form_that_is_asked_for(tmp_path):
@@ -211,13 +217,6 @@ def test_utf_16_is_named(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(GOOD.encode("utf-16"))
     with pytest.raises(DataError, match=r":1: the file is UTF-16; save it as UTF-8"):
-        open_data(path)
-
-
-def test_one_list_is_not_lines(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps([CHAT, CHAT], indent=1))
-    with pytest.raises(DataError, match=r":1: a list that goes over lines, not JSON lines"):
         open_data(path)
 
 
@@ -286,7 +285,7 @@ def test_few_row_groups_are_kept(tmp_path, monkeypatch):
 
 def test_a_bad_row_is_named(tmp_path):
     path = parquet(tmp_path / "a.parquet", [{"text": "a"}, {"text": None}, {"text": "c"}], row_group_size=1)
-    with pytest.raises(DataError, match=r"a.parquet, row 2: no text among the fields \(none\)"):
+    with pytest.raises(DataError, match=r"a.parquet, row 2: the fields \(none\) make no form"):
         open_data(path)
 
 
@@ -371,14 +370,14 @@ def test_a_repository_comes_in_groups(tmp_path):
     [
         ("none.jsonl", "there is no file or folder"),
         ("https://example.com/a.jsonl", "is a URL; data is read from files, folders and hub:owner/name"),
-        ("a.csv", r"\.csv files are not read; write JSON lines"),
+        ("a.xlsx", r"\.xlsx files are not read; write JSON lines"),
         ("a.jsonl.gz", "is compressed; unpack it first"),
-        ("empty", "a folder without .jsonl or .parquet files"),
+        ("empty", "a folder without .jsonl, .csv or .parquet files"),
     ],
 )
 def test_what_is_no_data(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
-    for file in ("a.csv", "a.jsonl.gz"):
+    for file in ("a.xlsx", "a.jsonl.gz"):
         (tmp_path / file).write_text("x")
     with pytest.raises(DataError, match=message):
         open_data(name if "://" in name else tmp_path / name)
@@ -398,7 +397,10 @@ def test_the_hub(monkeypatch, tmp_path):
     lines(tmp_path, GOOD)
     monkeypatch.setattr(files.hub, "download_data", lambda *a: asked.append(a) or tmp_path)
     assert len(open_data("hub:owner/name")) == len(open_data("hub:owner/name/data.jsonl")) == 1
-    assert asked == [("owner/name", ["*.jsonl", "*.ndjson", "*.parquet"]), ("owner/name", ["data.jsonl"])]
+    assert asked == [
+        ("owner/name", ["*.jsonl", "*.ndjson", "*.csv", "*.tsv", "*.parquet"]),
+        ("owner/name", ["data.jsonl"]),
+    ]
     with pytest.raises(DataError, match=r"no x\.jsonl in that data set"):
         open_data("hub:owner/name/x.jsonl")
 

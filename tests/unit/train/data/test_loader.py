@@ -220,7 +220,7 @@ def test_settings_that_contradict(options, message):
 
 
 def test_an_objective_takes_its_forms():
-    with pytest.raises(ConfigError, match=r"lengths learns from records of the form text, and those of record 0 have"):
+    with pytest.raises(ConfigError, match=r"lengths learns from records of the form text, and record 0 has"):
         Steps(Data.of([{"prompt": "a"}]), Lengths(), seed=0, batch_size=1)
 
 
