@@ -22,6 +22,7 @@ from gemkit.family.schema import (
     Sliding,
     Tuning,
     Vision,
+    Yarn,
     repeat,
     replace_layers,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "Sliding",
     "Tuning",
     "Vision",
+    "Yarn",
     "get",
     "members",
     "names",

@@ -11,7 +11,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from gemkit.errors import ConfigError
+from gemkit.errors import ConfigError, ContextError
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (arXiv:2309.00071): stretching by `Rope.factor` of the dimension pairs that turn slowly, and of those alone.
+
+    A pair that turns `beta_fast` times or more in `context` tokens keeps its frequency, one that turns `beta_slow`
+    times or fewer is stretched, and between them the share grows linearly with the number of the pair.
+    """
+
+    context: int  # tokens seen in training before the stretching
+    attention_factor: float = 1.0  # rotated queries and keys are multiplied by it, which sharpens attention
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # the two ends of the ramp are whole pairs
+
+    def ramp(self, rotated: int, base: float) -> tuple[float, float]:
+        """Pairs between which the share of the stretching grows from 0 to 1, of `rotated` dimensions."""
+        low, high = (
+            rotated * math.log(self.context / (turns * 2 * math.pi)) / (2 * math.log(base))
+            for turns in (self.beta_fast, self.beta_slow)
+        )
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        return float(max(low, 0)), float(min(high, rotated - 1))
 
 
 @dataclass(frozen=True)
@@ -23,8 +48,12 @@ class Rope:
     """
 
     base: float = 10_000.0
-    factor: float = 1.0  # linear stretching of positions: 8 in the global layers of Gemma 3 from 4B up
+    factor: float = 1.0  # stretching of positions: 8 in the global layers of Gemma 3 from 4B up
     fraction: float = 1.0  # share of each head that is rotated, from its front: 0.5 in RecurrentGemma
+    yarn: Yarn | None = None  # which pairs `factor` stretches; None: all alike
+    # Dynamic NTK scaling by this factor: from `max_context` on every frequency depends on the length of the sequence,
+    # so that remembered keys would have to turn anew with every token. Longer sequences are refused.
+    dynamic: float | None = None
 
 
 Reach = Literal["past", "both", "all"]
@@ -72,11 +101,19 @@ class Attention:
             raise ConfigError(f"rope.fraction={self.rope.fraction} of head_dim={self.head_dim} is not an even number")
         if self.rope.base <= 0 or self.rope.factor <= 0:
             raise ConfigError(f"{self.rope} needs a positive base and factor")
+        if self.rope.yarn is not None and (self.rope.fraction != 1 or self.rope.base <= 1):
+            raise ConfigError(f"{self.rope}: YaRN stretches heads that are rotated whole, by a base above 1")
 
     @property
-    def rotation(self) -> tuple[int, float, float]:
-        """Rotated dimensions of each head, base and factor of the rotation."""
-        return int(self.rope.fraction * self.head_dim), self.rope.base, self.rope.factor
+    def rotation(self) -> tuple[int, float, float, tuple[float, float] | None]:
+        """Rotated dimensions of each head, and base, factor and ramp of the rotation (`ops.rope_table`)."""
+        rope, rotated = self.rope, int(self.rope.fraction * self.head_dim)
+        return rotated, rope.base, rope.factor, None if rope.yarn is None else rope.yarn.ramp(rotated, rope.base)
+
+    @property
+    def score_scale(self) -> float:
+        """The factor of a query's dot product with a key: `scale`, and YaRN's factor of both of them."""
+        return self.scale if self.rope.yarn is None else self.scale * self.rope.yarn.attention_factor**2
 
     @property
     def kind(self) -> Literal["global", "sliding"]:
@@ -183,6 +220,20 @@ class DecoderConfig:
     def recurrent(self) -> tuple[Recurrent, ...]:
         """The recurrent mixers, in the order of the layers."""
         return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Recurrent))
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens of a sequence at most, where a rotation ends there (`Rope.dynamic`); None: no limit."""
+        return self.max_context if any(mixer.rope.dynamic is not None for mixer in self.attention) else None
+
+    def check_length(self, tokens: int) -> None:
+        """Raises: ContextError, for a sequence of more tokens than the rotations reach."""
+        if self.longest is not None and tokens > self.longest:
+            raise ContextError(
+                f"{tokens:,} tokens: this model stretches its rotary embedding dynamically from {self.longest:,} on, "
+                "by the length of the whole sequence, which keys that are remembered cannot follow; shorten it, or "
+                "give rope_scaling a fixed form in config.json (linear or yarn)"
+            )
 
     @property
     def windows(self) -> tuple[int, ...]:

@@ -110,7 +110,7 @@ def generate(
     slots = _slots(requests, state)
     most = draft_limit(speculate)
     held = executor.new_state(len(requests)) if state is None else state
-    limit = None if beyond_context else executor.decoder.max_context
+    limit = executor.decoder.longest if beyond_context else executor.decoder.max_context
     sequences: list[Sequence] = []
     for index, (request, slot) in enumerate(zip(requests, slots, strict=True)):
         stream = text_stream() if text_stream else None

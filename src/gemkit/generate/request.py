@@ -162,6 +162,7 @@ class Request:
             raise ConfigError("stop_strings need a text_stream to be found in")
         if beyond_context and self.max_tokens is None:
             raise ConfigError("beyond_context lifts the limit of the context, so max_tokens must be set")
+        decoder.check_length(len(self.ids))
         if len(self.ids) > most and not beyond_context:
             raise ContextError(
                 f"the prompt has {len(self.ids)} tokens and the model was trained on {most}; "

@@ -342,7 +342,9 @@ def ropes(decoder: DecoderConfig) -> str:
 def _rope(rope: Rope) -> str:
     text = f"base {rope.base:,.0f}"
     if rope.factor != 1:
-        text += f", factor {rope.factor:g}"
+        text += f", factor {rope.factor:g}" + (" (YaRN)" if rope.yarn is not None else "")
+    if rope.dynamic is not None:
+        text += f", dynamic by {rope.dynamic:g} beyond the context"
     if rope.fraction != 1:
         text += f", {rope.fraction:.0%} of a head"
     return text

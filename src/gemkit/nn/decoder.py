@@ -37,7 +37,7 @@ class Attention(Module):
     def __init__(self, config: family.DecoderConfig, layer: family.Attention):
         super().__init__()
         d, h = config.width, layer.head_dim
-        self.head_dim, self.scale, self.window, self.softcap = h, layer.scale, layer.visible, layer.softcap
+        self.head_dim, self.scale, self.window, self.softcap = h, layer.score_scale, layer.visible, layer.softcap
         self.q_proj = Linear(d, layer.heads * h)  # not (d, d): head_dim is not width / heads
         self.k_proj = Linear(d, layer.kv_heads * h)
         self.v_proj = Linear(d, layer.kv_heads * h)
@@ -159,6 +159,8 @@ class Decoder(LanguageModel):
     def _hidden(self, batch: Batch, state: State | None, rows, features_ED):
         """(R, D) or (T, D): the hidden state after the last norm."""
         sequences = list(batch.sequences())
+        if self.config.longest is not None:
+            self.config.check_length(max((end - first + offset for first, end, _, offset in sequences), default=0))
         if state is not None:
             state.expect(self.config, sequences)
         batch.expect_features(features_ED)

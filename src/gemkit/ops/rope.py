@@ -8,21 +8,42 @@ from torch import Tensor
 from gemkit.ops.basic import wide
 from gemkit.ops.symbolic import op
 
+Ramp = tuple[float, float]  # (low, high) of the numbers of dimension pairs
+
 
 @op(lambda positions_T, rotated, **_: [(*positions_T.shape, rotated // 2)] * 2, dtype=lambda **_: "float32")
-def rope_table(positions_T: Tensor, rotated: int, base: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions_T: Tensor, rotated: int, base: float, factor: float = 1.0, ramp: Ramp | None = None
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every angle, float32 (T, R/2) each, of R = `rotated` dimensions.
 
     Positions are integers and angles are float32: in bf16 the positions 8190 and 8191 are the same number.
     """
-    angles_TR = positions_T[:, None].float() * rope_frequencies(rotated, base, factor, positions_T.device)
+    angles_TR = positions_T[:, None].float() * rope_frequencies(rotated, base, factor, ramp, positions_T.device)
     return angles_TR.cos(), angles_TR.sin()
 
 
-def rope_frequencies(rotated: int, base: float, factor: float = 1.0, device: torch.device | None = None) -> Tensor:
-    """Radians that each pair turns by a position, `base ** (-2i / R) / factor`: float32 (R/2,)."""
+def rope_frequencies(
+    rotated: int,
+    base: float,
+    factor: float = 1.0,
+    ramp: Ramp | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Radians that each pair turns by a position, `base ** (-2i / R) / factor`: float32 (R/2,).
+
+    Args:
+        ramp: pairs up to the first number are not divided by `factor`, those from the second on are, and between them
+            the two frequencies are mixed linearly (YaRN, arXiv:2309.00071). None: all are divided.
+    """
     exponents = torch.arange(0, rotated, 2, dtype=torch.float32, device=device) / rotated
-    return base**-exponents / factor
+    rates = base**-exponents
+    if ramp is None:
+        return rates / factor
+    low, high = ramp
+    pairs = torch.arange(rotated // 2, dtype=torch.float32, device=device)
+    share = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+    return rates * (1 - share) + rates / factor * share
 
 
 @op(lambda x_TNH, table: x_TNH.shape)

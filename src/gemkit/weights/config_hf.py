@@ -25,54 +25,67 @@ from gemkit.family import (
     repeat,
 )
 from gemkit.weights.config_keys import Keys, refuse_differences, section
+from gemkit.weights.config_rope import flat_rope, rope_keys, rope_to_hf, ropes_from_hf
 from gemkit.weights.config_vision import paligemma_to_hf
 
-# Published defaults of the configuration classes, for keys that released files omit (the text configuration of
-# gemma-3-4b-pt names five keys only). Transformers 5.23, models/gemma*/configuration_gemma*.py
+# Published defaults of the configuration classes, for keys that files omit (the text configuration of gemma-3-4b-pt
+# names five keys only). Transformers 5.23, models/*gemma*/configuration_*.py
+_COMMON = {"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "head_dim": 256}
+_GEMMA2 = {
+    **_COMMON,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma": {"max_position_embeddings": 8192, "head_dim": 256, "rope_theta": 10_000.0},
-    "gemma2": {
+    "gemma": {
+        **_COMMON,
+        "vocab_size": 256_000,
+        "hidden_size": 3072,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
         "max_position_embeddings": 8192,
-        "head_dim": 256,
-        "rope_theta": 10_000.0,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
+    },
+    "gemma2": {
+        **_GEMMA2,
+        "vocab_size": 256_000,
+        "max_position_embeddings": 8192,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    "gemma3_text": {
-        "vocab_size": 262_208,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131_072,
-        "head_dim": 256,
-        "rope_theta": 1_000_000.0,
-        "rope_local_base_freq": 10_000.0,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
-    },
+    "gemma3_text": {**_GEMMA2, "vocab_size": 262_208, "max_position_embeddings": 131_072},
     "recurrent_gemma": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 256_000,
+        "hidden_size": 2560,
+        "intermediate_size": 7680,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 10,
         "max_position_embeddings": 8192,
         "attention_window_size": 2048,
         "conv1d_width": 4,
         "logits_soft_cap": 30.0,
         "block_types": ["recurrent", "recurrent", "attention"],
-        "rope_theta": 10_000.0,
-        "partial_rotary_factor": 0.5,
     },
 }
 _PATTERN = {"gemma2": 2, "gemma3_text": 6}  # every n-th layer is global
 _TANH_GELU = {"gelu_pytorch_tanh", "gelu"}  # "gelu" in old files means the tanh form: the models were trained with it
 
 
-def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
+def from_hf(config: Mapping[str, Any], where: str, notes: list[str] | None = None) -> DecoderConfig:
     """The decoder that a `config.json` describes.
 
     Args:
         config: the parsed file.
         where: its name, for messages.
+        notes: takes what a user should know of how it was read.
 
     Raises:
         WeightsError: for a model type that is not of the family, or a key that is missing or of the wrong type.
@@ -85,16 +98,18 @@ def from_hf(config: Mapping[str, Any], where: str) -> DecoderConfig:
             raise ConfigError(f"{where}: a text_config of model_type {text['model_type']!r}; known: gemma, gemma2")
         # prefixes are a matter of the batch here
         text = {"model_type": "gemma", **text, "use_bidirectional_attention": None}
-        return from_hf(text, f"{where}: text_config")
+        return from_hf(text, f"{where}: text_config", notes)
     if kind == "gemma3":  # text and image: the text decoder is nested
         text = section(config, "text_config", where)
         # the table of the released image checkpoints has 64 rows for image placeholders that text never uses
-        return from_hf({"tie_word_embeddings": True, **text, "model_type": "gemma3_text"}, f"{where}: text_config")
+        return from_hf(
+            {"tie_word_embeddings": True, **text, "model_type": "gemma3_text"}, f"{where}: text_config", notes
+        )
     if not isinstance(kind, str) or kind not in _HF_DEFAULTS:
         raise WeightsError(
             f"{where}: model_type {kind!r} is not one that is read here: {', '.join(_HF_DEFAULTS)}, gemma3, paligemma"
         )
-    keys = Keys({**_HF_DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None}}, where)
+    keys = Keys({**_HF_DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None}}, where, notes)
     _refuse_other_numerics(keys)
     if kind == "recurrent_gemma":
         return _hf_griffin(keys)
@@ -164,7 +179,7 @@ def _refuse_other_numerics(keys: Keys) -> None:
 
 
 def _hf_layers(kind: str, keys: Keys, heads: Mapping[str, Any]) -> tuple[Layer, ...]:
-    ropes, ffw = _hf_ropes(kind, keys), Mlp(keys.whole("intermediate_size"))
+    ropes, ffw = ropes_from_hf(kind, keys), Mlp(keys.whole("intermediate_size"))
     depth = keys.whole("num_hidden_layers")
     full = Global(rope=ropes["full_attention"], **heads)
     if kind == "gemma":
@@ -182,27 +197,6 @@ def _hf_layers(kind: str, keys: Keys, heads: Mapping[str, Any]) -> tuple[Layer, 
     return tuple(Layer(kinds[t], ffw) for t in types)
 
 
-def _hf_ropes(kind: str, keys: Keys) -> dict[str, Rope]:
-    """By layer type. Newer files nest `rope_parameters`, older ones have flat keys and `rope_scaling`."""
-    nested = keys.get("rope_parameters")
-    if isinstance(nested, Mapping):
-        by_type = nested if "full_attention" in nested else {"full_attention": nested, "sliding_attention": nested}
-    else:
-        full = {"rope_theta": keys.number("rope_theta"), **(keys.get("rope_scaling") or {})}
-        local = {"rope_theta": keys.number("rope_local_base_freq")} if kind == "gemma3_text" else full
-        by_type = {"full_attention": full, "sliding_attention": local}
-    ropes = {}
-    for layer_type, given in by_type.items():
-        rope = Keys(given or {}, f"{keys.where}: rope of {layer_type}")
-        form = rope.get("rope_type") or rope.get("type") or "default"
-        if form not in ("default", "linear"):
-            raise ConfigError(f"{rope.where}: rope_type={form!r} is not implemented; known: default, linear")
-        ropes[layer_type] = Rope(
-            base=rope.number("rope_theta"), factor=rope.number("factor") if form == "linear" else 1.0
-        )
-    return ropes
-
-
 # The 2B's file says `block_types`, the 9B's `_block_types`, and later versions of Transformers list every layer.
 _BLOCK_TYPES = ("layers_block_type", "layer_types", "_block_types", "block_types")
 
@@ -216,10 +210,6 @@ def _hf_griffin(keys: Keys) -> DecoderConfig:
             f"and 2 intermediate_size={both_branches}"
         )
     head_dim = keys.whole("head_dim", width // heads)
-    given = keys.get("rope_parameters")
-    rope = Keys({"partial_rotary_factor": 0.5, **given}, keys.where) if isinstance(given, Mapping) else keys
-    if rope.get("rope_type") not in (None, "default"):
-        raise ConfigError(f"{keys.where}: rope_type={rope.get('rope_type')!r} is not implemented; known: default")
     recurrent = Recurrent(keys.whole("lru_width", width), heads, keys.whole("conv1d_width"))
     # the models were trained with a mask that lets a token see so many others besides itself
     window = keys.whole("attention_window_size") + 1
@@ -229,7 +219,7 @@ def _hf_griffin(keys: Keys) -> DecoderConfig:
         kv_heads=keys.whole("num_key_value_heads", heads),
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        rope=Rope(rope.number("rope_theta"), fraction=rope.number("partial_rotary_factor")),
+        rope=flat_rope(keys, forms=("default",), fraction=0.5),
     )
     kinds: dict[str, Mixer] = {
         "recurrent": recurrent,
@@ -275,15 +265,7 @@ def to_hf(decoder: DecoderConfig, vision: Modality | None = None) -> dict[str, A
         "intermediate_size": decoder.layers[0].ffw.width,
         "hidden_act": "gelu_pytorch_tanh",
     }
-    full = next((mixer.rope for mixer in decoder.attention if mixer.window is None), first.rope)
-    local = next((mixer.rope for mixer in decoder.attention if mixer.window is not None), full)
-    config["rope_theta"] = full.base
-    if kind == "gemma3_text":
-        config["rope_local_base_freq"] = local.base
-        config["rope_scaling"] = {"rope_type": "linear", "factor": full.factor} if full.factor != 1 else None
-        config["rope_parameters"] = {"full_attention": _hf_rope(full), "sliding_attention": _hf_rope(local)}
-    else:
-        config["rope_parameters"] = _hf_rope(full)
+    config |= rope_keys(kind, decoder)
     if kind != "gemma":
         config |= {
             "layer_types": types,
@@ -346,7 +328,7 @@ def _to_hf_griffin(decoder: DecoderConfig) -> dict[str, Any]:
         "block_types": types[:period],
         "_block_types": types[:period],
         **partial,
-        "rope_parameters": {"rope_type": "default", **partial},
+        "rope_parameters": rope_to_hf(sliding.rope),
     }
 
 
@@ -355,11 +337,6 @@ def _expressed(config: dict[str, Any], decoder: DecoderConfig) -> dict[str, Any]
     read = from_hf(config, "config.json")
     refuse_differences(decoder, read, f"no published configuration of model_type {config['model_type']!r}")
     return config
-
-
-def _hf_rope(rope: Rope) -> dict[str, Any]:
-    linear = {"rope_type": "linear", "factor": rope.factor}
-    return {"rope_theta": rope.base, **({"rope_type": "default"} if rope.factor == 1 else linear)}
 
 
 def _whole_if_close(value: float) -> float | int:

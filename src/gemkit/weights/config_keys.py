@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import fields
 from typing import Any
 
@@ -11,11 +11,31 @@ from gemkit.family import DecoderConfig
 
 
 class Keys:
-    """Typed access to untrusted keys."""
+    """Typed access to untrusted keys.
 
-    def __init__(self, values: Mapping[str, Any], where: str):
+    Attributes:
+        notes: for the user, on keys that have no say.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str, notes: list[str] | None = None):
         self._values = values
         self.where = where
+        self.notes = [] if notes is None else notes
+
+    def note(self, name: str, text: str) -> None:
+        """Tell the user how a key was read."""
+        if (said := f"{self.where}: {name}: {text}") not in self.notes:
+            self.notes.append(said)
+
+    def keys(self) -> Set[str]:
+        return self._values.keys()
+
+    def section(self, name: str) -> Mapping[str, Any] | None:
+        """The keys that are nested under a key; None if it is absent or null."""
+        found = self._values.get(name)
+        if found is not None and not isinstance(found, Mapping):
+            raise WeightsError(f"{self.where}: {name}={found!r} must be an object")
+        return found
 
     def get(self, name: str) -> Any:
         return self._values.get(name)

@@ -78,8 +78,9 @@ def _describe_folder(reader: Reader, place: Place) -> Description:
         reader.join(kinds)
     vision = config_vision.vision_from_hf(config, place.label)
     left_out = vision is None and "vision_config" in config
-    notes = (_TOWER_LEFT_OUT,) if left_out else ()
-    return Description(config_hf.from_hf(config, place.label), vision, place.member, notes)
+    notes = [_TOWER_LEFT_OUT] if left_out else []
+    decoder = config_hf.from_hf(config, place.label, notes)
+    return Description(decoder, vision, place.member, tuple(notes))
 
 
 # ── tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────────────

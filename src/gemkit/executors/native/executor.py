@@ -215,6 +215,7 @@ class NativeExecutor:
         return Outputs(found, computed)
 
     def _check_reach(self, chunk: Chunk, position: int) -> None:
+        self.decoder.check_length(position + len(chunk.ids))
         if chunk.spans and self._recurs:
             raise ConfigError(f"spans={list(chunk.spans)}: a recurrent layer cannot see what comes after")
         if position and self._looks_ahead:

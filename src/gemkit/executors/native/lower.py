@@ -60,6 +60,7 @@ class Frequencies:
     rotated: int
     base: float
     factor: float
+    ramp: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class _Lowering:
         buffer = self.places.new(2 * half, "T")
         self.places.put(cos, Slice(buffer, 0, half))
         self.places.put(sin, Slice(buffer, half, half))
-        rates = Frequencies(*(node.operands[name] for name in ("rotated", "base", "factor")))
+        rates = Frequencies(*(node.operands[name] for name in ("rotated", "base", "factor", "ramp")))
         self._step("rope_table", to=Slice(buffer, 0, 2 * half), nodes=[node], plain=(rates,))
 
     def _rms_norm(self, i: int, node: Node) -> None:
@@ -348,8 +349,9 @@ def plain_name(plain: Plain) -> str:
     match plain:
         case Weight(name=name):
             return name
-        case Frequencies(rotated, base, factor):
-            return f"rope {base:g} / {factor:g} of {rotated}"
+        case Frequencies(rotated, base, factor, ramp):
+            mixed = "" if ramp is None else f", of pairs {ramp[0]:g} to {ramp[1]:g} on"
+            return f"rope {base:g} / {factor:g} of {rotated}{mixed}"
         case Sketch(table=table):
             return f"sketch of {table.name}"
         case Signs():

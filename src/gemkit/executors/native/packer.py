@@ -163,8 +163,8 @@ def _floats(plain: Plain) -> int:
 
 def _values(module: LanguageModel, plain: Plain) -> np.ndarray:
     match plain:
-        case Frequencies(rotated, base, factor):
-            return ops.rope_frequencies(rotated, base, factor).numpy()
+        case Frequencies(rotated, base, factor, ramp):
+            return ops.rope_frequencies(rotated, base, factor, ramp).numpy()
         case Signs(columns=columns):
             return screening.signs(columns)
         case Weight(name=name):
