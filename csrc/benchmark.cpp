@@ -106,7 +106,9 @@ std::vector<std::string> split(const std::string &text) {
 }
 
 const std::vector<std::string> KIND_NAMES = {"F32",  "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
-                                             "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"};
+                                             "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+                                             "IQ4_NL", "IQ4_XS", "IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS",
+                                             "IQ2_S", "IQ1_S", "IQ1_M"};
 
 double median(const std::vector<double> &v) { return v[v.size() / 2]; }
 

@@ -55,8 +55,9 @@ bool walk(Kind kind, int64_t cols, const Planes &p, uint8_t *tile, Place place, 
         if (!f.super) {
             place(p.scales, 2, groups, g, n, at);
             if (f.minima) place(p.mins, 2, groups, g, n, at + n * TILE * 2);
-        } else if (kind == Q6_K) {
-            place(p.scales, 1, groups * 2, g * 2, (int64_t)16, at);
+        } else if (whole_scales(kind)) {
+            const int64_t each = GROUP / f.group;
+            place(p.scales, 1, groups * each, g * each, BLOCK * each, at);
         } else if (!small(g / BLOCK, at)) {
             return false;
         }

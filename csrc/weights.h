@@ -27,7 +27,9 @@
 //
 //     Q4_0 Q5_0 Q8_0    float16 S of each group
 //     Q4_1 Q5_1         float16 S of each group, then M of each
+//     IQ4_NL            float16 S of each group
 //     Q6_K              int8 S of 16 half groups
+//     other IQ kinds    int8 S of 8 groups, or of 16 half groups
 //     Q2_K              one byte for each of 16 half groups: S + 16 M
 //     Q4_K Q5_K         6 bits each: 8 bytes of low halves, S + 16 M; 4 bytes of high bits: groups j and j + 4 share one,
 //                       S at bit 0, M at bit 2, S of j + 4 at bit 4, M of j + 4 at bit 6
@@ -49,7 +51,16 @@ struct Format {
     int group;  // columns that share a scale; 0: not quantized
     int zero;  // the code that stands for 0
     bool minima, super;
+    const int8_t *values = nullptr;  // the numbers that the 16 codes stand for; null: code - zero
+    float unit = 1;  // what a super scale of 1 is
 };
+
+// 16 each; codes of 3 bits use half of them.
+constexpr int8_t VALUES_4[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int8_t VALUES_3_XXS[16] = {4, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, -62};
+constexpr int8_t VALUES_3_S[16] = {1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15};
+constexpr int8_t VALUES_2[16] = {8, 25, 43, 0, -8, -25, -43, 0};
+constexpr int8_t VALUES_1[16] = {-7, 1, 9, 0, -9, -1, 7, 0};
 
 constexpr Format format(Kind kind) {
     switch (kind) {
@@ -63,11 +74,24 @@ constexpr Format format(Kind kind) {
         case Q4_K: return {4, 0, 32, 0, true, true};
         case Q5_K: return {4, 1, 32, 0, true, true};
         case Q6_K: return {4, 2, 16, 32, false, true};
+        case IQ4_NL: return {4, 0, 32, 0, false, false, VALUES_4};
+        case IQ4_XS: return {4, 0, 32, 0, false, true, VALUES_4};
+        case IQ3_XXS: return {4, 0, 32, 0, false, true, VALUES_3_XXS, 0.25f};
+        case IQ3_S: return {4, 0, 32, 0, false, true, VALUES_3_S};
+        case IQ2_XXS: return {2, 1, 32, 0, false, true, VALUES_2, 0.125f};
+        case IQ2_XS: return {2, 1, 16, 0, false, true, VALUES_2, 0.125f};
+        case IQ2_S: return {2, 1, 16, 0, false, true, VALUES_2, 0.125f};
+        case IQ1_S: return {2, 1, 32, 0, false, true, VALUES_1, 0.125f};
+        case IQ1_M: return {2, 1, 16, 0, false, true, VALUES_1, 0.125f};
         default: return {0, 0, 0, 0, false, false};
     }
 }
 
 constexpr bool quantized(Kind kind) { return format(kind).group != 0; }
+// Whether codes are places in a list of values.
+constexpr bool listed(Kind kind) { return IQ4_NL <= kind && kind <= IQ1_M; }
+// Whether small scales are whole bytes, as in the planes.
+constexpr bool whole_scales(Kind kind) { return kind == Q6_K || (format(kind).super && listed(kind)); }
 constexpr int64_t round64(int64_t n) { return (n + 63) / 64 * 64; }
 
 // Bytes of the parts of a tile.
@@ -78,7 +102,7 @@ constexpr int64_t super_bytes(Kind kind, int64_t cols) {
 constexpr int64_t scale_bytes(Kind kind, int64_t groups) {  // of a block of this many groups
     const Format f = format(kind);
     if (!f.super) return round64(groups * TILE * 2 * (1 + f.minima));
-    return TILE * (kind == Q6_K || kind == Q2_K ? 16 : 12);
+    return TILE * (whole_scales(kind) ? GROUP * BLOCK / f.group : kind == Q2_K ? 16 : 12);
 }
 constexpr int64_t code_bytes(Kind kind) { return 64 * (format(kind).low + format(kind).high); }  // of a group
 constexpr int64_t tile_bytes(Kind kind, int64_t cols) {

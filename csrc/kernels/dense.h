@@ -1,6 +1,7 @@
 // Planes of quantized rows to float32, to the bits of the definition in block_types.py:
 //
 //     value = scale * (code - zero) - min        scale = super_scale * scale, min = super_min * min
+//     value = scale * values[code]               scale = super_scale * unit * scale
 //
 // Training multiplies by dense weights and keeps them quantized, so that each is made dense anew where it is multiplied.
 #pragma once
@@ -23,12 +24,13 @@ template <int BITS> inline void plane_codes(const uint8_t *plane, uint32_t *code
 
 // Scales, or minima, of up to 16 groups.
 template <bool SUPER, bool SIGNED>
-inline void group_scales(const void *plane, const void *super, int64_t first, int64_t block, int count, float *to) {
+inline void group_scales(const void *plane, const void *super, float of_one, int64_t first, int64_t block, int count,
+                         float *to) {
     if constexpr (!SUPER) {
         store(to, from_half_part((const uint16_t *)plane + first, count));
     } else {
         alignas(64) float unit[LANES];
-        store(unit, from_half_part((const uint16_t *)super + block, 1));
+        store(unit, mul(from_half_part((const uint16_t *)super + block, 1), all(of_one)));
         const uint8_t *small = (const uint8_t *)plane + first;
         for (int i = 0; i < count; i++) to[i] = unit[0] * (float)(SIGNED ? (int)(int8_t)small[i] : (int)small[i]);
     }
@@ -36,15 +38,15 @@ inline void group_scales(const void *plane, const void *super, int64_t first, in
 
 template <Kind KIND> void dense_row(const Planes &p, int64_t row, int64_t cols, float *out) {
     constexpr Format f = format(KIND);
-    constexpr bool SIGNED = KIND == Q3_K || KIND == Q6_K;  // scales that are multiples of a super scale
+    constexpr bool SIGNED = KIND == Q3_K || whole_scales(KIND);  // scales that are multiples of a super scale
     constexpr int64_t WIDE = GROUP * BLOCK;
     for (int64_t c = 0; c < cols; c += WIDE) {
         const int64_t width = cols - c < WIDE ? cols - c : WIDE;
         const int count = (int)(width / f.group);
         const int64_t first = (row * cols + c) / f.group, block = row * (cols / WIDE) + c / WIDE;
         alignas(64) float scales[LANES], minima[LANES];
-        group_scales<f.super, SIGNED>(p.scales, p.super_scales, first, block, count, scales);
-        if constexpr (f.minima) group_scales<f.super, false>(p.mins, p.super_mins, first, block, count, minima);
+        group_scales<f.super, SIGNED>(p.scales, p.super_scales, f.unit, first, block, count, scales);
+        if constexpr (f.minima) group_scales<f.super, false>(p.mins, p.super_mins, f.unit, first, block, count, minima);
         for (int64_t run = 0; run < width / GROUP; run++) {
             const int64_t at = (row * cols + c) / GROUP + run;
             alignas(64) uint32_t codes[8];
@@ -57,6 +59,10 @@ template <Kind KIND> void dense_row(const Planes &p, int64_t row, int64_t cols, 
                     plane_codes<f.high>((const uint8_t *)p.high + at * 4 * f.high, high);
                     for (int i = 0; i < 8; i++) codes[i] |= high[i] << f.low;
                 }
+            }
+            if constexpr (listed(KIND)) {
+                int8_t *each = (int8_t *)codes;
+                for (int i = 0; i < GROUP; i++) each[i] = f.values[each[i]];
             }
             for (int half = 0; half < 2; half++) {
                 const int64_t group = run * (GROUP / f.group) + (f.group == LANES ? half : 0);

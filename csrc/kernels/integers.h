@@ -99,6 +99,14 @@ inline F16 from_i8(const uint8_t *p) {
 // Multiplies unsigned by signed bytes alone: signed codes are decoded 128 higher, and dots counts from there.
 constexpr int ABOVE = 128;
 
+// The numbers that 16 codes stand for, ABOVE higher, and those of each code.
+struct Table { __m512i v; };
+inline Table table_of(const int8_t *values) {
+    const __m128i signed_ones = _mm_loadu_si128((const __m128i *)values);
+    return {_mm512_broadcast_i32x4(_mm_xor_si128(signed_ones, _mm_set1_epi8((char)ABOVE)))};
+}
+inline B64 look_up(Table table, B64 codes) { return {_mm512_shuffle_epi8(table.v, codes.v)}; }
+
 // sums[t * R + r] += codes of chunks FIRST .. FIRST + CHUNKS of tile r times those of token t, for M tokens from x and R
 // tiles, each `step` chunks after the one before. Codes have BITS bits.
 template <int BITS, int FIRST, int CHUNKS, int M, int R> inline void dots(const B64 *w, int step, const Group *x, I16 *sums) {
@@ -155,6 +163,14 @@ inline F16 from_i8(const uint8_t *p) {
 }
 
 constexpr int ABOVE = 0;  // signed codes stay as they are
+
+struct Table { __m256i v; };
+inline Table table_of(const int8_t *values) {
+    return {_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values))};
+}
+inline B64 look_up(Table table, B64 codes) {
+    return {_mm256_shuffle_epi8(table.v, codes.lo), _mm256_shuffle_epi8(table.v, codes.hi)};
+}
 
 template <int BITS, int FIRST, int CHUNKS, int M, int R> inline void dots(const B64 *w, int, const Group *x, I16 *sums) {
     static_assert(R == 1, "the registers hold one tile");
@@ -246,6 +262,12 @@ inline F16 from_i8(const uint8_t *p) {
 }
 
 constexpr int ABOVE = 128;  // bytes are unsigned here too
+
+struct Table { const int8_t *values; };
+inline Table table_of(const int8_t *values) { return {values}; }
+inline B64 look_up(Table table, B64 codes) {
+    return each_byte(codes, [table](int x) { return table.values[x] ^ ABOVE; });
+}
 
 template <int BITS, int FIRST, int CHUNKS, int M, int R> inline void dots(const B64 *w, int, const Group *x, I16 *sums) {
     static_assert(R == 1, "one tile at a time");

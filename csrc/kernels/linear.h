@@ -69,7 +69,7 @@ inline void quantize(const Activations &a, int64_t token0, int64_t token1) {
 
 // ---- decoding -------------------------------------------------------------------------------------------------------
 
-// A group's codes as eight chunks; signed ones ABOVE higher.
+// A group's codes as eight chunks; signed ones, and the numbers that codes stand for, ABOVE higher.
 template <Kind K> inline void decode(const uint8_t *p, B64 *w) {
     constexpr Format f = format(K);
     if constexpr (f.low == 8) {
@@ -108,6 +108,11 @@ template <Kind K> inline void decode(const uint8_t *p, B64 *w) {
         GK_UNROLL
         for (int c = 0; c < 8; c++) w[c] = w[c] | ((c < 2 ? v << (2 - c) : v >> (c - 2)) & 4);
     }
+    if constexpr (listed(K)) {
+        const Table table = table_of(f.values);
+        GK_UNROLL
+        for (int c = 0; c < 8; c++) w[c] = look_up(table, w[c]);
+    }
 }
 
 // A block's scales and minus its minima as floats, [group or half group][row].
@@ -125,10 +130,11 @@ template <Kind K> inline void decode_scales(const uint8_t *p, const uint8_t *sup
             if constexpr (f.minima) store(s.minus[g], sub(nothing, from_half((const uint16_t *)p + (n + g) * TILE)));
         }
     } else {
-        const F16 super = from_half((const uint16_t *)supers);
+        F16 super = from_half((const uint16_t *)supers);
+        if constexpr (f.unit != 1) super = mul(super, all(f.unit));
         const F16 super_minus = f.minima ? sub(nothing, from_half((const uint16_t *)(supers + stride))) : nothing;
-        if constexpr (K == Q6_K) {
-            for (int g = 0; g < 16; g++) store(s.scale[g], mul(super, from_i8(p + g * TILE)));
+        if constexpr (whole_scales(K)) {
+            for (int g = 0; g < 256 / f.group; g++) store(s.scale[g], mul(super, from_i8(p + g * TILE)));
         } else {
             alignas(64) uint8_t small[2][16 * TILE];  // scales, minima
             if constexpr (K == Q2_K) {
@@ -174,7 +180,7 @@ constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
 template <Kind K, int M, int R = 1>
 inline void add_products(const B64 *w, int step, const Scales *s, int64_t g, const Group *x, F16 *y) {
     constexpr Format f = format(K);
-    constexpr int BITS = f.low + f.high, ZERO = BITS == 8 ? ABOVE : f.zero;
+    constexpr int BITS = listed(K) ? 8 : f.low + f.high, ZERO = BITS == 8 ? ABOVE : f.zero;
     I16 n[M * R], m[M * R];
     GK_UNROLL
     for (int t = 0; t < M; t++) {
@@ -422,7 +428,8 @@ template <Kind K> void row(const Weight &w, int64_t index, float *out) {
                 for (int c = 0; c < 8; c++) {
                     const int64_t at = f.group == 32 ? g : 2 * g + c / 4;
                     for (int j = 0; j < 4; j++) {
-                        const int code = f.low == 8 ? (int8_t)(codes[c][4 * r + j] ^ ABOVE) : codes[c][4 * r + j] - f.zero;
+                        const bool is_signed = f.low == 8 || listed(K);
+                        const int code = is_signed ? (int8_t)(codes[c][4 * r + j] ^ ABOVE) : codes[c][4 * r + j] - f.zero;
                         float value = (float)code * s.scale[at][r];
                         if constexpr (f.minima) value = value + s.minus[at][r];
                         out[4 * c + j] = value;
@@ -449,6 +456,15 @@ template <class Do> inline void by_kind(Kind kind, Do run) {
         case Q4_K: run.template operator()<Q4_K>(); break;
         case Q5_K: run.template operator()<Q5_K>(); break;
         case Q6_K: run.template operator()<Q6_K>(); break;
+        case IQ4_NL: run.template operator()<IQ4_NL>(); break;
+        case IQ4_XS: run.template operator()<IQ4_XS>(); break;
+        case IQ3_XXS: run.template operator()<IQ3_XXS>(); break;
+        case IQ3_S: run.template operator()<IQ3_S>(); break;
+        case IQ2_XXS: run.template operator()<IQ2_XXS>(); break;
+        case IQ2_XS: run.template operator()<IQ2_XS>(); break;
+        case IQ2_S: run.template operator()<IQ2_S>(); break;
+        case IQ1_S: run.template operator()<IQ1_S>(); break;
+        case IQ1_M: run.template operator()<IQ1_M>(); break;
         case KINDS: break;
     }
 }

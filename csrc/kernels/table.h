@@ -15,7 +15,8 @@ namespace gk {
 enum Kind : int32_t {  // numbers are part of packed files: append only
     F32 = 0, BF16 = 1,
     Q4_0 = 2, Q4_1 = 3, Q5_0 = 4, Q5_1 = 5, Q8_0 = 6, Q2_K = 7, Q3_K = 8, Q4_K = 9, Q5_K = 10, Q6_K = 11,
-    KINDS = 12
+    IQ4_NL = 12, IQ4_XS = 13, IQ3_XXS = 14, IQ3_S = 15, IQ2_XXS = 16, IQ2_XS = 17, IQ2_S = 18, IQ1_S = 19, IQ1_M = 20,
+    KINDS = 21
 };
 
 constexpr int TILE = 16;  // rows of a weight that are stored, and multiplied, side by side

@@ -7,6 +7,7 @@ import torch
 
 from gemkit.block_types import KINDS
 from gemkit.ops.quantized import Quantized
+from gemkit.weights.formats import gguf_grids
 from gemkit.weights.formats.gguf import REFUSED_TYPES, TYPES, GGUFReader
 from gemkit.weights.formats.gguf_blocks import block_bytes, load_blocks, to_blocks
 from gemkit.weights.quantize import nearest
@@ -74,6 +75,17 @@ def test_quantized_by_the_package(name, made_dense):
     assert (
         np.abs(weight.dequantize().numpy() - values).max() < 1.1 * np.abs(values).max() / 2 ** sum(KINDS[name].bits) * 2
     )
+
+
+@pytest.mark.parametrize("name", ["IQ3_XXS", "IQ3_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ1_S"])
+def test_grids_are_those_of_the_package(name):
+    """Point by point, with the numbers that the kind gives to magnitudes. (IQ1's are in eighths, plus one.)"""
+    theirs = getattr(gguf.quants, name)
+    theirs.init_grid()
+    points = gguf_grids._grid(name).view(np.uint8).reshape(theirs.grid_shape)
+    values = np.array(KINDS[name].values, np.float32)
+    ours = (values[points] - 1) / 8 if name == "IQ1_S" else values[points]
+    assert np.array_equal(ours, theirs.grid.reshape(theirs.grid_shape))
 
 
 def test_type_numbers_names_and_sizes():

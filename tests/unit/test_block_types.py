@@ -21,13 +21,22 @@ def test_the_kernels_number_the_kinds_as_packed_files_do():
 
 
 def test_the_kernels_decode_the_kinds_as_they_are_defined():
-    rows = re.findall(r"case (Q\w+): return \{(.*?)\};", (CSRC / "weights.h").read_text())
+    text = (CSRC / "weights.h").read_text()
+    rows = re.findall(r"case (I?Q\w+): return \{(.*?)\};", text)
+    lists = re.findall(r"int8_t (\w+)\[16\] = \{(.*?)\};", text)
+    values = {name: tuple(map(int, numbers.split(", "))) for name, numbers in lists}
     found = {}
     for name, fields in rows:
-        low, high, group, zero, minima, superblock = ({"true": 1, "false": 0}.get(f, f) for f in fields.split(", "))
-        found[name] = tuple(map(int, (low, high, group, zero, minima, superblock)))
+        parts = fields.split(", ")
+        *numbers, book, unit = parts + ["", "1f"][len(parts) - 6 :]
+        counts = tuple(int({"true": 1, "false": 0}.get(number, number)) for number in numbers)
+        found[name] = counts, values.get(book), float(unit.rstrip("f"))
     assert found == {
-        kind.name: (*(*kind.bits, 0)[:2], kind.group, kind.zero, int(kind.minima), int(kind.superblock is not None))
+        kind.name: (
+            (*(*kind.bits, 0)[:2], kind.group, kind.zero, int(kind.minima), int(kind.superblock is not None)),
+            kind.values,
+            kind.unit,
+        )
         for kind in KINDS.values()
     }
 
@@ -40,6 +49,7 @@ def test_the_planes_are_passed_to_the_kernels_in_order():
 
 # codes, then a float16 for 32; with superblocks a byte for each 16 or 32 and float16 for 256, all planes counted
 BITS = {"Q4_0": 4.5, "Q4_1": 5, "Q5_0": 5.5, "Q8_0": 8.5, "Q2_K": 3.125, "Q4_K": 4.625, "Q6_K": 6.5625}
+BITS |= {"IQ4_NL": 4.5, "IQ4_XS": 4.3125, "IQ3_S": 4.3125, "IQ2_XXS": 3.3125, "IQ2_S": 3.5625, "IQ1_M": 3.5625}
 
 
 @pytest.mark.parametrize(("name", "bits"), BITS.items())

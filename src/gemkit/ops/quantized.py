@@ -132,7 +132,9 @@ def define(
         if high is not None:
             bits = unpack_codes(high[rows], block.bits[1])
             values = values.view(torch.int64).bitwise_or_(bits.view(torch.int64) << block.bits[0]).view(torch.int8)
-        if block.zero:
+        if block.values is not None:
+            values = torch.tensor(block.values, dtype=torch.int8, device=values.device)[values.int()]
+        elif block.zero:
             values = values.sub_(block.zero)
         codes_RGE = values.to(torch.float32).unflatten(-1, (-1, block.group))
         dense_RGE = out[rows].unflatten(-1, (-1, block.group))
@@ -147,7 +149,7 @@ def _per_group(block: Kind, small: Tensor, super_: Tensor | None, rows: slice) -
     if super_ is not None:
         assert block.superblock is not None
         found = found.unflatten(-1, (-1, block.superblock // block.group))
-        found = (super_[rows].to(torch.float32)[..., None] * found).flatten(-2)
+        found = ((super_[rows].to(torch.float32) * block.unit)[..., None] * found).flatten(-2)
     return found[..., None]
 
 

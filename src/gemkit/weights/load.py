@@ -243,7 +243,7 @@ def _check_memory(
         elif entry.dtype in FLOATS or not quantized:
             needed += math.prod(part.shape) * run_dtype.itemsize
         else:
-            needed += entry.nbytes
+            needed += int(math.prod(part.shape) * KINDS[entry.dtype].bits_per_weight / 8)
     if needed > available:
         raise ConfigError(
             f"{checkpoint.label} needs {needed / 1e9:.1f} GB in memory and {available / 1e9:.1f} GB are free: close "

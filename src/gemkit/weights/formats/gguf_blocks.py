@@ -1,7 +1,8 @@
 """Blocks of GGUF files <-> the planes of `block_types.py`, without loss in either direction.
 
 A block holds 32 or 256 elements of a row: its scales beside its codes. Taking it apart is cutting out fields and, where
-a field's codes are packed over another span than ours, packing them again. Every type is a row of `BLOCKS`.
+a field's codes are packed over another span than ours, packing them again. Such a type is a row of `BLOCKS`; those that
+choose several codes at once from a grid are in `gguf_grids.py`.
 
 In NumPy, on one thread: many small steps on a busy machine spend more time waiting for torch's threads than working.
 
@@ -18,6 +19,7 @@ import torch
 
 from gemkit.block_types import KINDS, Kind
 from gemkit.ops.quantized import Quantized
+from gemkit.weights.formats import gguf_grids
 
 
 class Field(NamedTuple):
@@ -40,11 +42,15 @@ BLOCKS: dict[str, tuple[Field, ...]] = {
         *(Field("high", 32, 256), Field("codes", 128, 64)),
     ),
     "Q6_K": (Field("codes", 128, 128), Field("high", 64, 128), Field("scales", 16), Field("super_scales", 2)),
+    "IQ4_NL": (Field("scales", 2), Field("codes", 16, 32)),
+    "IQ4_XS": (Field("super_scales", 2), Field("packed", 6), Field("codes", 128, 32)),
 }
 
 
 def block_bytes(name: str) -> int:
     """Bytes of one block."""
+    if name in gguf_grids.LAYOUTS:
+        return gguf_grids.block_bytes(name)
     return sum(field.nbytes for field in BLOCKS[name])
 
 
@@ -52,6 +58,9 @@ def load_blocks(weight: Quantized, data: np.ndarray) -> None:
     """Fill a weight's planes (on the CPU) from the bytes of a file: uint8, the blocks of all rows end to end."""
     kind, planes = weight.kind, _as_bytes(weight)
     blocks = data.reshape(weight.shape[0], -1, block_bytes(kind.name))
+    if kind.name in gguf_grids.LAYOUTS:
+        _load_points(kind, planes, blocks.reshape(-1, blocks.shape[-1]))
+        return
     start = 0
     for plane, nbytes, span in BLOCKS[kind.name]:
         field = blocks[..., start : start + nbytes]
@@ -70,6 +79,8 @@ def load_blocks(weight: Quantized, data: np.ndarray) -> None:
 def to_blocks(weight: Quantized) -> np.ndarray:
     """The bytes that a file holds for a weight: uint8, one axis; the inverse of `load_blocks`."""
     kind, planes = weight.kind, _as_bytes(weight)
+    if kind.name in gguf_grids.LAYOUTS:
+        return _store_points(kind, planes)
     fields = []
     for plane, nbytes, span in BLOCKS[kind.name]:
         if plane == "packed":
@@ -80,6 +91,37 @@ def to_blocks(weight: Quantized) -> np.ndarray:
             field = _negated(planes[plane]) if plane == "mins" else planes[plane]
         fields.append(field.reshape(weight.shape[0], -1, nbytes))
     return np.concatenate(fields, -1).reshape(-1)
+
+
+def _load_points(kind: Kind, planes: dict[str, np.ndarray], blocks: np.ndarray) -> None:
+    codes, scales, super_scales = gguf_grids.load(kind.name, blocks)
+    first = 0
+    for plane, bits in zip(("codes", "high"), kind.bits, strict=False):
+        part = np.ascontiguousarray((codes >> first) & ((1 << bits) - 1))
+        planes[plane][:] = _packed(part, bits).reshape(planes[plane].shape)
+        first += bits
+    planes["scales"][:] = scales.reshape(planes["scales"].shape)
+    planes["super_scales"][:] = super_scales.reshape(planes["super_scales"].shape)
+
+
+def _store_points(kind: Kind, planes: dict[str, np.ndarray]) -> np.ndarray:
+    count, codes, first = planes["super_scales"].size // 2, np.uint8(0), 0
+    for plane, bits in zip(("codes", "high"), kind.bits, strict=False):
+        codes = codes | _unpacked(planes[plane], bits).reshape(count, 256) << first
+        first += bits
+    scales, super_scales = planes["scales"].reshape(count, -1), planes["super_scales"].reshape(count, 2)
+    return gguf_grids.store(kind.name, np.asarray(codes), scales, super_scales).reshape(-1)
+
+
+def _packed(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes, a byte each, as a plane of so many bits: element e of 32 is in byte e % n at bit `bits * (e // n)`."""
+    runs = codes.reshape(-1, 8 // bits, 4 * bits)
+    return np.bitwise_or.reduce(runs << np.arange(0, 8, bits, dtype=np.uint8)[:, None], axis=1)
+
+
+def _unpacked(plane: np.ndarray, bits: int) -> np.ndarray:
+    runs = plane.reshape(-1, 1, 4 * bits) >> np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    return runs & np.uint8((1 << bits) - 1)
 
 
 def _as_bytes(weight: Quantized) -> dict[str, np.ndarray]:
@@ -169,6 +211,21 @@ def _pack_six_bit_signed(planes: dict[str, np.ndarray]) -> np.ndarray:
     return np.concatenate((low, np.bitwise_or.reduce(high, axis=1)), -1)
 
 
+def _unpack_six_bit_halves(p: np.ndarray) -> dict[str, np.ndarray]:
+    """IQ4_XS: eight scales of 6 bits around 32: their high 2 bits in bytes 0-1, low 4 bits in bytes 2-5, two a byte."""
+    high = np.concatenate([(p[..., :2] >> shift) & 3 for shift in (0, 2, 4, 6)], -1)  # 0 4 1 5 2 6 3 7
+    high = high[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+    low = np.stack((p[..., 2:] & 15, p[..., 2:] >> 4), -1).reshape(high.shape)
+    return {"scales": (low | (high << 4)) - np.uint8(32)}  # wraps: the plane is int8
+
+
+def _pack_six_bit_halves(planes: dict[str, np.ndarray]) -> np.ndarray:
+    scales = planes["scales"].reshape(-1, 8) + np.uint8(32)
+    high = (scales >> 4).reshape(-1, 2, 4) << np.array([0, 2, 4, 6], np.uint8)
+    low = (scales[:, ::2] & 15) | (scales[:, 1::2] << 4)
+    return np.concatenate((np.bitwise_or.reduce(high, axis=-1), low), -1)
+
+
 class _Packing(NamedTuple):
     unpack: Callable[[np.ndarray], dict[str, np.ndarray]]
     pack: Callable[[dict[str, np.ndarray]], np.ndarray]
@@ -179,6 +236,7 @@ _PACKED = {
     "Q3_K": _Packing(_unpack_six_bit_signed, _pack_six_bit_signed),
     "Q4_K": _Packing(_unpack_six_bit_pairs, _pack_six_bit_pairs),
     "Q5_K": _Packing(_unpack_six_bit_pairs, _pack_six_bit_pairs),
+    "IQ4_XS": _Packing(_unpack_six_bit_halves, _pack_six_bit_halves),
 }
 
-assert BLOCKS.keys() == KINDS.keys()
+assert BLOCKS.keys() | gguf_grids.LAYOUTS.keys() == KINDS.keys()
