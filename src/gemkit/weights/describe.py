@@ -57,7 +57,8 @@ def _describe_gguf(reader: Reader, place: Place) -> Description:
     table = reader.entries.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         raise WeightsError(f"{place.label}: token_embd.weight is missing or not a matrix")
-    decoder, notes = config_gguf.from_gguf(reader.metadata, table.shape[0], place.label), []
+    notes: list[str] = []
+    decoder = config_gguf.from_gguf(reader.metadata, table.shape[0], place.label, notes)
     if any(name.startswith(("v.", "mm.")) for name in reader.entries):
         notes.append(_TOWER_LEFT_OUT)
     if "tokenizer.ggml.tokens" in reader.metadata and "tokenizer.ggml.token_type" not in reader.metadata:

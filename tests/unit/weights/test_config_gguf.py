@@ -1,12 +1,18 @@
 """Metadata of a GGUF <-> decoders: what is written is read, and what the format cannot say is refused."""
 
+import math
+import re
 from dataclasses import replace
 
+import gguf
+import numpy as np
 import pytest
 
 from gemkit import family
 from gemkit.errors import ConfigError, WeightsError
+from gemkit.family import Rope, Yarn
 from gemkit.weights.config_gguf import from_gguf, to_gguf
+from gemkit.weights.keys_gguf import IGNORED, REFUSED, USED
 
 TEXT = [m.name for m in family.members() if m.vision is None and not m.decoder.recurrent]
 
@@ -24,8 +30,8 @@ def test_members_are_written_and_read(name):
     ("change", "where"),
     [
         ({"attention": {"scale": 1.0}}, "scale in the mixer of layer 0"),
-        ({"attention": {"window": 7}}, "window in the mixer of layer"),
-        ({"attention": {"qk_norm": True}}, "qk_norm|window|softcap|rope"),
+        ({"attention": {"rope": Rope(fraction=0.5)}}, "rope in the mixer of layer 0"),
+        ({"attention": {"rope": Rope(dynamic=2.0)}}, "rope in the mixer of layer 0"),
     ],
 )
 def test_what_no_architecture_has_is_refused(change, where):
@@ -54,7 +60,7 @@ def test_a_recurrence_has_no_architecture():
         ({"gemma2.block_count": -1}, WeightsError, "must be a whole number from 1"),
         ({"gemma2.embedding_length": None}, WeightsError, "embedding_length is missing"),
         ({"gemma2.attention.value_length": 128}, ConfigError, "key_length=256 and value_length=128 differ"),
-        ({"gemma2.rope.scaling.type": "yarn"}, ConfigError, "known: none, linear"),
+        ({"gemma2.rope.scaling.type": "su"}, ConfigError, "known: none, linear, yarn"),
         ({"gemma2.rope.freq_base": "fast"}, WeightsError, "must be a number"),
     ],
 )
@@ -62,3 +68,106 @@ def test_other_files_are_refused(change, error, message):
     decoder = family.get("gemma-2-2b").decoder
     with pytest.raises(error, match=message):
         from_gguf({**to_gguf(decoder), **change}, decoder.vocab_size, "x.gguf")
+
+
+def changed(name, **changes):
+    decoder = family.get(name).decoder
+    kind = to_gguf(decoder)["general.architecture"]
+    keys = {f"{kind}.{key.replace('__', '.')}": value for key, value in changes.items()}
+    notes = []
+    metadata = {key: value for key, value in {**to_gguf(decoder), **keys}.items() if value is not None}
+    return from_gguf(metadata, decoder.vocab_size, "x.gguf", notes), notes
+
+
+def test_a_factor_without_a_type_stretches_linearly():
+    for keys in ({"rope__scaling__factor": 4.0}, {"rope__scale_linear": 4.0}):
+        decoder, _ = changed("gemma-2-2b", rope__scaling__type=None, **keys)
+        assert {mixer.rope for mixer in decoder.attention} == {Rope(10_000.0, 4.0)}
+    decoder, _ = changed("gemma-2-2b", rope__scaling__type="none", rope__scaling__factor=4.0)
+    assert {mixer.rope for mixer in decoder.attention} == {Rope(10_000.0)}
+
+
+def test_yarn_stretches_the_layers_without_a_window():
+    keys = {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0, "rope__scaling__original_context_length": 8192}
+    decoder, _ = changed("gemma-3-1b", **keys)
+    full = next(mixer.rope for mixer in decoder.attention if mixer.window is None)
+    assert full == Rope(1_000_000.0, 4.0, yarn=Yarn(8192, 0.1 * math.log(4) + 1))
+    assert {mixer.rope for mixer in decoder.attention if mixer.window} == {Rope(10_000.0)}
+    assert from_gguf(to_gguf(decoder), decoder.vocab_size, "x") == decoder
+
+
+def test_a_gemma3_without_a_window_has_none():
+    decoder, _ = changed("gemma-3-1b", attention__sliding_window=None)
+    assert decoder.windows == ()
+    assert {mixer.rope for mixer in decoder.attention} == {Rope(1_000_000.0)}
+    assert changed("gemma-2-2b", attention__sliding_window=None)[0].windows == (4096,)  # of gemma2 it is implied
+
+
+@pytest.mark.parametrize("pattern", [3, np.array([True, True, False] * 9)])
+def test_a_pattern_of_windows_in_the_metadata_counts(pattern):
+    decoder, _ = changed("gemma-3-1b", attention__sliding_window_pattern=pattern)
+    assert [mixer.window is None for mixer in decoder.attention] == [i % 3 == 2 for i in range(26)]
+    assert from_gguf(to_gguf(decoder), decoder.vocab_size, "x") == decoder
+
+
+def test_what_ollama_leaves_out_of_its_larger_files_is_as_published():
+    """Its conversions have the local base under another key, and no factor."""
+    keys = {"rope__freq_base": None, "rope__freq_base_swa": None, "rope__local__freq_base": 10_000.0}
+    keys |= {"rope__global__freq_base": 1e6, "rope__scaling__type": None, "rope__scaling__factor": None}
+    decoder, notes = changed("gemma-3-4b", mm__tokens_per_image=256, **keys)
+    assert decoder == replace(family.get("gemma-3-4b").decoder)
+    assert notes == ["x.gguf: rope.scaling.factor: is not in this file of Ollama's; the published factor of 8 is used"]
+
+
+def test_a_base_that_is_not_in_the_file_is_noted():
+    decoder, notes = changed("gemma-3-1b", rope__freq_base=None)
+    assert decoder.attention[5].rope.base == 1_000_000.0
+    assert notes == ["x.gguf: rope.freq_base: is not in the file; the published 1,000,000 is used"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rope__dimension_count": 128}, "rope.dimension_count=128 of heads of 256"),
+        ({"attention__sliding_window_pattern": np.array([1, 0])}, "has 2 int64; one truth value a layer"),
+        ({"attention__causal": False}, r"gemma3\.attention\.causal=False is not implemented; True is"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50, and llama.cpp's gemma3 has no such cap"),
+        ({"expert_count": 8}, r"gemma3\.expert_count=8 is not implemented; 0 is"),
+        ({"rope__scaling__type": "longrope"}, "'longrope' is not implemented; known: none, linear, yarn"),
+    ],
+)
+def test_settings_that_are_not_implemented_are_refused(keys, message):
+    with pytest.raises((ConfigError, WeightsError), match=message):
+        changed("gemma-3-1b", **keys)
+
+
+def test_a_key_that_nobody_knows_is_noted():
+    _, notes = changed("gemma-3-1b", swirl__factor=3)
+    assert notes == ["x.gguf: gemma3.swirl.factor: is no key that is known here, and has no say (3)"]
+
+
+def test_every_key_that_the_converter_may_write_for_the_family_has_an_effect():
+    """Those of the package's constants: each is in a table, or is not one of models like these."""
+    values = {name: str(value) for name, value in _constants(gguf.Keys)}
+    names = {value.replace("{arch}.", "") for value in values.values()}
+    known = {n for n in names if n in USED or n in REFUSED or any(re.fullmatch(p, n) for p in IGNORED)}
+    written = ("general.", "tokenizer.", "rope.", "split.", "attention.head", "attention.key_length", "attention.slid")
+    left = {n for n in names - known if n.startswith(written) and "{" not in n}
+    assert left <= {
+        "rope.dimension_sections", "tokenizer.ggml.token_type_count", "tokenizer.ggml.suppress_tokens",
+        "tokenizer.ggml.normalizer.lowercase", "tokenizer.ggml.normalizer.strip_accents",
+    } | {n for n in left if "mla" in n or n.startswith("attention.indexer")}  # fmt: skip
+
+
+def _constants(of):
+    for name, value in vars(of).items():
+        if isinstance(value, type):
+            yield from _constants(value)
+        elif isinstance(value, str) and not name.startswith("__"):
+            yield name, value
+
+
+def test_a_cap_that_llama_cpp_would_ignore_is_not_written():
+    decoder = family.replace_layers(family.get("gemma-2-2b").decoder, attention={"qk_norm": True})
+    with pytest.raises(ConfigError, match="llama.cpp's gemma3 has no such cap"):
+        to_gguf(decoder)
