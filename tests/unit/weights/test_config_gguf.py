@@ -169,5 +169,5 @@ def _constants(of):
 
 def test_a_cap_that_llama_cpp_would_ignore_is_not_written():
     decoder = family.replace_layers(family.get("gemma-2-2b").decoder, attention={"qk_norm": True})
-    with pytest.raises(ConfigError, match="llama.cpp's gemma3 has no such cap"):
+    with pytest.raises(ConfigError, match=r"llama\.cpp's gemma3 has no such cap"):
         to_gguf(decoder)
