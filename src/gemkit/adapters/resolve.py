@@ -44,7 +44,7 @@ def vocabulary_of(name: str | os.PathLike[str] | None) -> tuple[str, Tokenizer, 
     Raises as `resolve` and `weights.checkpoint.open_checkpoint`.
     """
     place = resolve(name, weights=False)
-    if place.name is not None and not os.path.isabs(place.name):  # on the hub
+    if place.name is not None and not os.path.isabs(place.name) and place.path.is_dir():  # on the hub
         return place.label, *describe.vocabulary_of(place)
     with open_checkpoint(place) as checkpoint:
         return checkpoint.label, checkpoint.tokenizer, checkpoint.prompts

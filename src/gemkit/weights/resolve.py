@@ -32,7 +32,8 @@ def resolve(name: str | os.PathLike[str] | None, *, weights: bool = True) -> Pla
 
     Args:
         name: a path (a folder in the Hugging Face layout, a .gguf, a .ckpt or .pt of Google's PyTorch code), a
-            member's name or alias, a hub id, or None for the starter model.
+            member's name or alias, a name on the hub (`weights.hub_names`), one of Ollama's that it has pulled, or
+            None for the starter model.
         weights: False downloads only the configuration and the tokenizer.
 
     Raises:
