@@ -171,8 +171,14 @@ class Conversation:
         self._executor: Any = None
         self._state: Any = None
         self._past = _Past([], None)
+        self._earlier: list[_Past] = []  # before each turn; the newest alone with its snapshot
         self._turn: Stream | None = None
         self._lock = threading.RLock()
+
+    @property
+    def options(self) -> Options:
+        """Options of the answers to come, which may be changed."""
+        return self._options
 
     @property
     def ids(self) -> list[int]:
@@ -201,6 +207,23 @@ class Conversation:
             events = loop.generate(executor, [request], state=self._state, stop=stop, **options)
             self._turn = Stream(prompt, events, stop, lambda result: self._remember(request, result))
             return self._turn
+
+    def undo(self) -> bool:
+        """Forget the last turn, one of this process; False if there is none. What came before it is remembered by the
+        model, but for turns that are undone one after the other: then the next turn computes it anew."""
+        with self._lock:
+            if self._turn is not None:
+                self._turn.close()
+            if not self._earlier:
+                return False
+            past, self._turn = self._earlier.pop(), None
+            if past.snapshot is not None:
+                self._state.restore(past.snapshot, 0)
+            else:
+                past = past._replace(snapshot=self._executor.new_state(1).snapshot(0))
+                self._executor = None
+            self._past = past
+            return True
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write a new folder that `load` reads: the turns, the options, and the state, so that nothing is computed
@@ -261,6 +284,7 @@ class Conversation:
         ids = [*request.ids, *result.ids]
         if ids[-1] == self.completer.tokenizer.eos:  # ends the answer, but not the conversation
             ids.pop()  # it was drawn last, so the state has not seen it
+        self._earlier = [*(past._replace(snapshot=None) for past in self._earlier), self._past]
         self._past = _Past(ids, self._state.snapshot(0))
 
 

@@ -1,4 +1,4 @@
-"""Atomic files and folders, and the safetensors writer: the one way to write.
+"""Atomic files and folders, and the safetensors writer: the one way to write. The text of a file that people edit.
 
 A file or folder is written under a temporary name beside its target and renamed when it is complete: a reader of the
 target sees the old content or the new one, and never a part. With `durable` (the default) content and name
@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
+
+from gemkit.errors import TextError
 
 # Dense dtypes by their name in safetensors headers: bytes of an element, name in torch (and, but for those that it
 # lacks, in NumPy).
@@ -100,6 +102,33 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         raise
     _sync(target.parent)
+
+
+def decode_text(data: bytes) -> str:
+    """A text file as editors of all systems write it: UTF-8, with or without a mark at its head, or UTF-16 with one.
+
+    The mark is left out; line ends stay as they are.
+
+    Raises:
+        TextError: for what is neither, with the line.
+    """
+    if data.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        raise TextError("it is UTF-32; save it as UTF-8")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        try:
+            return data.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise TextError(f"it is UTF-16 with a mistake at byte {error.start}; save it as UTF-8") from None
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    if b"\0" in data:
+        kind = "UTF-16 without a mark? Save it as UTF-8" if data.count(0) > len(data) // 4 else "it is no text"
+        raise TextError(f"a NUL byte at {data.index(0)}: the file is damaged, or {kind}")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{data[error.start]:02X} in line {line} is not UTF-8"
+        raise TextError(f"{found} (is it Latin-1 or Windows-1252?); save it as UTF-8") from None
 
 
 def refuse_existing(path: Path) -> None:

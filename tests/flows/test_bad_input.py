@@ -327,8 +327,9 @@ def test_an_answer_ends_with_the_context(run, models):
 def test_files_that_hold_no_prompt(error, tmp_path, verb):
     latin = tmp_path / "latin1.txt"
     latin.write_bytes("Größe".encode("latin-1"))
-    assert f"TextError: {latin} is not UTF-8: byte 2 is 0xf6" in error(verb, "--file", latin)
-    assert "TextError: stdin is not UTF-8: byte 0 is 0xff" in error(verb, "--file", "-", stdin=b"\xff\xfe")
+    line = error(verb, "--file", latin)
+    assert f"TextError: {latin}: byte 0xF6 in line 1 is not UTF-8 (is it Latin-1 or Windows-1252?)" in line
+    assert "TextError: stdin: byte 0xFF in line 1 is not UTF-8" in error(verb, "--file", "-", stdin=b"\xff\xff")
     assert "No such file or directory" in error(verb, "--file", tmp_path / "none.txt")
     assert "Is a directory" in error(verb, "--file", tmp_path)
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gemkit import files
+from gemkit.errors import TextError
 from gemkit.files import atomic_file, atomic_folder, is_unfinished, write_safetensors
 
 
@@ -231,3 +232,29 @@ def test_every_dtype_of_the_table_has_its_size():
         assert getattr(torch, torch_name).itemsize == size, name
     with pytest.raises(KeyError):
         write_safetensors(io.BytesIO(), {"x": np.zeros(1, np.complex128)})
+
+
+# ── text that people edit ───────────────────────────────────────────────────────────────────────────────────────────
+
+TEXT = "größer\r\n\x0c二\u2028\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_text_as_editors_write_it(encoding):
+    assert files.decode_text(TEXT.encode(encoding)) == TEXT
+    assert files.decode_text(b"\xfe\xff" + TEXT.encode("utf-16-be")) == TEXT
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("a\n größer".encode("latin-1"), r"byte 0xF6 in line 2 is not UTF-8 \(is it Latin-1 or Windows-1252\?\)"),
+        ("hello".encode("utf-16-le"), r"a NUL byte at 1: .* UTF-16 without a mark\? Save it as UTF-8"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0", "NUL byte at 8: the file is damaged, or it is no text"),
+        ("hello".encode("utf-32"), "it is UTF-32; save it as UTF-8"),
+        ("hello".encode("utf-16")[:-1], "it is UTF-16 with a mistake at byte"),
+    ],
+)
+def test_text_in_another_encoding_is_refused_by_name(data, message):
+    with pytest.raises(TextError, match=message):
+        files.decode_text(data)

@@ -34,6 +34,7 @@ from gemkit.cli import (
 )
 from gemkit.cli.output import say
 from gemkit.errors import GemkitError
+from gemkit.memory import processors
 
 # Threads that spin while they wait cost everyone a busy machine: on two cores with other work, a token took 5 s with
 # torch's default and 0.4 s with this. It must be set before torch is imported: here, and not in the library.
@@ -60,22 +61,19 @@ _VERBS = (
 )
 
 
+_MAKERS = ("tune", "quantize", "merge")  # verbs whose result is a folder: what they print is not missed
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="gemkit",
-        description="Every member of Google's Gemma family of open models, on the machine you have.",
-        epilog="`gemkit VERB --help` shows examples. Without -m, the starter model (Gemma 3 270M) runs.",
-    )
-    parser.add_argument("--version", action="version", version=f"gemkit {__version__}")
-    subparsers = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in _VERBS:
-        verb.add(subparsers)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its code
-        sys.stdout.reconfigure(errors="backslashreplace")
+    given = [*(sys.argv[1:] if argv is None else argv)]
+    if not _open_streams() and given[:1] and given[0] not in _MAKERS:
+        say("ConfigError: stdout is closed: there is no place for the answer; give it one, as with > FILE")
+        return 1
+    _heed_quota()
     try:
         try:
-            args = parser.parse_args(argv)
+            args = parser().parse_args(given)
             return args.run(args)
         finally:
             sys.stdout.flush()  # here, not when the process ends: a pipe may be broken, a disk full
@@ -91,3 +89,41 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         say(f"{type(error).__name__}: {error}")
         return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    made = argparse.ArgumentParser(
+        prog="gemkit",
+        description="Every member of Google's Gemma family of open models, on the machine you have.",
+        epilog="`gemkit VERB --help` shows examples. Without -m, the starter model (Gemma 3 270M) runs.",
+    )
+    made.add_argument("--version", action="version", version=f"gemkit {__version__}")
+    subparsers = made.add_subparsers(metavar="VERB", required=True)
+    for verb in _VERBS:
+        verb.add(subparsers)
+    return made
+
+
+def _open_streams() -> bool:
+    """Give every standard stream that a service or a launcher has closed the null device; whether stdout was open.
+
+    A file that is opened later would otherwise get the number of the closed stream, and what a library writes to it.
+    """
+    was_open = sys.stdout is not None
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows its code
+        sys.stdout.reconfigure(errors="backslashreplace")
+    return was_open
+
+
+def _heed_quota() -> None:
+    """Let torch compute with the processors of this container: it counts those of the machine."""
+    if (allowed := processors()) < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(allowed))

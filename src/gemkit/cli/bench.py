@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemkit.cli.options import verb
-from gemkit.cli.output import count, print_json, say
+from gemkit.cli.output import count, print_json, put, say
 from gemkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _print_ceiling(plan: Plan, report: dict[str, Any]) -> None:
     from gemkit.inspect.compare import pattern
 
     for subject, record in zip(plan.subjects, report["models"], strict=True):
-        print(f"{record['model']}: {_shape(record)}, {pattern(subject.decoder.layers)}")
+        put(f"{record['model']}: {_shape(record)}, {pattern(subject.decoder.layers)}")
     print(_what_was_run(report))
     speed = report["read_bytes_per_second"]
     print(

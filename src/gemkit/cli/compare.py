@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from gemkit.cli.options import verb
-from gemkit.cli.output import say
+from gemkit.cli.output import put, say
 
 EXAMPLES = """\
   gemkit compare gemma-2b gemma-7b               what differs, and what it costs
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"models": labels, "rows": [_record(row) for row in rows]}))
         return 0
     for line in summary(subjects):
-        print(line)
+        put(line)
     print()
     with_costs = len(subjects) == 2 or width() >= ROOM_FOR_COSTS
     shown = [row for row in rows if args.all or row.differs]

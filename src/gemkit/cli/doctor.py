@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemkit import __version__
 from gemkit.cli.options import verb
-from gemkit.cli.output import print_json
+from gemkit.cli.output import print_json, put
 
 if TYPE_CHECKING:
     from gemkit.family import Member
@@ -157,7 +157,7 @@ def _print(report: dict[str, Any]) -> None:
     }
     print(f"gemkit {report['gemkit']}, Python {report['python']}, {report['platform']}")
     for label, text in facts.items():
-        print(f"{label:<11}{text}")
+        put(f"{label:<11}{text}")
     print()
     columns = [("weights in", "left"), *((dtype, "right") for dtype in _DTYPES), ("fit in", "left"), ("cached", "left")]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from gemkit.cli.options import add_model, read_text, verb
-from gemkit.cli.output import count, print_json, printable, say
+from gemkit.cli.options import add_model, texts, verb
+from gemkit.cli.output import count, print_json, printable, put, say
 from gemkit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _EXAMPLES = """\
 
 def add(subparsers: Any) -> None:
     parser = verb(subparsers, "explain-prompt", "show the text and the ids that a model will really see", _EXAMPLES)
-    parser.add_argument("text", nargs="*", help="the prompt; with --chat the turns, the user's first")
+    parser.add_argument("text", nargs="*", help="the prompt, - for stdin; with --chat the turns, the user's first")
     parser.add_argument("-f", "--file", metavar="PATH", help="read the prompt from a file, - for stdin")
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--chat", action="store_true", help="as a conversation")
@@ -42,8 +42,8 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from gemkit.adapters.resolve import vocabulary_of
 
-    words = [*args.text, *([read_text(args.file)] if args.file else [])]
     _refuse_without_effect(args)
+    words = [*args.text] if args.infill else texts(args.text, [args.file] if args.file else [])
     label, tokenizer, prompts = vocabulary_of(args.model)
     prompt = _prompt(args, words, tokenizer)
     if prompt.format not in prompts:
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         }
         print_json(report)
         return 0
-    print(f"{prompt.format} prompt for {label}: {count(len(prompt), 'token')}")
+    put(f"{prompt.format} prompt for {label}: {count(len(prompt), 'token')}")
     for span in prompt.spans:
         if span.is_run:  # an image is hundreds of one token
             print(f"\n{span.kind}: {span}")
@@ -101,7 +101,7 @@ def _prompt(args: argparse.Namespace, words: list[str], tokenizer: Tokenizer) ->
     from gemkit import text  # imports NumPy, which the help of other verbs need not wait for
 
     if args.infill:
-        if words:
+        if words or args.file:
             raise ConfigError("--infill takes --prefix and --suffix instead of a prompt")
         return text.infill(tokenizer, args.prefix or "", args.suffix or "", path=args.path)
     if not words:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gemkit.cli.options import add_model, add_output, add_sampling, load_model, options, read_text, verb
+from gemkit.cli.options import add_model, add_output, add_sampling, load_model, options, texts, verb
 from gemkit.cli.output import conclude, print_json, result_json, say, write, write_stream
 from gemkit.errors import ConfigError
 
@@ -13,12 +13,13 @@ _EXAMPLES = """\
   gemkit generate "The Gemma family is"
   gemkit generate -m gemma-2-2b --temperature 0.8 --top-p 0.95 "Once upon a time"
   gemkit generate --file story.txt --max-tokens 100 --stop "THE END"
+  echo "Dear Ada," | gemkit generate
   gemkit generate --json "1 + 1 =" "2 + 2 ="        (several prompts run as one batch)"""
 
 
 def add(subparsers: Any) -> None:
     parser = verb(subparsers, "generate", "continue a text", _EXAMPLES)
-    parser.add_argument("prompt", nargs="*", help="the text to continue; several run as one batch")
+    parser.add_argument("prompt", nargs="*", help="the text to continue, - for stdin; several run as one batch")
     parser.add_argument(
         "-f", "--file", action="append", default=[], metavar="PATH", help="read a prompt from a file, - for stdin"
     )
@@ -34,9 +35,9 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    prompts = [*args.prompt, *(read_text(path) for path in args.file)]
+    prompts = texts(args.prompt, args.file)
     if not prompts:
-        raise ConfigError('there is no prompt: give a text, or --file PATH ("-" reads stdin)')
+        raise ConfigError("there is no prompt: give a text, --file PATH, or pipe one in")
     if args.logprobs is not None and not args.json:
         raise ConfigError("--logprobs are printed with --json")
     chosen = options(args)

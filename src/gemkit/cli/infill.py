@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from gemkit.cli.options import add_model, add_output, add_sampling, load_model, options, read_text, verb
@@ -17,7 +18,7 @@ _EXAMPLES = """\
 
 def add(subparsers: Any) -> None:
     parser = verb(subparsers, "infill", "fill in code between a prefix and a suffix", _EXAMPLES)
-    parser.add_argument("source", nargs="?", help="the file to complete")
+    parser.add_argument("source", nargs="?", help="the file to complete, - for stdin")
     parser.add_argument("--at", metavar="CARET", help="where in it: LINE:COLUMN from 1, or a count of characters")
     parser.add_argument("--prefix", metavar="TEXT", help="the text before the caret, instead of a file")
     parser.add_argument("--suffix", metavar="TEXT", help="the text after the caret")
@@ -66,7 +67,7 @@ def _around_caret(args: argparse.Namespace) -> tuple[str, str, str | None]:
         raise ConfigError(f"where in {args.source}? Give --at LINE:COLUMN or --at CHARACTERS")
     text = read_text(args.source)
     caret = _offset(text, args.at, args.source)
-    return text[:caret], text[caret:], args.path or args.source
+    return text[:caret], text[caret:], args.path or (None if args.source == "-" else args.source)
 
 
 def _offset(text: str, at: str, name: str) -> int:
@@ -78,12 +79,13 @@ def _offset(text: str, at: str, name: str) -> int:
         if int(line) > len(text):
             raise ConfigError(f"--at {at}: {name} has {len(text)} characters")
         return int(line)
-    lines = text.splitlines(keepends=True) or [""]
-    if text.endswith("\n"):
-        lines.append("")
-    if not 1 <= int(line) <= len(lines):
-        raise ConfigError(f"--at {at}: {name} has lines 1 to {len(lines)}")
-    width = len(lines[int(line) - 1].rstrip("\r\n"))
+    # lines end as in editors, compilers and the language server protocol: a form feed or U+2028 ends none
+    ends = [*re.finditer(r"\r\n|\n|\r", text)]
+    starts = [0, *(end.end() for end in ends)]
+    if not 1 <= int(line) <= len(starts):
+        raise ConfigError(f"--at {at}: {name} has lines 1 to {len(starts)}")
+    start = starts[int(line) - 1]
+    width = (ends[int(line) - 1].start() if int(line) <= len(ends) else len(text)) - start
     if not 1 <= int(column) <= width + 1:
         raise ConfigError(f"--at {at}: line {line} of {name} has columns 1 to {width + 1}")
-    return sum(len(part) for part in lines[: int(line) - 1]) + int(column) - 1
+    return start + int(column) - 1

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemkit.cli.output import Progress, say
 from gemkit.errors import ConfigError, TextError
+from gemkit.files import decode_text
 
 if TYPE_CHECKING:
     from gemkit.gemma import Gemma
@@ -155,17 +158,38 @@ def load_model(args: argparse.Namespace, **options: Any) -> Gemma:
 
 
 def read_text(path: str) -> str:
-    """The text of a file, or of stdin for "-".
+    """The text of a file, or of stdin for "-", as `files.decode_text` reads it.
 
     Raises:
-        TextError: if it cannot be read as UTF-8.
+        TextError: if it is not UTF-8 or UTF-16.
     """
+    name = "stdin" if path == "-" else path
     try:
         if path == "-":
-            return sys.stdin.buffer.read().decode("utf-8")
-        return Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        name = "stdin" if path == "-" else path
-        raise TextError(f"{name} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+            data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+        else:
+            data = Path(path).expanduser().read_bytes()
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
+    try:
+        return decode_text(data)
+    except TextError as error:
+        raise TextError(f"{name}: {error}") from None
+
+
+def texts(given: Sequence[str], files: Sequence[str] = ()) -> list[str]:
+    """The texts of a command line: its arguments, of which "-" is what comes from a pipe, then files. Without any of
+    them, what comes from a pipe.
+
+    The line break that `echo` puts at the end of a pipe is no part of its text; a file is taken as it is.
+    """
+    found = [_piped() if text == "-" else text for text in given] + [read_text(path) for path in files]
+    if not found and sys.stdin is not None and not sys.stdin.isatty():
+        with contextlib.suppress(ConfigError):  # stdin that cannot be read is none
+            found = [text for text in [_piped()] if text]
+    return found
+
+
+def _piped() -> str:
+    text = read_text("-")
+    return text.removesuffix("\n").removesuffix("\r")

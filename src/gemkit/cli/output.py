@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
+import re
 import signal
 import sys
 import time
@@ -62,13 +64,21 @@ def _bar() -> rich.progress.Progress:
 
 def rewrite(line: str) -> None:
     """Talk on a terminal: what the line says instead of what it said; "" leaves it free."""
-    sys.stderr.write(f"\r\x1b[K{line}")
-    sys.stderr.flush()
+    _tell(f"\r\x1b[K{line}")
 
 
 def say(line: str) -> None:
     """Talk: a line on stderr."""
-    print(printable(line, stream=sys.stderr), file=sys.stderr, flush=True)
+    _tell(printable(line, stream=sys.stderr) + "\n")
+
+
+def _tell(text: str) -> None:
+    """Write to stderr. Talk that nobody can read any more is no error: the result still has its place."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # for the rest of the process
 
 
 def printable(text: str, raw: bool = False, stream: TextIO | None = None) -> str:
@@ -134,9 +144,15 @@ class _Guard:
             self.free()
 
 
+def put(line: str = "") -> None:
+    """Result: a line on stdout."""
+    print(printable(line))
+
+
 def print_json(record: dict[str, Any]) -> None:
     """One object on one line, out at once: the reader of a pipe may be waiting for it."""
-    print(json.dumps(record, ensure_ascii=False), flush=True)
+    text = json.dumps(record, ensure_ascii=False)  # which escapes all but these of what a terminal obeys
+    print(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text), flush=True)
 
 
 def count(number: int, noun: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from gemkit.cli.options import BEYOND_CONTEXT, add_model, add_output, load_model, read_text, verb
+from gemkit.cli.options import BEYOND_CONTEXT, add_model, add_output, load_model, texts, verb
 from gemkit.cli.output import count, logprob_json, print_json, printable, say
 from gemkit.errors import ConfigError
 
@@ -19,7 +19,7 @@ _EXAMPLES = """\
 
 def add(subparsers: Any) -> None:
     parser = verb(subparsers, "score", "log-probability of each token of a text, and its perplexity", _EXAMPLES)
-    parser.add_argument("text", nargs="?", help="the text")
+    parser.add_argument("text", nargs="?", help="the text, - for stdin")
     parser.add_argument("-f", "--file", metavar="PATH", help="read it from a file, - for stdin")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="what it answers, for a reward model")
     parser.add_argument("--tokens", action="store_true", help="a line for each token")
@@ -31,9 +31,12 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if (args.text is None) == (args.file is None):
+    if args.text is not None and args.file is not None:
         raise ConfigError("give one text: as an argument, or with --file")
-    text = args.text if args.file is None else read_text(args.file)
+    found = texts([] if args.text is None else [args.text], [] if args.file is None else [args.file])
+    if not found:
+        raise ConfigError("there is no text: give one as an argument, with --file, or by a pipe")
+    (text,) = found
     if args.top < 0:
         raise ConfigError(f"--top {args.top} must not be negative")
     if args.beyond_context:

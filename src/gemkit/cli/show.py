@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from gemkit.cli.options import verb
-from gemkit.cli.output import say
+from gemkit.cli.output import put, say
 
 EXAMPLES = """\
   gemkit show gemma-7b                     what it is, what it costs, its modules
@@ -57,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
     if context > shown.decoder.max_context:
         say(f"note: {shown.label} was trained on {shown.decoder.max_context:,} tokens; quality beyond is undefined")
     for line in _facts(shown, args.dtype, context):
-        print(line)
+        put(line)
     print()
     for line in _columns(lines(tree(shown.decoder, shown.vision), by_kind=not args.full)):
-        print(line)
+        put(line)
     return 0
 
 
@@ -80,7 +80,7 @@ def _program(args: argparse.Namespace) -> int:
         print(json.dumps({"model": shown.label, "context": context, "steps": records}))
         return 0
     total = sum((line.cost for line in lines), Cost())
-    print(f"{shown.label}: one token at the end of {context:,} tokens, op by op\n")
+    put(f"{shown.label}: one token at the end of {context:,} tokens, op by op\n")
     columns = [
         ("", "left"),
         ("op", "left"),
@@ -147,7 +147,7 @@ def _profile(args: argparse.Namespace) -> int:
         record = {name: [asdict(step) for step in steps] for name, steps in times.items()}
         print(json.dumps({"model": model.label, "context": context, "read_limit": limit, **record}))
         return 0
-    print(f"{model.label}: {runner.about()}; memory read at {limit / 1e9:.1f} GB/s")
+    put(f"{model.label}: {runner.about()}; memory read at {limit / 1e9:.1f} GB/s")
     columns = [
         ("step", "left"),
         ("weights", "left"),

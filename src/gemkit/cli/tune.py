@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from gemkit.cli.options import verb
-from gemkit.cli.output import Progress, print_json, printable, rewrite, say
+from gemkit.cli.output import Progress, print_json, put, rewrite, say
 from gemkit.errors import ConfigError
 from gemkit.train import OBJECTIVES
 
@@ -153,9 +153,9 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json({"folder": folder, **asdict(outcome)})
         elif outcome.stopped:
-            print(f"stopped after step {outcome.step} of {outcome.steps}; gemkit tune --resume {folder} goes on")
+            put(f"stopped after step {outcome.step} of {outcome.steps}; gemkit tune --resume {folder} goes on")
         else:
-            print(f"{folder}: {outcome.step} steps" + ("" if outcome.loss is None else f", loss {outcome.loss:.4f}"))
+            put(f"{folder}: {outcome.step} steps" + ("" if outcome.loss is None else f", loss {outcome.loss:.4f}"))
     return 0
 
 
@@ -186,9 +186,9 @@ def _plan(args: argparse.Namespace, the_run: Run) -> int:
         data = {"records": len(the_run.data), "dialects": dict(the_run.data.dialects), "notes": the_run.notes()}
         print_json({"model": the_run.label, "steps": the_run.steps, "data": data, **asdict(plan), **figures})
         return 0
-    print(f"{the_run.label}: {the_run.objective.name} on {len(the_run.data):,} records, {the_run.steps:,} steps")
+    put(f"{the_run.label}: {the_run.objective.name} on {len(the_run.data):,} records, {the_run.steps:,} steps")
     for line in the_run.notes():
-        print(printable(f"data: {line}"))
+        put(f"data: {line}")
     print("\n".join(plan.lines(rate, available)))
     return 0
 

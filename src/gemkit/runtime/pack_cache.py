@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -88,8 +89,10 @@ def cache_folder() -> Path:
     """Where packed models are kept."""
     if given := os.environ.get("GEMKIT_CACHE"):
         return Path(given).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "gemkit"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(home):  # an account without a home, as containers have
+        return Path(tempfile.gettempdir()) / f"gemkit-{os.getuid()}"
+    return Path(home) / "gemkit"
 
 
 def kept_bytes() -> int:

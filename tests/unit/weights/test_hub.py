@@ -78,6 +78,7 @@ def package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(hub, "find_spec", lambda _: object())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("GEMKIT_CACHE", raising=False)
     return module
 
 
@@ -89,6 +90,15 @@ def test_the_starter_is_put_together_once(package, tmp_path, monkeypatch):
     assert hub.starter().stat().st_mtime_ns == written
     path.write_bytes(b"GG")  # cut short: of another size
     assert hub.starter().read_bytes() == b"GGUF"
+
+
+def test_the_starter_goes_where_the_cache_is(package, tmp_path, monkeypatch):
+    monkeypatch.setenv("GEMKIT_CACHE", str(tmp_path / "other"))
+    assert hub.starter() == tmp_path / "other" / "starter.gguf"
+    monkeypatch.delenv("GEMKIT_CACHE")
+    path = hub.starter()
+    monkeypatch.setenv("GEMKIT_CACHE", str(tmp_path / "third"))
+    assert hub.starter() == path  # it is there already
 
 
 def test_pieces_of_another_file_leave_nothing(package, tmp_path):

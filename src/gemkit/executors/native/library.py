@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import sys
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from gemkit.errors import ConfigError, ModelError
+from gemkit.memory import processors
 
 LIBRARY = "libgemkit_native.so"
 _ISAS = ("avx512", "avx2", "portable")
@@ -117,14 +117,7 @@ def threads() -> int:
         if not asked.isdigit() or not 1 <= int(asked) <= 256:
             raise ConfigError(f"GEMKIT_THREADS={asked!r} must be a whole number from 1 to 256")
         return int(asked)
-    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return min(count, 64)
+    return min(processors(), 64)
 
 
 def read_limit() -> float:

@@ -13,7 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-from gemkit.errors import ConfigError, DataError, MissingExtraError
+from gemkit.errors import ConfigError, DataError, MissingExtraError, TextError
+from gemkit.files import decode_text
 from gemkit.train.data import repo_order
 from gemkit.train.data.schemas import listed
 
@@ -404,14 +405,11 @@ def _document(path: Path) -> str:
     if path.stat().st_size > MAX_RECORD:
         raise DataError(f"more than {MAX_RECORD >> 20} MiB in one document; split it, or write JSON lines of parts")
     with _opened(path) as file:
-        data = file.read(MAX_RECORD + 1).removeprefix(_MARK)
-    if b"\0" in data:
-        raise DataError(f"a NUL byte at {data.index(0)}: the file is damaged, or no text")
+        data = file.read(MAX_RECORD + 1)
     try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"byte 0x{data[error.start]:02X} in line {line} is not UTF-8") from None
+        return decode_text(data)
+    except TextError as error:
+        raise DataError(str(error)) from None
 
 
 def _relative(path: Path, folder: Path) -> str:
