@@ -8,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-fast check sanitize sanitize-threads docs oracles parity-full bench clean
+.PHONY: demo test test-fast check sanitize sanitize-threads docs programs oracles parity-full bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/demo
@@ -35,6 +35,10 @@ sanitize-threads: .venv/dev
 
 docs: .venv/dev
 	$(BIN)/python docs/make_tables.py
+
+# The saved programs of the members, after a change of their modules.
+programs: .venv/dev
+	$(BIN)/python -m gemkit.program.saved
 
 # Published files that the tests compare with: fetched once, checked by their SHA-256.
 oracles: .venv/dev

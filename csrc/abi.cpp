@@ -43,7 +43,7 @@ bool keep_on() {
 
 }  // namespace
 
-GK_API int32_t gk_version() { return 5; }
+GK_API int32_t gk_version() { return 6; }
 
 // Why the last call of this thread failed.
 GK_API const char *gk_error() { return message.c_str(); }

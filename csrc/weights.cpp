@@ -287,10 +287,6 @@ bool unpack(Kind kind, int64_t rows, int64_t cols, const uint8_t *packed, const 
 GK_EXPORT size_t gk_packed_bytes(int32_t kind, int64_t rows, int64_t cols) {
     return gk::packed_bytes((gk::Kind)kind, rows, cols);
 }
-GK_EXPORT int gk_pack(int32_t kind, int64_t rows, int64_t cols, const gk::Planes *planes, uint8_t *out, int64_t row0,
-                      int64_t row1) {
-    return gk::pack((gk::Kind)kind, rows, cols, *planes, out, row0, row1);
-}
 GK_EXPORT int gk_unpack(int32_t kind, int64_t rows, int64_t cols, const uint8_t *packed, const gk::Planes *planes,
                         int64_t row0, int64_t row1) {
     return gk::unpack((gk::Kind)kind, rows, cols, packed, *planes, row0, row1);

@@ -19,6 +19,7 @@ inline Kernels kernels(const char *name) {
     k.linear = any_linear;
     k.row = any_row;
     k.dense = dense;
+    k.make_sketch = make_sketch;
     k.sketch = sketch;
     k.rms_norm = rms_norm;
     k.rope = rope;

@@ -22,6 +22,63 @@ constexpr int64_t sketch_tile_bytes(int64_t cols) { return 64 + (cols + 15) / 16
 
 namespace GK_ISA {
 
+// The spacing of four levels that leaves the least of a normal variable, in its standard deviations
+// (J. Max, Quantizing for minimum distortion, 1960, table II).
+constexpr float SPACING = 0.9957f;
+
+// Sixteen rows side by side: every loop over them fills vectors, and each row's sums have one order.
+inline void make_sketch(float *x, const float *signs, int64_t cols, uint8_t *out) {
+    const int64_t block = cols & -cols;
+    const float unit = 1 / std::sqrt((float)block);
+    double squares[TILE] = {}, along[TILE] = {}, left[TILE] = {};
+    for (int64_t first = 0; first < cols; first += block) {  // turned as `rotate` of screening.cpp turns a vector
+        float *at = x + first * TILE;
+        for (int64_t i = 0; i < block; i++)
+            for (int r = 0; r < TILE; r++) at[i * TILE + r] = at[i * TILE + r] * signs[first + i] * unit;
+        for (int64_t width = 1; width < block; width *= 2)
+            for (int64_t i = 0; i < block; i += 2 * width)
+                for (int64_t k = i; k < i + width; k++) {
+                    const F16 a = load(at + k * TILE), b = load(at + (k + width) * TILE);
+                    store(at + k * TILE, add(a, b)), store(at + (k + width) * TILE, sub(a, b));
+                }
+    }
+    for (int64_t i = 0; i < cols; i++)
+        for (int r = 0; r < TILE; r++) squares[r] += (double)x[i * TILE + r] * (double)x[i * TILE + r];
+    alignas(64) float per_spacing[TILE], scales[TILE], errors[TILE];
+    for (int r = 0; r < TILE; r++) per_spacing[r] = 1 / (SPACING * (float)std::sqrt(squares[r] / (double)cols));
+    for (int64_t first = 0; first < cols; first += 16) {
+        uint32_t words[TILE] = {};
+        for (int64_t i = first; i < first + 16 && i < cols; i++) {
+            const int shift = (int)(i % 4 * 8 + i % 16 / 4 * 2);
+            for (int r = 0; r < TILE; r++) {
+                const float level = x[i * TILE + r] * per_spacing[r] + 2.0f, least = level > 0 ? level : 0.0f;
+                const int32_t code = (int32_t)(least < 3 ? least : 3.0f);
+                along[r] += (double)x[i * TILE + r] * ((double)code - 1.5);
+                words[r] |= (uint32_t)code << shift;
+            }
+        }
+        std::memcpy(out + 64 + first * 4, words, sizeof words);
+    }
+    // Levels that are nearest to a row are shorter than it, and a product with what it points to comes out too small. The
+    // scale that makes what is left orthogonal to the row itself does not err on the rows that matter.
+    for (int r = 0; r < TILE; r++) scales[r] = squares[r] > 0 ? (float)(squares[r] / along[r]) : 0.0f;
+    to_half((uint16_t *)out, load(scales));
+    store(scales, from_half((const uint16_t *)out));
+    for (int64_t i = 0; i < cols; i++) {
+        uint32_t words[TILE];
+        std::memcpy(words, out + 64 + i / 16 * 64, sizeof words);
+        const int shift = (int)(i % 4 * 8 + i % 16 / 4 * 2);
+        for (int r = 0; r < TILE; r++) {
+            const double rest = (double)x[i * TILE + r] - (double)scales[r] * ((double)(int32_t)(words[r] >> shift & 3) - 1.5);
+            left[r] += rest * rest;
+        }
+    }
+    // rounded up: a bound must not be too small
+    for (int r = 0; r < TILE; r++)
+        errors[r] = squares[r] > 0 ? (float)std::sqrt(left[r] / (double)cols) * (1 + 0x1p-10f) : 0.0f;
+    to_half((uint16_t *)(out + 32), load(errors));
+}
+
 // Of the rows of tiles tile0 .. tile1: bounds (16 a tile), and the largest of each tile. q is zero beyond `cols`, up to a
 // multiple of 16. sum: of all q.
 inline void sketch(const uint8_t *data, int64_t tile0, int64_t tile1, int64_t cols, const int8_t *q, int32_t sum, float step,

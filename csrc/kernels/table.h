@@ -113,7 +113,8 @@ struct Kernels {
     // dense.h: rows row0 .. row1 of a quantized weight in float32, at their places in out (rows, cols)
     void (*dense)(Kind kind, const Planes &planes, int64_t row0, int64_t row1, int64_t cols, float *out);
 
-    // sketch.h
+    // sketch.h: one tile of a sketch, from the numbers of 16 rows side by side, (cols, 16), which it turns in their place
+    void (*make_sketch)(float *rows, const float *signs, int64_t cols, uint8_t *out);
     void (*sketch)(const uint8_t *data, int64_t tile0, int64_t tile1, int64_t cols, const int8_t *q, int32_t sum, float step,
                    float slack, float *bounds, float *best);
 

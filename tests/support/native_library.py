@@ -7,15 +7,13 @@ import numpy as np
 
 from gemkit import block_types
 from gemkit.executors.native import library as native
+from gemkit.executors.native import screening
+from gemkit.executors.native.writer import Planes, Source, Target
 
 ISAS = ("portable", "avx2", "avx512")
 KINDS = ["F32", "BF16", *block_types.KINDS]  # enum Kind of csrc/kernels/table.h
 DENSE = {"float32": 0, "bfloat16": 1, "float16": 2}  # enum Dense of csrc/weights.h
 PLANES = (*block_types.PLANES, "dense")
-
-
-class Planes(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in PLANES), ("dense_type", ctypes.c_int32)]
 
 
 @functools.cache
@@ -24,7 +22,7 @@ def library() -> ctypes.CDLL:
     p, i, n, s = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_char_p
     lib.gk_packed_bytes.argtypes, lib.gk_packed_bytes.restype = (i, n, n), ctypes.c_size_t
     lib.gk_activation_bytes.argtypes, lib.gk_activation_bytes.restype = (i, n, n), ctypes.c_size_t
-    lib.gk_pack.argtypes = lib.gk_unpack.argtypes = (i, n, n, ctypes.POINTER(Planes), p, n, n)
+    lib.gk_pack.argtypes = (i, i, n, n, ctypes.POINTER(Source), ctypes.POINTER(Target), n, n, p, p)
     lib.gk_unpack.argtypes = (i, n, n, p, ctypes.POINTER(Planes), n, n)
     lib.gk_has_isa.argtypes = (s,)
     lib.gk_isa.restype = s
@@ -57,12 +55,21 @@ def packed_bytes(kind: str, rows: int, cols: int) -> int:
 
 def pack(kind: str, rows: int, cols: int, arrays: dict[str, np.ndarray], dense_type: str = "float32", cuts=()):
     """The packed weight, filled in the ranges of rows that `cuts` makes; None where the library refuses."""
+    return pack_from(kind, rows, cols, Source(planes_of(arrays, dense_type)), cuts)[0]
+
+
+def pack_from(kind: str, rows: int, cols: int, source: Source, cuts=(), signs: np.ndarray | None = None, threads=1):
+    """The packed weight, its sketch (if there are signs), and the checksums of both; Nones where it is refused."""
     out = aligned(packed_bytes(kind, rows, cols))
-    planes = planes_of(arrays, dense_type)
+    sketch = None if signs is None else aligned(screening.nbytes(rows, cols))
+    target, sums, error = Target(memory=out.ctypes.data), (ctypes.c_uint64 * 2)(), ctypes.c_int32()
+    if signs is not None:
+        target.signs, target.sketch = signs.ctypes.data, sketch.ctypes.data - out.ctypes.data
     for row0, row1 in zip((0, *cuts), (*cuts, rows), strict=True):
-        if not library().gk_pack(KINDS.index(kind), rows, cols, planes, out.ctypes.data, row0, row1):
-            return None
-    return out
+        shape = KINDS.index(kind), rows, cols
+        if library().gk_pack(threads, *shape, source, target, row0, row1, sums, ctypes.byref(error)):
+            return None, None, None
+    return out, sketch, list(sums)
 
 
 def unpack(kind: str, rows: int, cols: int, packed: np.ndarray, like: dict[str, np.ndarray], dense_type="float32"):

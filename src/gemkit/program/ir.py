@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,26 @@ class Program:
     def weights(self) -> dict[str, Weight]:
         """Every weight by its name, in the order in which they are first read."""
         return {weight.name: weight for node in self.nodes for weight in node.weights()}
+
+    def of_kinds(self, kinds: Mapping[str, tuple[str, int]]) -> Program:
+        """The same computation on weights of other kinds.
+
+        Args:
+            kinds: kind and bytes by name, of all weights that change.
+        """
+        weights = self.weights()
+        changed = {name: replace(weights[name], kind=kind, nbytes=n) for name, (kind, n) in kinds.items()}
+
+        def changed_operand(operand: Any) -> Any:
+            return changed.get(operand.name, operand) if isinstance(operand, Weight) else operand
+
+        return replace(
+            self,
+            nodes=tuple(
+                replace(node, operands={name: changed_operand(operand) for name, operand in node.operands.items()})
+                for node in self.nodes
+            ),
+        )
 
     def __str__(self) -> str:
         return "\n".join(line(node) for node in self.nodes)

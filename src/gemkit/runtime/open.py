@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from gemkit.errors import ConfigError, ModelError
 from gemkit.executors.native import library
 from gemkit.executors.native.executor import NativeExecutor
+from gemkit.runtime.native import load_native
 from gemkit.runtime.options import LoadOptions
-from gemkit.runtime.pack_cache import load_native
 from gemkit.weights.checkpoint import Checkpoint, open_checkpoint
 from gemkit.weights.report import Report
 

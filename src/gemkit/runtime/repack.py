@@ -6,7 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from gemkit.executors.native.executor import NativeExecutor
-from gemkit.runtime.pack_cache import executor_of
+from gemkit.runtime.native import executor_of
 
 if TYPE_CHECKING:
     from gemkit.nn import LanguageModel

@@ -12,25 +12,11 @@ from torch import Tensor
 from gemkit.block_types import PLANES
 from gemkit.executors.native.library import available, library
 from gemkit.executors.native.packfile import KINDS
+from gemkit.executors.native.writer import Planes
 from gemkit.ops.quantized import define
 
-_DENSE = (torch.float32, torch.bfloat16)  # as `csrc/weights.h` numbers them
 _library: torch.library.Library | None = None
 _enabled = False
-
-
-class Planes(ctypes.Structure):
-    """`gk::Planes`. What it points into must be held for as long as it is used."""
-
-    _fields_ = [*((name, ctypes.c_void_p) for name in (*PLANES, "dense")), ("dense_type", ctypes.c_int32)]
-
-    @classmethod
-    def of(cls, planes: Mapping[str, Tensor]) -> Planes:
-        """Of contiguous tensors in memory: those of a `Quantized`, or one named "dense"."""
-        given = cls(**{name: plane.data_ptr() for name, plane in planes.items()})
-        if "dense" in planes:
-            given.dense_type = _DENSE.index(planes["dense"].dtype)
-        return given
 
 
 def enable() -> None:
@@ -66,5 +52,6 @@ def _dequantize(*args) -> None:
 
 
 def _dense(planes: Mapping[str, Tensor], kind: str, out: Tensor) -> bool:
-    given = torch.get_num_threads(), KINDS.index(kind), ctypes.byref(Planes.of(planes))
+    pointers = Planes(**{name: plane.data_ptr() for name, plane in planes.items()})
+    given = torch.get_num_threads(), KINDS.index(kind), ctypes.byref(pointers)
     return bool(library(free=True).gk_dense(*given, *out.shape, out.data_ptr()))

@@ -19,7 +19,7 @@ from gemkit.memory import processors
 
 LIBRARY = "libgemkit_native.so"
 _ISAS = ("avx512", "avx2", "portable")
-_ABI = 5
+_ABI = 6
 
 
 @cache
@@ -66,8 +66,8 @@ def _declare(loaded: ctypes.CDLL) -> None:
         ("gk_has_isa", i32, [ctypes.c_char_p]),
         ("gk_packed_bytes", ctypes.c_size_t, [i32, i64, i64]),
         ("gk_dense", i32, [i32, i32, pointer, i64, i64, pointer]),
-        ("gk_pack", i32, [i32, i64, i64, pointer, pointer, i64, i64]),
-        ("gk_make_sketch", i32, [i32, pointer, i64, i64, pointer, pointer, i64, i64]),
+        ("gk_block_bytes", i64, [i32]),
+        ("gk_pack", i32, [i32, i32, i64, i64, pointer, pointer, i64, i64, pointer, pointer]),
         ("gk_executor_new", pointer, [pointer, i64] * 4),
         ("gk_read_limit", ctypes.c_double, [i32]),
         ("gk_executor_free", None, [pointer]),

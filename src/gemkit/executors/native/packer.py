@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
-import math
-import tempfile
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +12,18 @@ import torch
 from torch import Tensor
 
 from gemkit import ops
-from gemkit.errors import ModelError, WeightsError
-from gemkit.executors.native import dequantize, screening
-from gemkit.executors.native.dequantize import Planes
-from gemkit.executors.native.library import library, threads
-from gemkit.executors.native.lower import (
-    Frequencies,
-    Plain,
-    Signs,
-    Sketch,
-    lower,
-    packed_weights,
-    plain_name,
-    plain_weights,
-)
-from gemkit.executors.native.packfile import KINDS, PLAIN, Entry, Pack, Writer
+from gemkit.executors.native import dequantize
+from gemkit.executors.native.lower import Frequencies, Lowered, lower
+from gemkit.executors.native.packfile import Pack
+from gemkit.executors.native.writer import Progress, Source, write_pack
 from gemkit.nn import LanguageModel
 from gemkit.program.ir import Weight
 from gemkit.program.trace import trace, trace_tower
 
 dequantize.enable()
 
-_TOWER = ("vision_tower.", "multi_modal_projector.")
+TOWER = ("vision_tower.", "multi_modal_projector.")
+_DENSE = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def pack(
@@ -47,127 +34,56 @@ def pack(
     *,
     over: Pack | None = None,
     changed: Collection[str] = (),
+    progress: Progress | None = None,
 ) -> Pack:
-    """The packed model of a decoder, or of one with its image tower.
+    """The packed model of a decoder, or of one with its image tower; other arguments are those of `write_pack`.
 
     Args:
-        target: where the file is kept. None, or a place that cannot be written: it is kept nowhere, and its memory is
-            given back with the result.
-        source: what it was made from; a file that says something else is not this one.
         notes: what a user should know of how the weights were read.
-        over: a packed model of the same module, from before it was changed. What has not changed is not packed again.
-        changed: names of the weights of `over` that have.
 
     Raises:
         ModelError: if the native executor cannot run the module.
-        WeightsError: if there is no room for the file anywhere.
+        WeightsError: if there is no memory for it.
     """
-    tower = lower(trace_tower(module)) if module.vision is not None else None
-    lowered = lower(trace(module.decoder, sees=tower is not None))
-    if (score := module.decoder.score) is not None:  # of a reward model: read beside the program
-        lowered.beside.append(Weight("score.weight", tuple(score.weight.shape), "float32", score.weight.nbytes))
-    programs = [lowered] if tower is None else [lowered, tower]
-    sizes: dict[Any, tuple[int, int, int, int]] = {}
-    for weight in packed_weights(*programs):
-        kind = _kind(weight)
-        rows, cols = weight.shape
-        sizes[weight] = kind, rows, cols, library().gk_packed_bytes(kind, rows, cols)
-    for plain in plain_weights(*programs):
-        count = _floats(plain)
-        sizes[plain] = PLAIN, 1, count, 4 * count
-    if over is not None:
-        kept = {e.name: (e.kind, e.rows, e.cols) for e in over.table} | dict.fromkeys(changed)
-        for weight, (kind, rows, cols, _) in sizes.items():
-            of_table = weight.table.name if isinstance(weight, Sketch) else None
-            if kept.get(plain_name(weight)) == (kind, rows, cols) and of_table not in changed:
-                sizes[weight] = kind, rows, cols, 0
-    notes = list(notes)
-    if target is not None:
-        try:
-            return _written(module, Writer(lowered, tower, sizes, source, notes), target, over)
-        except OSError as error:
-            notes.append(f"the packed weights could not be kept at {target}: {error.strerror or error}")
-    writer = Writer(lowered, tower, sizes, source, notes)
-    try:
-        with tempfile.TemporaryDirectory(prefix="gemkit-") as folder:
-            return _written(module, writer, Path(folder) / "model", over)  # stays mapped when its name is gone
-    except OSError as error:
-        raise WeightsError(f"there is no room for {writer.total:,} bytes of packed weights: {error}") from error
+    programs = [lower(trace(module.decoder, sees=module.vision is not None))]
+    if module.decoder.score is not None:
+        add_score(programs[0], module.decoder.score.weight.shape)
+    if module.vision is not None:
+        programs.append(lower(trace_tower(module)))
+    given = ModuleWeights(module, notes)
+    return write_pack(programs, given, target, source, over=over, changed=changed, progress=progress)
 
 
-def _written(module: LanguageModel, writer: Writer, target: Path, over: Pack | None) -> Pack:
-    with writer.file(target) as whole, ThreadPoolExecutor(threads()) as pool:
-        places = {entry.name: entry for entry in writer.entries}
-        for weight, entry in zip(writer.order, writer.entries, strict=True):
-            if not entry.nbytes:  # of the packed model below
-                continue
-            room = writer.room(whole, entry)
-            if isinstance(weight, Weight) and entry.kind != PLAIN:
-                _pack_one(weight, _held(module, weight.name), room, pool.map)
-            elif isinstance(weight, Sketch):
-                _sketch(places[weight.table.name], writer.room(whole, places[weight.table.name]), room, pool.map)
-            else:
-                room[:] = _values(module, weight).view(np.uint8)
-    return Pack(target, over)
+def add_score(lowered: Lowered, shape: Sequence[int]) -> None:
+    """Hold the head of a reward model beside a decoder's program."""
+    rows, width = shape
+    lowered.beside.append(Weight("score.weight", (rows, width), "float32", 4 * rows * width))
 
 
-def _kind(weight: Weight) -> int:
-    if weight.kind not in KINDS or len(weight.shape) != 2:
-        raise ModelError(f"{weight.name} is {weight.kind} {weight.shape}: no kind of the native executor")
-    return KINDS.index(weight.kind)
+class ModuleWeights:
+    """The weights of a module, for `write_pack`."""
 
+    def __init__(self, module: LanguageModel, notes: Sequence[str]):
+        self._module, self._notes = module, notes
 
-def _pack_one(weight: Weight, value: Any, room: np.ndarray, each: Callable[..., Any]) -> None:
-    planes = value.planes if isinstance(value, ops.Quantized) else {"dense": value.detach()}
-    held = {name: plane.cpu().contiguous() for name, plane in planes.items()}
-    given = Planes.of(held)
-    rows, cols = weight.shape
-    step = max(16, (1 << 22) // cols // 16 * 16)  # whole tiles, some megabytes of them
+    def notes(self) -> list[str]:
+        return list(self._notes)
 
-    def part(start: int) -> None:
-        end = min(rows, start + step)
-        if not library(free=True).gk_pack(_kind(weight), rows, cols, ctypes.byref(given), room.ctypes.data, start, end):
-            raise WeightsError(f"{weight.name} of kind {weight.kind} and shape {weight.shape} cannot be packed")
+    def rows(self, weight: Weight) -> Source:
+        value = self._held(weight.name)
+        planes = value.planes if isinstance(value, ops.Quantized) else {"dense": value.detach()}
+        held = {name: plane.cpu().contiguous() for name, plane in planes.items()}
+        dense = _DENSE[held["dense"].dtype] if "dense" in held else "F32"
+        return Source.memory({name: plane.data_ptr() for name, plane in held.items()}, held, dense)
 
-    list(each(part, range(0, rows, step)))
+    def floats(self, weight: Weight) -> np.ndarray:
+        value: Tensor = self._held(weight.name)
+        return value.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
 
+    def frequencies(self, rates: Frequencies) -> np.ndarray:
+        return ops.rope_frequencies(*astuple(rates)).numpy()
 
-def _sketch(table: Entry, packed: np.ndarray, room: np.ndarray, each: Callable[..., Any]) -> None:
-    signs = screening.signs(table.cols)
-    tiles = -(-table.rows // screening.TILE)
-
-    def part(start: int) -> None:
-        given = table.kind, packed.ctypes.data, table.rows, table.cols, signs.ctypes.data, room.ctypes.data
-        made = library(free=True).gk_make_sketch(*given, start, min(tiles, start + 256))
-        assert made, "the library was found to have kernels before"
-
-    list(each(part, range(0, tiles, 256)))
-
-
-def _held(module: LanguageModel, name: str) -> Any:
-    """A weight by its name in a program: the decoder's are named from the decoder on."""
-    return module.get_param(name) if name.startswith(_TOWER) else module.decoder.get_param(name)
-
-
-def _floats(plain: Plain) -> int:
-    match plain:
-        case Weight(shape=shape):
-            return math.prod(shape)
-        case Frequencies(rotated=rotated):
-            return rotated // 2
-        case Sketch(table=table):
-            return screening.nbytes(*table.shape) // 4
-        case Signs(columns=columns):
-            return columns
-
-
-def _values(module: LanguageModel, plain: Plain) -> np.ndarray:
-    match plain:
-        case Frequencies(rotated, base, factor, ramp):
-            return ops.rope_frequencies(rotated, base, factor, ramp).numpy()
-        case Signs(columns=columns):
-            return screening.signs(columns)
-        case Weight(name=name):
-            value: Tensor = _held(module, name)
-            return value.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().reshape(-1)
-    raise AssertionError(f"{plain} is packed elsewhere")
+    def _held(self, name: str) -> Any:
+        """A weight by its name in a program: the decoder's are named from the decoder on."""
+        module = self._module
+        return module.get_param(name) if name.startswith(TOWER) else module.decoder.get_param(name)

@@ -99,6 +99,25 @@ class Reader(ABC):
         """
         return self._read_dense(self._entry(name))
 
+    def planes(self, name: str) -> dict[str, TensorInfo]:
+        """Where a tensor is: the planes of a quantized weight (`block_types.PLANES`), "blocks" where a file interleaves
+        them, or "dense".
+
+        Raises:
+            WeightsError: if there is none of that name.
+        """
+        entry = self._entry(name)
+        return {"dense" if entry.dtype in DTYPES else "blocks": entry}
+
+    def file(self, entry: TensorInfo) -> File:
+        """The open file that holds a tensor."""
+        return self._files[entry.path]
+
+    def check_unchanged(self) -> None:
+        """Raises: WeightsError, if a file has changed since it was opened."""
+        for file in self._files.values():
+            file.check_unchanged()
+
     def _entry(self, name: str) -> TensorInfo:
         if name not in self.entries:
             raise WeightsError(f"{self.path}: no tensor {name!r}; {nearest(name, self.entries)}")
@@ -167,8 +186,17 @@ class File:
             if count == 0:
                 break
             done += count
-        if done < len(view) or self._status() != self._stamp:
-            raise WeightsError(f"{self.path} changed while it was being read; open it again")
+        if done < len(view):
+            raise self._changed()
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        """Raises: WeightsError, if it has changed since it was opened."""
+        if self._status() != self._stamp:
+            raise self._changed()
+
+    def _changed(self) -> WeightsError:
+        return WeightsError(f"{self.path} changed while it was being read; open it again")
 
     def close(self) -> None:
         self._raw.close()

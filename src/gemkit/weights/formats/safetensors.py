@@ -89,6 +89,9 @@ class SafetensorsReader(Reader):
         del self.entries[name]
         return entry
 
+    def planes(self, name: str) -> dict[str, TensorInfo]:
+        return self._planes.get(name) or super().planes(name)
+
     def read(self, name: str) -> Tensor | Quantized:
         if name not in self._planes:
             return super().read(name)

@@ -46,13 +46,6 @@ def test_notes_and_source_are_kept(tmp_path):
     assert (packed.source, packed.notes, packed.path) == ("source", ["read so"], tmp_path / "model")
 
 
-def test_a_place_that_cannot_be_written_is_noted(tmp_path):
-    (tmp_path / "file").write_text("")
-    packed = pack(randomised(nn.Decoder(tiny("gemma-2b"))), tmp_path / "file" / "model")
-    assert "could not be kept at" in packed.notes[0]
-    assert packed.nbytes > 0  # it is mapped all the same
-
-
 def test_a_dtype_without_kernels_is_named():
     module = randomised(nn.Decoder(tiny("gemma-2b"))).to(torch.float64)
     with pytest.raises(ModelError, match=r"is float64 .*: no kind of the native executor"):

@@ -14,7 +14,8 @@ from gemkit.executors.interface import Chunk, LogitsFilter
 from gemkit.executors.native.executor import NativeExecutor
 from gemkit.executors.native.lower import lower
 from gemkit.executors.native.packer import pack
-from gemkit.executors.native.packfile import ALIGN, KINDS, PLAIN, STEP_WORDS, Pack, Writer
+from gemkit.executors.native.packfile import ALIGN, KINDS, PLAIN, STEP_WORDS, Pack, checksum
+from gemkit.executors.native.writer import Source, write_pack
 from gemkit.program.ir import Node, Program, Value, Weight
 from support.native_models import ids, randomised
 from support.tiny import tiny
@@ -23,29 +24,44 @@ X, Y = Value(1, ("T", 32), "float32"), Value(2, ("T", 32), "float32")
 TABLE, NORM = Weight("embed.weight", (4, 32), "Q8_0", 136), Weight("norm.weight", (32,), "float32", 128)
 EMBED = {"tokens_T": Value(0, ("T",), "int64"), "table_VD": TABLE, "scale": 1.0, "scale_dtype": "run"}
 PROGRAM = Program((Node("embed", EMBED, (X,)), Node("rms_norm", {"x": X, "weight_D": NORM, "eps": 1e-6}, (Y,))), {}, Y)
-SIZES = {TABLE: (KINDS.index("Q8_0"), 4, 32, 700), NORM: (PLAIN, 1, 32, 128)}
 
 
-def write(path, tower: Program | None = None, fill: int = 7) -> Pack:
-    writer = Writer(lower(PROGRAM), None if tower is None else lower(tower), SIZES, "made of this", ["a note"])
-    with writer.file(path) as whole:
-        for entry in writer.entries:
-            writer.room(whole, entry)[:] = fill
-    return Pack(path)
+class Sevens:
+    """Weights of bytes of 7."""
+
+    codes, scales, norm = np.full((4, 32), 7, np.int8), np.full((4, 1), 0x0707, np.uint16), np.full(128, 7, np.uint8)
+
+    def rows(self, weight: Weight) -> Source:
+        return Source.memory({"codes": self.codes.ctypes.data, "scales": self.scales.ctypes.data}, self)
+
+    def floats(self, weight: Weight) -> np.ndarray:
+        return self.norm.view(np.float32)
+
+    def notes(self) -> list[str]:
+        return ["a note"]
+
+    def frequencies(self, rates) -> np.ndarray:
+        raise AssertionError
+
+
+def write(path, tower: Program | None = None) -> Pack:
+    programs = [lower(PROGRAM)] if tower is None else [lower(PROGRAM), lower(tower)]
+    return write_pack(programs, Sevens(), path, "made of this")
 
 
 def test_what_is_written_is_read(tmp_path):
     found = write(tmp_path / "model")
     assert (found.source, found.notes, found.tower) == ("made of this", ["a note"], None)
     assert [(e.name, e.kind, e.rows, e.cols, e.nbytes) for e in found.table] == [
-        ("embed.weight", *SIZES[TABLE]),
-        ("norm.weight", *SIZES[NORM]),
+        ("embed.weight", KINDS.index("Q8_0"), 4, 32, 64 + 16 * 32),
+        ("norm.weight", PLAIN, 1, 32, 128),
     ]
-    assert found.nbytes == 828
-    for entry in found.table:
+    assert found.nbytes == 704
+    for entry, sevens in zip(found.table, (4 * 34, 128), strict=True):
         assert entry.offset % ALIGN == 0
-        assert (found.bytes_of(entry) == 7).all()
+        assert (found.bytes_of(entry) == 7).sum() == sevens
         assert not found.bytes_of(entry).flags.writeable
+        assert checksum(found.bytes_of(entry)) == entry.checksum
     assert found.steps.shape == (2, STEP_WORDS)
     assert found.buffers.tolist() == [[32, 0, 0], [32, 0, 2]]
     pointers = found.pointers()
@@ -61,19 +77,30 @@ def test_two_programs_share_one_table(tmp_path):
     assert len(found.table) == 2
 
 
-def test_a_file_that_is_not_finished_has_no_name(tmp_path):
-    write(tmp_path / "model")
-    writer = Writer(lower(PROGRAM), None, SIZES, "", [])
-    with pytest.raises(RuntimeError), writer.file(tmp_path / "model"):
-        raise RuntimeError
-    assert Pack(tmp_path / "model").source == "made of this"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+@pytest.mark.parametrize("at", [0, 7, 8, 4_194_303, 4_194_304, 4_194_999])
+def test_one_changed_byte_changes_the_checksum(at):
+    """By the definition, in Python's own integers."""
+    data = np.random.default_rng(0).integers(0, 256, 4_195_001, dtype=np.uint8)
+    words = np.concatenate([data, np.zeros(7, np.uint8)]).view(np.uint64).tolist()
+    before = checksum(data)
+    assert before == sum(word * (2 * i + 1) for i, word in enumerate(words)) % 2**64
+    data[at] ^= 64
+    assert checksum(data) != before
+
+
+def test_what_has_changed_on_the_disk_is_named(tmp_path):
+    found = write(tmp_path / "model")
+    assert found.damaged() == []
+    with open(tmp_path / "model", "r+b") as file:
+        file.seek(found.table[1].offset + 5)
+        file.write(b"x")
+    assert Pack(tmp_path / "model").damaged() == ["norm.weight"]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b"GKPACK01", b"GKPACK99", "is no packed model"),
+        (b"GKPACK02", b"GKPACK99", "is no packed model"),
         (b'"version": ', b'"version":9', "another version"),
         (b'"embed.weight", 6', b'"embed.weight", 99', "is described by"),
     ],
@@ -82,8 +109,7 @@ def test_what_is_damaged_is_refused(tmp_path, old, new, message):
     write(tmp_path / "model")
     data = (tmp_path / "model").read_bytes()
     assert old in data
-    length = int.from_bytes(data[8:16], "little") + (len(new) - len(old)) * (old in data[16:])
-    broken = data[:8].replace(old, new) + length.to_bytes(8, "little") + data[16:].replace(old, new)
+    broken = data.replace(old, new)
     (tmp_path / "broken").write_bytes(broken)
     with pytest.raises(WeightsError, match=message):
         Pack(tmp_path / "broken")
@@ -118,10 +144,12 @@ def test_a_damaged_program_is_refused_or_runs_within_its_bounds(tmp_path):
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 3000), st.binary(min_size=1, max_size=8))
+@given(st.integers(-3000, 1000), st.binary(min_size=1, max_size=8))
 def test_a_damaged_header_is_refused_or_harmless(at, data):
+    """From the header at the end, around to the programs at the beginning."""
     path = _packed()
     original = path.read_bytes()
+    at %= len(original)
     broken = path.with_name("broken")
     broken.write_bytes(original[:at] + data + original[at + len(data) :])
     try:
