@@ -15,6 +15,7 @@ from gemkit import cli
 from gemkit.family import DecoderConfig, Member, members
 from gemkit.inspect import cost, units
 from gemkit.inspect.compare import each, ffw_widths, heads, pattern, ropes, scale, shared
+from gemkit.weights.known_keys import CONFIGS
 
 PAGES = Path(__file__).parent
 _MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -208,6 +209,21 @@ def _help(action: argparse.Action) -> str:
     return text.replace("<", r"\<").replace("|", r"\|")
 
 
+def keys() -> str:
+    """The effect of each key of a published configuration, a table for each model type."""
+    parts = []
+    for kind, known in CONFIGS.items():
+        own = (
+            known
+            if kind == "gemma"
+            else {name: key for name, key in known.items() if CONFIGS["gemma"].get(name) != key}
+        )
+        rows = [[f"`{name}`", key.effect, key.why] for name, key in sorted(own.items())]
+        rest = "" if kind == "gemma" else ": keys that `gemma` lacks, or has otherwise"
+        parts.append(f"### `{kind}`{rest}\n\n" + table(("key", "here", "reason"), rows))
+    return "\n\n".join(parts)
+
+
 MAKERS = {
     "shapes": shapes,
     "details": details,
@@ -215,6 +231,7 @@ MAKERS = {
     "releases": releases,
     "images": images,
     "verbs": verbs,
+    "keys": keys,
 }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import gemkit
 from gemkit.errors import ContextError, GemkitError
@@ -79,9 +80,9 @@ def beside(source: Path, folder: Path, changes: dict[str, Any]) -> Path:
 
 def theirs(folder: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Transformers' logits of a folder, in float32 and by eager attention (others may drop soft caps)."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    sees = json.loads((folder / "config.json").read_text())["model_type"] == "paligemma"
+    kind = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.inference_mode():
         return as_trained(model)(input_ids=ids[None]).logits[0]
 
@@ -154,7 +155,34 @@ ROPES = [
 ]
 
 
-@pytest.mark.parametrize("variant", ROPES, ids=lambda variant: f"{variant.member}-{variant.name}")
+KEYS = [
+    *(Variant(GEMMA2, f"without {name}", {name: None}) for name in ("num_key_value_heads", "query_pre_attn_scalar")),
+    Variant(GEMMA2, "without rms_norm_eps", {"rms_norm_eps": None, "hidden_activation": None}),
+    Variant(GEMMA2, "without layer_types", {"layer_types": None}),
+    Variant(GEMMA2, "another pattern", {"layer_types": None, "sliding_window_pattern": 3}, noted="sliding_window_p"),
+    Variant(GEMMA2, "without caps", {"attn_logit_softcapping": None}),
+    Variant(GEMMA2, "classic activation beside", {"hidden_act": "silu"}),
+    Variant(GEMMA2, "a key of another library", {"flash_layers": [1]}, noted="flash_layers"),
+    Variant(GEMMA2, "biases", {"attention_bias": True}, refused="attention_bias"),
+    Variant(GEMMA3, "pattern alone", {"layer_types": None, "_sliding_window_pattern": None}),
+    Variant(GEMMA3, "another pattern", {"layer_types": None, "sliding_window_pattern": 3}),
+    Variant(GEMMA3, "no pattern is read", {"layer_types": None, "_sliding_window_pattern": 3}, noted="_sliding_window"),
+    Variant(GEMMA3, "both ways", {"use_bidirectional_attention": True}, refused="use_bidirectional_attention"),
+    Variant(GEMMA3, "other caps", {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}, noted="attn_logit"),
+    Variant(GEMMA2, "exact gelu", {"hidden_activation": "gelu"}, refused="hidden_activation='gelu'"),
+    Variant(GEMMA3, "silu", {"hidden_activation": "silu"}, refused="hidden_activation='silu'"),
+    Variant(GEMMA3, "another spelling", {"hidden_activation": "gelu_new"}),
+    Variant(GEMMA, "gelu of old files", {"hidden_act": "gelu"}),
+    Variant(GEMMA, "an unread activation", {"hidden_activation": "silu"}, noted="hidden_activation"),
+    Variant(GEMMA, "epsilon", {"rms_norm_eps": 1e-3}),
+    Variant(GRIFFIN, "nulls of the class", {"lru_width": None, "num_key_value_heads": 1}),
+    Variant(GRIFFIN, "old names of blocks", {"block_types": None}),
+    Variant(GRIFFIN, "unscaled", {"embeddings_scale_by_sqrt_dim": False}, refused="embeddings_scale_by_sqrt_dim"),
+    Variant(PALIGEMMA, "as written", {}),
+]
+
+
+@pytest.mark.parametrize("variant", [*ROPES, *KEYS], ids=lambda variant: f"{variant.member}-{variant.name}")
 def test_folders_are_read_as_transformers_reads_them(variant, folder_of, tmp_path):
     folder = beside(folder_of(variant.member), tmp_path, variant.changes)
     if variant.refused is not None:
@@ -202,3 +230,84 @@ def test_sequences_end_where_a_dynamic_rope_does(executor, folder_of, tmp_path):
     request = Request([5] * 8, max_tokens=CONTEXT)
     (result,) = [event.result for event in generate(runs, [request], beyond_context=True) if event.result]
     assert (result.finish_reason, len(result.ids)) == ("context", CONTEXT - 8)
+
+
+def renamed(source: Path, folder: Path, rename: Callable[[str], str]) -> Path:
+    """A folder of the same weights under other names."""
+    beside(source, folder, {})
+    (folder / "model.safetensors").unlink()
+    weights = load_file(source / "model.safetensors")
+    save_file(
+        {rename(name): weight for name, weight in weights.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    return folder
+
+
+NAMES: dict[str, Callable[[str], str]] = {
+    "no model.": lambda name: name.removeprefix("model."),
+    "model.model.": lambda name: f"model.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled parts": lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+    "parallel": lambda name: f"module.{name}",
+    "parallel and compiled": lambda name: f"module._orig_mod.{name}",
+    "of PEFT": lambda name: "base_model.model." + name.replace("q_proj.", "q_proj.base_layer."),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_with_wrappers_are_those_within(name, folder_of, tmp_path):
+    """Transformers reads the first two, and fills the others with random numbers."""
+    folder = renamed(folder_of(GEMMA2), tmp_path, NAMES[name])
+    logits, notes = ours(folder)
+    assert_close(logits, theirs(folder_of(GEMMA2)))
+    if name in ("no model.", "model.model."):
+        assert_close(logits, theirs(folder))
+    else:
+        assert "a wrapper of training" in notes[0]
+
+
+def test_pickled_weights_are_read_safely(folder_of, tmp_path):
+    folder = beside(folder_of(GEMMA2), tmp_path, {})
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]}, folder / "pytorch_model.bin")
+    assert_close(ours(folder)[0], theirs(folder))
+
+
+def test_a_single_file_goes_before_an_index(folder_of, tmp_path):
+    source = folder_of(GEMMA)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1.0)
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    sharded, _ = ours(tmp_path)
+    assert_close(sharded, theirs(tmp_path))
+    os.link(source / "model.safetensors", tmp_path / "model.safetensors")
+    single, notes = ours(tmp_path)
+    assert_close(single, theirs(tmp_path))
+    assert not torch.allclose(single, sharded)
+    assert "model.safetensors is read" in notes[-1]
+
+
+@pytest.mark.parametrize("tied", [None, True, False])
+@pytest.mark.parametrize("member", [GEMMA2, GEMMA3])
+def test_a_head_that_equals_the_embedding_is_the_embedding(member, tied, folder_of, tmp_path):
+    folder = beside(folder_of(member), tmp_path, {"tie_word_embeddings": tied})
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    table = weights["model.embed_tokens.weight"]
+    save_file({**weights, "lm_head.weight": table.clone()}, folder / "model.safetensors", {"format": "pt"})
+    assert_close(ours(folder)[0], theirs(folder))
+    save_file({**weights, "lm_head.weight": table.bfloat16()}, folder / "model.safetensors", {"format": "pt"})
+    logits, notes = ours(folder)
+    assert_close(logits, theirs(folder), 2**-8)  # of a head that Transformers takes as it is, rounded
+    assert "lm_head.weight is the embedding in bfloat16" in notes[-1]
+    save_file({**weights, "lm_head.weight": table + 0.5}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(GemkitError, match="differs from the embedding"):
+        ours(folder)
+
+
+def test_an_untied_head_must_be_there(folder_of, tmp_path):
+    with pytest.raises(GemkitError, match="hold no lm_head"):
+        ours(beside(folder_of(GEMMA2), tmp_path, {"tie_word_embeddings": False}))

@@ -27,6 +27,7 @@ from gemkit.family import (
 from gemkit.weights.config_keys import Keys, refuse_differences, section
 from gemkit.weights.config_rope import flat_rope, rope_keys, rope_to_hf, ropes_from_hf
 from gemkit.weights.config_vision import paligemma_to_hf
+from gemkit.weights.known_keys import check_config
 
 # Published defaults of the configuration classes, for keys that files omit (the text configuration of gemma-3-4b-pt
 # names five keys only). Transformers 5.23, models/*gemma*/configuration_*.py
@@ -72,11 +73,9 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "attention_window_size": 2048,
         "conv1d_width": 4,
         "logits_soft_cap": 30.0,
-        "block_types": ["recurrent", "recurrent", "attention"],
     },
 }
-_PATTERN = {"gemma2": 2, "gemma3_text": 6}  # every n-th layer is global
-_TANH_GELU = {"gelu_pytorch_tanh", "gelu"}  # "gelu" in old files means the tanh form: the models were trained with it
+_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast")  # three spellings of one formula
 
 
 def from_hf(config: Mapping[str, Any], where: str, notes: list[str] | None = None) -> DecoderConfig:
@@ -91,6 +90,13 @@ def from_hf(config: Mapping[str, Any], where: str, notes: list[str] | None = Non
         WeightsError: for a model type that is not of the family, or a key that is missing or of the wrong type.
         ConfigError: for a setting that we do not implement, or that contradicts another.
     """
+    said = check_config(config, where)
+    if notes is not None:
+        notes += said
+    return _decoder(config, where, notes)
+
+
+def _decoder(config: Mapping[str, Any], where: str, notes: list[str] | None) -> DecoderConfig:
     kind = config.get("model_type")
     if kind == "paligemma":
         text = section(config, "text_config", where)
@@ -98,7 +104,7 @@ def from_hf(config: Mapping[str, Any], where: str, notes: list[str] | None = Non
             raise ConfigError(f"{where}: a text_config of model_type {text['model_type']!r}; known: gemma, gemma2")
         # prefixes are a matter of the batch here
         text = {"model_type": "gemma", **text, "use_bidirectional_attention": None}
-        return from_hf(text, f"{where}: text_config", notes)
+        return _decoder(text, f"{where}: text_config", notes)
     if kind == "gemma3":  # text and image: the text decoder is nested
         text = section(config, "text_config", where)
         # the table of the released image checkpoints has 64 rows for image placeholders that text never uses
@@ -110,7 +116,7 @@ def from_hf(config: Mapping[str, Any], where: str, notes: list[str] | None = Non
             f"{where}: model_type {kind!r} is not one that is read here: {', '.join(_HF_DEFAULTS)}, gemma3, paligemma"
         )
     keys = Keys({**_HF_DEFAULTS[kind], **{k: v for k, v in config.items() if v is not None}}, where, notes)
-    _refuse_other_numerics(keys)
+    _refuse_other_activations(kind, keys)
     if kind == "recurrent_gemma":
         return _hf_griffin(keys)
 
@@ -122,7 +128,8 @@ def from_hf(config: Mapping[str, Any], where: str, notes: list[str] | None = Non
         "kv_heads": keys.whole("num_key_value_heads"),
         "head_dim": keys.whole("head_dim"),
         "scale": (keys.number("query_pre_attn_scalar") if kind != "gemma" else keys.whole("head_dim")) ** -0.5,
-        "softcap": softcap("attn_logit_softcapping"),
+        # Gemma 3 has the key too, and its class never applies it
+        "softcap": softcap("attn_logit_softcapping") if kind == "gemma2" else None,
         "qk_norm": kind == "gemma3_text",
     }
     return DecoderConfig(
@@ -165,17 +172,14 @@ def quantization_to_hf(kinds: Mapping[str, str]) -> dict[str, Any]:
     return {"quantization_config": {"quant_method": QUANT_METHOD, "kinds": dict(kinds)}} if kinds else {}
 
 
-def _refuse_other_numerics(keys: Keys) -> None:
-    for name in ("hidden_activation", "hidden_act"):
-        if keys.get(name) not in (None, *_TANH_GELU):
-            raise ConfigError(f"{keys.where}: {name}={keys.get(name)!r}; the family uses gelu_pytorch_tanh")
-    if keys.get("embeddings_scale_by_sqrt_dim") is False:
-        raise ConfigError(f"{keys.where}: embeddings_scale_by_sqrt_dim=False; every member scales its embeddings")
-    for name in ("attention_bias", "use_bidirectional_attention"):
-        if keys.get(name):
-            raise ConfigError(f"{keys.where}: {name}={keys.get(name)!r} is not implemented")
-    if keys.get("tie_word_embeddings") is False:
-        raise ConfigError(f"{keys.where}: tie_word_embeddings=False; every member ties its head to its embedding")
+def _refuse_other_activations(kind: str, keys: Keys) -> None:
+    name = "hidden_act" if kind == "gemma" else "hidden_activation"  # the key that its class reads
+    # gemma-2b's file says "gelu" and means the tanh form, as its class knows; elsewhere that is another function
+    known = (*_TANH_GELU, "gelu") if kind == "gemma" else _TANH_GELU
+    if (found := keys.get(name)) not in (None, *known):
+        raise ConfigError(
+            f"{keys.where}: {name}={found!r} is not implemented: every member was trained with gelu_pytorch_tanh"
+        )
 
 
 def _hf_layers(kind: str, keys: Keys, heads: Mapping[str, Any]) -> tuple[Layer, ...]:
@@ -187,7 +191,8 @@ def _hf_layers(kind: str, keys: Keys, heads: Mapping[str, Any]) -> tuple[Layer, 
     sliding = Sliding(keys.whole("sliding_window"), rope=ropes["sliding_attention"], **heads)
     types = keys.get("layer_types")
     if types is None:
-        every = keys.get("sliding_window_pattern") or keys.get("_sliding_window_pattern") or _PATTERN[kind]
+        # Transformers reads the pattern in Gemma 3 alone
+        every = keys.whole("sliding_window_pattern", 6) if kind == "gemma3_text" else 2
         return repeat(*[sliding] * (every - 1), full, ffw=ffw, total=depth)
     if not isinstance(types, list) or len(types) != depth:
         raise WeightsError(f"{keys.where}: layer_types must list num_hidden_layers={depth} kinds")
@@ -198,7 +203,8 @@ def _hf_layers(kind: str, keys: Keys, heads: Mapping[str, Any]) -> tuple[Layer, 
 
 
 # The 2B's file says `block_types`, the 9B's `_block_types`, and later versions of Transformers list every layer.
-_BLOCK_TYPES = ("layers_block_type", "layer_types", "_block_types", "block_types")
+_BLOCK_TYPES = ("block_types", "_block_types", "layers_block_type", "layer_types")
+_GRIFFIN_PATTERN = ["recurrent", "recurrent", "attention"]
 
 
 def _hf_griffin(keys: Keys) -> DecoderConfig:
@@ -227,8 +233,8 @@ def _hf_griffin(keys: Keys) -> DecoderConfig:
         "attention": sliding,
         "sliding_attention": sliding,
     }
-    name = next(name for name in _BLOCK_TYPES if keys.get(name) is not None)
-    types = keys.get(name)
+    name = next((name for name in _BLOCK_TYPES if keys.get(name) is not None), "block_types")
+    types = _GRIFFIN_PATTERN if keys.get(name) is None else keys.get(name)
     if not isinstance(types, list) or not types:
         raise WeightsError(f"{keys.where}: {name} must list kinds of layers")
     if unknown := sorted({str(t) for t in types} - kinds.keys()):

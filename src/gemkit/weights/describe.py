@@ -16,9 +16,9 @@ from gemkit.text import Tokenizer
 from gemkit.text.prompts import FIM_PREFIX
 from gemkit.text.vocabulary import IMAGE
 from gemkit.weights import config_gguf, config_hf, config_vision, vocabulary_gguf
-from gemkit.weights.fit import member_of
+from gemkit.weights.fit import TIED_HEADS, member_of
 from gemkit.weights.formats.base import MAX_HEADER, Reader, parse_json
-from gemkit.weights.formats.safetensors import SafetensorsReader
+from gemkit.weights.formats.safetensors import INDEX, SINGLE, SafetensorsReader
 from gemkit.weights.resolve import Place
 
 # Tables are padded past the tokenizer's pieces: 128 rows in Gemma's original, 64 in Gemma 3's image checkpoints.
@@ -81,6 +81,15 @@ def _describe_folder(reader: Reader, place: Place) -> Description:
     left_out = vision is None and "vision_config" in config
     notes = [_TOWER_LEFT_OUT] if left_out else []
     decoder = config_hf.from_hf(config, place.label, notes)
+    if wrapped := reader.unwrap():
+        notes.append(f"{wrapped} tensors had names that a wrapper of training left in: read by the name within")
+    if config.get("tie_word_embeddings") is False and not any(name in reader.entries for name in TIED_HEADS):
+        raise WeightsError(
+            f"{place.label}: tie_word_embeddings is false, and the files hold no lm_head.weight; Transformers fills "
+            "such a head with random numbers. Remove the key if the head is the embedding"
+        )
+    if place.path.is_dir() and all((place.path / name).exists() for name in (SINGLE, INDEX)):
+        notes.append(f"{SINGLE} is read, and the shards of {INDEX} beside it are not")
     return Description(decoder, vision, place.member, tuple(notes))
 
 

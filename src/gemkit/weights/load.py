@@ -79,7 +79,7 @@ def load_module(
         ids = checkpoint.tokenizer.encode(text)
         report.roundings += quantize.calibrate(module, fitted, loading.take, checkpoint.tokenizer.bos, ids)
     if only == ("",):
-        _check_tied_heads(checkpoint, module, weights)
+        report.notes += _check_tied_heads(checkpoint, module, weights)
     report.notes += loading.notes()
     if weights is not None:
         report.notes += _quantizing(module, report.roundings, bool(fitted))
@@ -251,7 +251,9 @@ def _check_memory(
         )
 
 
-def _check_tied_heads(checkpoint: Checkpoint, module: LanguageModel, weights: Weights | None) -> None:
+def _check_tied_heads(checkpoint: Checkpoint, module: LanguageModel, weights: Weights | None) -> list[str]:
+    """Refuse a head that is not the embedding; notes on one that is stored in another dtype."""
+    notes: list[str] = []
     for name in TIED_HEADS:
         if name in checkpoint.reader.entries:
             head, table = checkpoint.reader.read(name), module.decoder.embed_tokens.weight
@@ -262,7 +264,11 @@ def _check_tied_heads(checkpoint: Checkpoint, module: LanguageModel, weights: We
                     torch.equal(head.planes[p], table.planes[p]) for p in head.planes
                 )
             elif isinstance(table, Tensor) and isinstance(head, Tensor):
-                same = head.shape == table.shape and torch.equal(head.to(table.dtype), table.cpu())
+                # a trainer may have stored the one rounded and the other not
+                coarse = min(head.dtype, table.dtype, key=lambda dtype: dtype.itemsize)
+                same = head.shape == table.shape and torch.equal(head.to(coarse), table.cpu().to(coarse))
+                if same and head.dtype != table.dtype:
+                    notes.append(f"{name} is the embedding in {str(head.dtype)[6:]}: the embedding is used for both")
             else:
                 same = False
             if not same:
@@ -270,6 +276,7 @@ def _check_tied_heads(checkpoint: Checkpoint, module: LanguageModel, weights: We
                     f"{checkpoint.label}: {name} differs from the embedding. Every member ties the two; a fine-tune "
                     "that untied them is not supported"
                 )
+    return notes
 
 
 def weight_bytes(module: LanguageModel) -> int:

@@ -215,7 +215,7 @@ _GEMMA1_NORMS = (
     (_LAYER + "post_attention_layernorm.weight", _LAYER + "pre_feedforward_layernorm.weight"),  # sic: before the MLP
 )
 # causal LM; the text part of published image-and-text checkpoints, old and new; a bare model
-_HF_TEXT = (Submodel(file_prefixes=("model.", "language_model.model.", "model.language_model.", "")),)
+_HF_TEXT = (Submodel(file_prefixes=("model.", "language_model.model.", "model.language_model.", "", "model.model.")),)
 _HF_IGNORED = (
     r"(model\.)?vision_tower\..*",
     r"(model\.)?multi_modal_projector\..*",

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gemkit.errors import WeightsError, nearest
 from gemkit.files import DTYPES
@@ -30,6 +31,7 @@ MAX_HEADER = 100_000_000  # bytes of JSON: what the safetensors library accepts 
 
 
 Format = Literal["safetensors", "gguf", "ckpt"]
+_WRAPPERS = re.compile(r"^module\.|^base_model\.model\.(?=model\.|language_model\.|lm_head)|(?:(?<=\.)|^)_orig_mod\.")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Reader(ABC):
         metadata: what else the format keeps in its files, as plain Python values.
     """
 
-    format: ClassVar[Format]
+    format: Format
 
     def __init__(self, path: str | os.PathLike[str]):
         """Open and check everything but the numbers.
@@ -75,6 +77,23 @@ class Reader(ABC):
     @abstractmethod
     def _scan(self) -> None:
         """Fill `entries`, `metadata` and `_files`."""
+
+    def unwrap(self) -> int:
+        """Name tensors as their model does, without what wrappers of training put around a name (torch.compile's
+        `_orig_mod.`, data parallelism's `module.`, PEFT's `base_model.model.` and `.base_layer`); how many had one.
+
+        Raises:
+            WeightsError: if two tensors then have one name.
+        """
+        found: dict[str, TensorInfo] = {}
+        for name, entry in self.entries.items():
+            plain = _WRAPPERS.sub("", name).replace(".base_layer.", ".")
+            if plain in found:
+                raise WeightsError(f"{self.path}: {found[plain].name!r} and {name!r} are one tensor, {plain!r}")
+            found[plain] = entry
+        wrapped = len(found.keys() - self.entries.keys())
+        self.entries = found
+        return wrapped
 
     def _open(self, path: Path) -> File:
         self._files[path] = File(path)

@@ -123,10 +123,10 @@ def _joined_shape(where: str, kind: str, planes: Mapping[str, TensorInfo]) -> tu
 def _choose(folder: Path) -> Path:
     """The file of a folder that says what is in it."""
     index, single = folder / INDEX, folder / SINGLE
-    if index.exists() and single.exists():
-        raise WeightsError(f"{folder} holds both {INDEX} and {SINGLE}: remove the one that is out of date")
-    if index.exists() or single.exists():
-        return index if index.exists() else single
+    if single.exists():  # also beside an index, as Transformers chooses
+        return single
+    if index.exists():
+        return index
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1 and "-of-" not in files[0].name:
         return files[0]

@@ -47,7 +47,7 @@ class CkptReader(Reader):
                 check_shard(path, promised, set(self.entries) - before)
         else:
             self._scan_file(self._open(target))
-        self._refuse_other_layouts()
+        self._tell_layout()
 
     def _scan_file(self, file: File) -> None:
         records = _stored_records(file)
@@ -61,7 +61,7 @@ class CkptReader(Reader):
         for name, tensor in tensors.items():
             self._add(_entry(file, name, tensor, records))
 
-    def _refuse_other_layouts(self) -> None:
+    def _tell_layout(self) -> None:
         for name in self.entries:
             if name.endswith("weight_scaler"):
                 raise WeightsError(
@@ -69,10 +69,7 @@ class CkptReader(Reader):
                     "same member and quantize that"
                 )
             if name.endswith(("embed_tokens.weight", "q_proj.weight")):
-                raise WeightsError(
-                    f"{self.path} is a Hugging Face checkpoint in pickled form ({name}): take the .safetensors files "
-                    "of the same repository, which every Gemma has"
-                )
+                self.format = "safetensors"  # a pickled `pytorch_model.bin` has Hugging Face's names
 
 
 def _only_checkpoint(folder: Path) -> Path:

@@ -269,8 +269,20 @@ def test_folders_that_leave_it_open_what_to_read(tmp_path):
     with SafetensorsReader(tmp_path) as reader:
         assert list(reader.entries) == ["z"]
     shards(tmp_path)
-    with pytest.raises(WeightsError, match="holds both"):
-        SafetensorsReader(tmp_path)
+    with SafetensorsReader(tmp_path) as reader:  # beside an index the single file is read, as in Transformers
+        assert list(reader.entries) == ["z"]
+
+
+def test_what_wrappers_left_in_a_name_is_taken_off(tmp_path):
+    names = ["_orig_mod.model.norm.weight", "module.model.a", "base_model.model.model.b.base_layer.weight", "model.c"]
+    safetensors.torch.save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    with SafetensorsReader(tmp_path) as reader:
+        assert reader.unwrap() == 3
+        assert set(reader.entries) == {"model.norm.weight", "model.a", "model.b.weight", "model.c"}
+    names = ["module.model.a", "model.a"]
+    safetensors.torch.save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    with SafetensorsReader(tmp_path) as reader, pytest.raises(WeightsError, match=r"are one tensor, 'model\.a'"):
+        reader.unwrap()
 
 
 def test_one_shard_alone_is_not_the_model(tmp_path):

@@ -235,11 +235,12 @@ def test_int8_checkpoints_are_refused_with_the_way_out(path):
         CkptReader(path)
 
 
-def test_pickles_in_hugging_faces_layout_are_refused_with_the_way_out(tmp_path):
-    torch.save({"model.embed_tokens.weight": torch.zeros(2, 2)}, tmp_path / "pytorch_model.bin")
+def test_pickles_in_hugging_faces_layout_are_read_by_its_names(tmp_path):
+    torch.save({"model.embed_tokens.weight": torch.ones(2, 2)}, tmp_path / "pytorch_model.bin")
     for target in (tmp_path, tmp_path / "pytorch_model.bin"):
-        with pytest.raises(WeightsError, match=r"Hugging Face checkpoint in pickled form .* take the .safetensors"):
-            CkptReader(target)
+        with CkptReader(target) as reader:
+            assert reader.format == "safetensors"
+            assert torch.equal(reader.read("model.embed_tokens.weight"), torch.ones(2, 2))
 
 
 def test_a_truncated_file_is_refused_at_any_length(path):
