@@ -54,6 +54,7 @@ def write(
     without: tuple[str, ...] = (),
     tensors: Mapping[str, np.ndarray] | None = None,
     writer: gguf.GGUFWriter | None = None,
+    instead: tuple[str, Mapping[str, np.ndarray]] = ("", {}),
 ) -> Path:
     """A file with the converter's names, norms plus one, `kind` for matrices. The gguf package quantizes; `model` is
     given the numbers that the file then means.
@@ -64,6 +65,7 @@ def write(
         without: metadata to leave out.
         tensors: further ones, by name, as they are.
         writer: of other settings than the usual.
+        instead: a kind, and blocks of it in the place of these matrices; `model` keeps its own.
     """
     writer = writer or gguf.GGUFWriter(path, architecture)
     heads = config.attention[0]
@@ -99,6 +101,9 @@ def write(
                 weight.copy_(torch.from_numpy((values + np.float32(1)) - np.float32(1)))
             continue
         theirs = name_of(stem, architecture)
+        if theirs in instead[1]:
+            writer.add_tensor(theirs, instead[1][theirs], raw_dtype=Kind[instead[0]])
+            continue
         as_kind = kind if isinstance(kind, Kind) else kind(theirs)
         data = gguf.quants.quantize(values, as_kind)
         writer.add_tensor(theirs, data, raw_dtype=as_kind)
