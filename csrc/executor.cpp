@@ -181,6 +181,23 @@ void Executor::rows(Run &run, const Step &s, int64_t row0, int64_t row1) {
         case SCALE:
             for (int64_t i = 0; i < s.out.width; i++) out[i] = a[i] * s.f[0];
             break;
+        case GAIN: kernels_->mul(a, weight(0), s.out.width, out); break;
+        case REPLACE_ROWS: case REPLACE_COLUMNS: {  // for a few tokens, whose ids are ascending floats
+            if (out != a) std::memcpy(out, a, s.out.width * sizeof(float));
+            const float *ids = weight(0), *end = ids + s.n[0];
+            const auto replace = [&](float &x, float with) { x = s.f[0] == 1 ? with : x + s.f[0] * (with - x); };
+            if (s.op == REPLACE_ROWS) {
+                const float token = (float)call.tokens[row];  // exact below 2^24, which no vocabulary reaches
+                const float *found = std::lower_bound(ids, end, token);
+                if (found == end || *found != token) break;
+                const float *with = weight(1) + (found - ids) * s.out.width;
+                for (int64_t i = 0; i < s.out.width; i++) replace(out[i], with[i]);
+            } else {
+                const float *with = run.at(*this, s.in[1], row);
+                for (int32_t i = 0; i < s.n[0]; i++) replace(out[(int64_t)ids[i]], with[i]);
+            }
+            break;
+        }
         case LAYER_NORM: kernels_->layer_norm(a, weight(0), weight(1), s.f[0], s.out.width, out); break;
         case ADD_POSITIONS: kernels_->add(a, weight(0) + row % s.n[0] * s.out.width, s.out.width, out); break;
         case TAKE_ROWS:

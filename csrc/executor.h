@@ -19,7 +19,8 @@ namespace gk {
 enum Op : int32_t {  // numbers are part of packed files: append only
     EMBED = 0, ROPE_TABLE = 1, RMS_NORM = 2, QUANTIZE = 3, LINEAR = 4, ROPE = 5, REMEMBER = 6, ATTEND = 7, GEGLU = 8, GELU = 9,
     ADD = 10, MUL = 11, BIAS = 12, SOFTCAP = 13, TAKE_ROWS = 14, CONV1D = 15, BLOCK_LINEAR = 16, RG_LRU = 17, PUT_ROWS = 18, SCALE = 19,
-    LAYER_NORM = 20, ADD_POSITIONS = 21, ATTEND_WITHIN = 22, OPS = 23
+    LAYER_NORM = 20, ADD_POSITIONS = 21, ATTEND_WITHIN = 22, GAIN = 23, REPLACE_ROWS = 24, REPLACE_COLUMNS = 25,
+    OPS = 26
 };
 
 struct Slice {  // columns of a buffer

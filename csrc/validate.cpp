@@ -13,14 +13,14 @@ int inputs(int32_t op) {
     switch (op) {
     case EMBED: case ROPE_TABLE: return 0;
     case ATTEND: case ATTEND_WITHIN: case RG_LRU: case ROPE: return 3;
-    case REMEMBER: case GEGLU: case ADD: case MUL: return 2;
+    case REMEMBER: case GEGLU: case ADD: case MUL: case REPLACE_COLUMNS: return 2;
     default: return 1;
     }
 }
 
 bool tokens_only(int32_t op) {
     switch (op) {
-    case EMBED: case ROPE_TABLE: case PUT_ROWS: case ATTEND: case ATTEND_WITHIN: case ADD_POSITIONS: case CONV1D:
+    case EMBED: case ROPE_TABLE: case PUT_ROWS: case REPLACE_ROWS: case ATTEND: case ATTEND_WITHIN: case ADD_POSITIONS: case CONV1D:
     case BLOCK_LINEAR: case RG_LRU: return true;
     default: return false;
     }
@@ -122,7 +122,16 @@ Executor *Executor::make(const Kernels *kernels, const Step *steps, int64_t n_st
                              width == (int64_t)s.n[1] * layers[s.n[0]].head_dim; break;
         case GEGLU: case ADD: case MUL: right = same && s.in[1].width == width; break;
         case GELU: case SOFTCAP: case TAKE_ROWS: case SCALE: right = same; break;
-        case BIAS: right = same && plain(s.weights[0], width); break;
+        case BIAS: case GAIN: right = same && plain(s.weights[0], width); break;
+        case REPLACE_ROWS: right = same && s.n[0] > 0 && s.n[0] <= 1 << 24 && plain(s.weights[0], s.n[0]) &&
+                                   plain(s.weights[1], s.n[0] * width); break;
+        case REPLACE_COLUMNS:
+            right = same && s.n[0] > 0 && s.in[1].width == s.n[0] && plain(s.weights[0], s.n[0]);
+            for (int32_t k = 0; right && k < s.n[0]; k++) {
+                const float id = ((const float *)table[s.weights[0]].data)[k];
+                right = id >= 0 && id < (float)width;
+            }
+            break;
         case CONV1D: right = same && layer_of(s.n[0], 1) && layers[s.n[0]].width == width &&
                              plain(s.weights[0], width * (layers[s.n[0]].taps)) && plain(s.weights[1], width); break;
         case BLOCK_LINEAR: right = same && s.n[0] > 0 && width % s.n[0] == 0 && plain(s.weights[0], width * (width / s.n[0])) &&

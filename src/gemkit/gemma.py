@@ -169,11 +169,11 @@ class Gemma(ImageTasks):
             name: None takes the folder's.
             trainable: train it further, and freeze everything else.
         """
-        from gemkit.adapters import lora
+        from gemkit.adapters import saved
 
         path = hub.adapter(folder)
         with self.runtime.lock:
-            told = lora.attach(self.module, path, name, trainable=trainable)
+            told = saved.attach(self.module, path, name, trainable=trainable)
             self.prompts = with_adapters(self.prompts, [path])
         return told
 
@@ -186,24 +186,24 @@ class Gemma(ImageTasks):
             name: which, if there are several.
             data: what it was trained on, for the card.
         """
-        from gemkit.adapters import lora
+        from gemkit.adapters import saved
 
-        return lora.save(
+        return saved.save(
             self.module, folder, name, base=self._source, named=self._display_name, prompts=self.prompts, data=data
         )
 
     def adapters(self) -> list[str]:
         """Names of the adapters that there are, merged ones included."""
-        from gemkit.adapters import lora
+        from gemkit.adapters import registry
 
-        return lora.names(self.module)
+        return registry.names(self.module)
 
     def scale_adapter(self, strength: float, name: str | None = None) -> None:
         """Let an adapter count more or less than it was trained to: 1 is as it was, 0 is off."""
-        from gemkit.adapters import lora
+        from gemkit.adapters import registry
 
         with self.runtime.lock:
-            lora.set_strength(self.module, strength, name)
+            registry.set_strength(self.module, strength, name)
 
     def merge_adapters(self, name: str | None = None) -> list[str]:
         """Add the adapters, or the one of this name, to the weights; their names."""
@@ -221,10 +221,10 @@ class Gemma(ImageTasks):
 
     def remove_adapter(self, name: str | None = None) -> None:
         """Take an adapter away."""
-        from gemkit.adapters import lora
+        from gemkit.adapters import registry
 
         with self.runtime.lock:
-            lora.remove(self.module, name)
+            registry.remove(self.module, name)
 
     # ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -392,9 +392,9 @@ class Gemma(ImageTasks):
     def _accounts(self) -> list[Account]:
         if not self.runtime.is_open:
             return []
-        from gemkit.adapters import lora
+        from gemkit.adapters import registry
 
-        return [lora.account(self.module, name) for name in lora.names(self.module)]
+        return [registry.account(self.module, name) for name in registry.names(self.module)]
 
     def save(
         self,
@@ -410,18 +410,18 @@ class Gemma(ImageTasks):
         Args:
             card: its README.md. None: one that says what was merged, if something was.
         """
-        from gemkit.adapters import lora
+        from gemkit.adapters import registry, saved
         from gemkit.weights.export.hf import save_hf
 
         module = self.module
-        inside = lora.merged(module)
-        if beside := [name for name in lora.names(module) if name not in inside]:
+        inside = registry.merged(module)
+        if beside := [name for name in registry.names(module) if name not in inside]:
             raise ConfigError(
                 f"{', '.join(beside)} stand beside the weights and would be lost: merge_adapters() first, or "
                 "save_adapter() to keep them apart"
             )
         if card is None and inside:
-            card = lora.merged_card(module, Path(folder).expanduser().resolve().name, self._display_name)
+            card = saved.merged_card(module, Path(folder).expanduser().resolve().name, self._display_name)
         return save_hf(
             module,
             folder,

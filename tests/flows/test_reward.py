@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gemkit
-from gemkit.adapters import lora
+from gemkit.adapters import lora, registry
 from gemkit.errors import ModelError, WeightsError
 from gemkit.train import objectives
 from gemkit.train.data.encoding import encode_answer
@@ -112,4 +112,4 @@ def test_a_head_that_is_there_is_trained_further(models):
     assert torch.equal(model.module.score.weight, before)
     assert model.module.score.weight.requires_grad
     lora.enable_lora(model.module, 2)
-    assert not any("score" in name for name in lora.account(model.module).modules)
+    assert not any("score" in name for name in registry.account(model.module).modules)

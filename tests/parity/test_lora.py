@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from gemkit.adapters import lora, merge
+from gemkit.adapters import lora, merge, registry, saved
 from gemkit.nn import Batch
 from gemkit.weights.maps import name_map
 from support.tiny import TOWER, VOCAB, WINDOW, as_trained, assert_close, load, reference, save_reference, tiny, tokens
@@ -117,7 +117,7 @@ def test_theirs_computes_the_same_here(pair, tmp_path):
     ours, theirs = pair
     without = plain(theirs, ours)
     wrapped = with_peft(theirs, target_modules=of_decoder(LEAVES, ours))
-    account = lora.attach(ours, stored(wrapped, tmp_path / "adapter"), "x", trainable=True)
+    account = saved.attach(ours, stored(wrapped, tmp_path / "adapter"), "x", trainable=True)
     recurrent = ours.vision is None and any("recurrent" in name for name in account.modules)
     assert len(account.modules) == sum(".lora_A." in n for n, _ in wrapped.named_parameters())
     assert {m.rpartition(".")[2] for m in account.modules} >= {"q_proj", "up_proj", *["linear_x"] * recurrent}
@@ -152,11 +152,11 @@ def test_ranks_and_alphas_by_pattern(rslora, tmp_path):
     patterns = {} if rslora else {"rank_pattern": {"layers.3.self_attn.q_proj": 7, r"layers\.\d+\.mlp\.up_proj": 2}}
     patterns |= {} if rslora else {"alpha_pattern": {"q_proj": 9, "^model.layers.1.mlp.(up|gate)_proj": 1.5}}
     wrapped = with_peft(theirs, target_modules=["q_proj", "up_proj", "gate_proj"], use_rslora=rslora, **patterns)
-    account = lora.attach(ours, stored(wrapped, tmp_path / "adapter"))
+    account = saved.attach(ours, stored(wrapped, tmp_path / "adapter"))
     assert account.ranks == ((3,) if rslora else (2, 3, 7))
     with torch.inference_mode():
         assert_close(our_logits(ours), their_logits(wrapped, ours), TOLERANCE)
-    lora.save(ours, tmp_path / "again", **OURS)  # and ours of the same says the same
+    saved.save(ours, tmp_path / "again", **OURS)  # and ours of the same says the same
     wrapped.unload()
     with torch.inference_mode():
         assert_close(their_logits(opened(theirs, tmp_path / "again"), ours), our_logits(ours), TOLERANCE)
@@ -165,7 +165,7 @@ def test_ranks_and_alphas_by_pattern(rslora, tmp_path):
 def test_dropout_is_kept_and_only_while_training(tmp_path):
     ours, theirs = pair_of("gemma-2b", tmp_path)
     wrapped = with_peft(theirs, target_modules=["q_proj"], lora_dropout=0.5)
-    lora.attach(ours, stored(wrapped, tmp_path / "adapter"), "x")
+    saved.attach(ours, stored(wrapped, tmp_path / "adapter"), "x")
     with torch.inference_mode():
         assert_close(our_logits(ours), their_logits(wrapped, ours), TOLERANCE)
         ours.train()
@@ -180,11 +180,11 @@ def test_adapters_of_the_tied_table(name, target, tmp_path):
     itself too, which must be the model's own."""
     ours, theirs = pair_of(name, tmp_path)
     wrapped = with_peft(theirs, target_modules=[target])
-    lora.attach(ours, stored(wrapped, tmp_path / "adapter"), "x")
+    saved.attach(ours, stored(wrapped, tmp_path / "adapter"), "x")
     with torch.inference_mode():
         expected = their_logits(wrapped, ours)
         assert_close(our_logits(ours), expected, TOLERANCE)
-        lora.save(ours, tmp_path / "again", **OURS)
+        saved.save(ours, tmp_path / "again", **OURS)
         wrapped.unload()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the tables are tied, and that a table could have been saved
@@ -202,11 +202,11 @@ def test_ours_computes_the_same_there(pair, tmp_path):
     with torch.inference_mode():
         torch.testing.assert_close(our_logits(ours), without, rtol=0, atol=TOLERANCE * without.abs().max().item())
         randomize(ours)
-        lora.save(ours, tmp_path / "adapter", **OURS)
+        saved.save(ours, tmp_path / "adapter", **OURS)
         expected = our_logits(ours)
         assert (expected - without).abs().max() > 0.05 * without.abs().max()
         wrapped = opened(theirs, tmp_path / "adapter")
-        assert sum(".lora_A." in n for n, _ in wrapped.named_parameters()) == len(lora.account(ours).modules)
+        assert sum(".lora_A." in n for n, _ in wrapped.named_parameters()) == len(registry.account(ours).modules)
         assert_close(their_logits(wrapped, ours), expected, TOLERANCE)
         bare = wrapped.unload()
         bare.load_adapter(str(tmp_path / "adapter"))  # Transformers' own way
@@ -217,16 +217,16 @@ def test_the_rule_of_keras_is_an_ordinary_lora_to_others(pair, tmp_path):
     ours, theirs = pair
     lora.enable_lora(ours, 2, rule="keras", targets=["q_proj", "k_proj", "v_proj", "down_proj"])
     randomize(ours)
-    lora.save(ours, tmp_path / "adapter", **OURS)
+    saved.save(ours, tmp_path / "adapter", **OURS)
     with torch.inference_mode():
         expected = our_logits(ours)
         assert_close(their_logits(opened(theirs, tmp_path / "adapter"), ours), expected, TOLERANCE)
     before = {name: p.clone() for name, p in ours.named_parameters() if ".lora_" in name}
-    heads = {path: adapter.heads for path, adapter in lora.adapters_of(ours, None).items()}
+    heads = {path: adapter.heads for path, adapter in registry.adapters_of(ours, None).items()}
     assert set(heads.values()) == {1, ours.config.attention[0].heads, ours.config.attention[0].kv_heads}
-    lora.remove(ours)
-    lora.attach(ours, tmp_path / "adapter", "default")  # in its own form
-    assert {path: adapter.heads for path, adapter in lora.adapters_of(ours, None).items()} == heads
+    registry.remove(ours)
+    saved.attach(ours, tmp_path / "adapter", "default")  # in its own form
+    assert {path: adapter.heads for path, adapter in registry.adapters_of(ours, None).items()} == heads
     after = {name: p for name, p in ours.named_parameters() if ".lora_" in name}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -239,7 +239,7 @@ def test_the_image_tower_if_asked(targets, tmp_path):
     ours, theirs = pair_of("paligemma-3b-pt-224", tmp_path)
     lora.enable_lora(ours, 2, targets=targets)
     randomize(ours)
-    lora.save(ours, tmp_path / "adapter", **OURS)
+    saved.save(ours, tmp_path / "adapter", **OURS)
     without = plain(theirs, ours)
     with torch.inference_mode():
         expected = our_logits(ours)
@@ -258,12 +258,12 @@ def test_names_of_older_files_are_read(tmp_path):
     old = {name.replace("model.model.language_model.", "model.language_model.model."): v for name, v in now.items()}
     assert old.keys() != now.keys()
     save_file(old, path)
-    lora.attach(ours, folder)
+    saved.attach(ours, folder)
     with torch.inference_mode():
         got = our_logits(ours)
-    lora.remove(ours)
+    registry.remove(ours)
     save_file(now, path)
-    lora.attach(ours, folder)
+    saved.attach(ours, folder)
     with torch.inference_mode():
         assert torch.equal(our_logits(ours), got)
 
@@ -287,9 +287,9 @@ def test_in_bfloat16_ours_is_no_worse_than_theirs(tmp_path):
     """Adapters stay float32 in both. The two round in other places; the float32 model is what both should compute."""
     ours, theirs = pair_of("gemma-2-2b", tmp_path)
     folder = stored(with_peft(theirs, target_modules=["q_proj", "up_proj"]), tmp_path / "adapter")
-    lora.attach(ours, folder)
+    saved.attach(ours, folder)
     half = load(tmp_path / "base", dtype="bfloat16")
-    lora.attach(half, folder)
+    saved.attach(half, folder)
     adapter = half.layers[0].self_attn.q_proj.adapters
     assert next(adapter.parameters()).dtype == torch.float32
     their_half = peft.PeftModel.from_pretrained(as_trained(reference(tiny("gemma-2-2b")).bfloat16()), folder).eval()
@@ -300,42 +300,9 @@ def test_in_bfloat16_ours_is_no_worse_than_theirs(tmp_path):
     assert ours_off <= 1.5 * theirs_off
 
 
-# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"use_dora": True}, "use_dora=True is not done here"),
-        ({"bias": "lora_only"}, "bias='lora_only' trains biases too"),
-        ({"lora_bias": True}, "lora_bias=True is not done here"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' has changed the base weights"),
-        ({"modules_to_save": ["norm"]}, r"modules_to_save=\['norm'\] is not done here"),
-        ({"trainable_token_indices": [1, 2]}, r"trainable_token_indices=\[1, 2\] is not done here"),
-    ],
-)
-def test_other_kinds_of_theirs_are_refused_by_name(settings, message, tmp_path):
-    from gemkit.errors import WeightsError
-
-    ours, theirs = pair_of("gemma-2b", tmp_path)
-    folder = stored(with_peft(theirs, target_modules=["q_proj"], **settings), tmp_path / "adapter")
-    with pytest.raises(WeightsError, match=message):
-        lora.attach(ours, folder)
-    assert lora.names(ours) == []
-
-
-def test_another_method_of_theirs_is_refused_by_name(tmp_path):
-    from gemkit.errors import WeightsError
-
-    ours, theirs = pair_of("gemma-2b", tmp_path)
-    stored(peft.get_peft_model(theirs, peft.LoHaConfig(target_modules=["q_proj"])), tmp_path / "adapter")
-    with pytest.raises(WeightsError, match="peft_type='LOHA'; only LORA is read here"):
-        lora.attach(ours, tmp_path / "adapter")
-
-
 def test_target_modules_are_short_where_they_can_be(pair, tmp_path):
     ours, _ = pair
     lora.enable_lora(ours, 2, targets=["q_proj", "up_proj"])
-    lora.save(ours, tmp_path / "a", **OURS)
+    saved.save(ours, tmp_path / "a", **OURS)
     targets = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
     assert targets == (["q_proj", "up_proj"] if ours.vision is None else r"(.*\.)?language_model\..*\.(q_proj|up_proj)")

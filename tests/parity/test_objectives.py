@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor
 
 from gemkit import nn
-from gemkit.adapters import lora
+from gemkit.adapters import lora, saved
 from gemkit.train import losses, objectives
 from gemkit.train.batching import Example
 from gemkit.train.objectives.dpo import Dpo
@@ -285,7 +285,7 @@ def test_peft_reads_an_adapter_with_a_reward_head(tmp_path):
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(2))
-    lora.save(model, tmp_path / "adapter", base=None, named=str(tmp_path / "base"))
+    saved.save(model, tmp_path / "adapter", base=None, named=str(tmp_path / "base"))
     base = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "base", num_labels=1, pad_token_id=WORDS.pad, dtype=torch.float32
     )

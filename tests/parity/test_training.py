@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 
-from gemkit.adapters import lora
+from gemkit.adapters import lora, saved
 from gemkit.text import Tokenizer
 from gemkit.train.data import Steps, open_data
 from gemkit.train.experiment import Experiment, Optimizer
@@ -42,7 +42,7 @@ def steps(records, objective):
 def our_losses(folder, adapter, records):
     """By the trainer, each step packed without padding, in parts, its loss computed by chunks of rows."""
     model = load(folder)
-    lora.attach(model, adapter, trainable=True)
+    saved.attach(model, adapter, trainable=True)
     objective = Sft(Tokenizer.from_model(folder / "tokenizer.model"))
     logged = []
     trainer = Trainer(
@@ -92,7 +92,7 @@ def test_losses_of_fine_tuning_an_adapter(name, records, tmp_path):
     theirs = as_trained(write(folder, name))
     start = load(folder)
     lora.enable_lora(start, 4, 8)
-    lora.save(start, adapter, base="nowhere", named="nowhere")
+    saved.save(start, adapter, base="nowhere", named="nowhere")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a folder called nowhere has no config
         expected = their_losses(theirs, folder, adapter, records)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from peft import PeftModel
 
-from gemkit.adapters import lora
+from gemkit.adapters import saved
 from gemkit.text import prompts
 from gemkit.train import experiment, feed
 from gemkit.train.optimizer import learning_rate
@@ -68,7 +68,7 @@ def test_sft_of_adapters_has_their_curve(tmp_path):
 
     module = load(tmp_path / "model", dtype="float32")  # the adapter that ours began with, handed over as a file
     _prepare(module, settings)
-    lora.save(module, tmp_path / "start", base=str(tmp_path / "model"), named=str(tmp_path / "model"))
+    saved.save(module, tmp_path / "start", base=str(tmp_path / "model"), named=str(tmp_path / "model"))
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
     theirs = PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
     trained = [value for value in theirs.parameters() if value.requires_grad]

@@ -1,60 +1,55 @@
 """Adapters in a folder as PEFT keeps them: `adapter_config.json` and `adapter_model.safetensors`, both ways.
 
-    base_model.model.<module as Transformers names it>.lora_A.weight     (rank, in)
-                                                      .lora_B.weight     (out, rank)
-                                                      .lora_embedding_A  (rank, rows of the table)
-                                                      .lora_embedding_B  (width, rank)
+    base_model.model.<module as Transformers names it>.lora_A.weight          (rank, in)
+                                                      .lora_B.weight          (out, rank), and .bias (out,)
+                                                      .lora_embedding_A       (rank, rows of the table)
+                                                      .lora_embedding_B       (width, rank)
+                                                      .lora_magnitude_vector  (out,), or of an embedding (width,): DoRA
+                                                      .token_adapter.trainable_tokens_delta  (tokens, width)
+                                                      .base_layer.bias        (out,): trained, or .base_layer.weight
+                                                      .weight, .bias, ...     of a module that is saved whole
 
 An adapter of Keras' rule is stored as the ordinary one that computes the same, so that everybody can read it: its B,
 which all heads share, stands once for each head on the diagonal of a larger one. The metadata of our files says which
 modules these are, and they are read back in their own form.
 
-Source: huggingface/peft 0.21, utils/save_and_load.py and tuners/lora/config.py. What changes the numbers and is not
-done here, such as DoRA, is refused by its name.
+Source: huggingface/peft 0.21, utils/save_and_load.py and utils/other.py; `peft_config.py` has the settings. What
+trainers leave around the names is taken off: the adapter's own name, and the wrappers of DDP, FSDP and torch.compile.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemkit.adapters.peft_config import CONFIG, Settings, pattern_of, targets_of
 from gemkit.errors import WeightsError
 from gemkit.files import write_safetensors
-from gemkit.weights.formats.base import MAX_HEADER, parse_json
+from gemkit.weights.formats.base import parse_json
 from gemkit.weights.formats.safetensors import SafetensorsReader
-from gemkit.weights.maps import NameMap
+from gemkit.weights.maps import NameMap, Part
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
+MODEL = "adapter_model.safetensors"
 STARTER = "the starter model"  # a base that has no place of its own
 _PREFIX = "base_model.model."
-_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(embedding_)?([AB])(?:\.weight)?")
-_COPY = re.compile(r"(?:base_model\.model\.)?(.+?)(?:\.base_layer)?\.weight")
+_WRAPPERS = re.compile(r"^module\.|(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_KEY = re.compile(r"(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.(.+))?")
+_TOKENS = re.compile(r"(.+?)(?:\.token_adapter)?\.trainable_tokens_delta(?:\.([^.]+))?")
+_OF_TRAINING = re.compile(r"\.lora_velora_embed(\.|$)")  # what VeLoRA's gradients are projected on
 _NOTE_BASE, _NOTE_HEADS = "gemkit.base", "gemkit.heads"  # in the metadata: PEFT warns of keys that it does not know
-
-# Settings that change nothing of what a stored adapter computes, or that are read below.
-_HARMLESS = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config", "eva_config",
-    "megatron_core", "qalora_group_size", "loftq_config",
-}  # fmt: skip
-# Ways to begin that leave the base as it is; the others (PiSSA, OLoRA, LoftQ, CorDA) change it, and what is stored is
-# what is to be added to the changed one.
-_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank:
+class LowRankChange:
     """What an adapter adds to one module: `scale * B A`."""
 
     module: str  # our name
@@ -63,10 +58,25 @@ class LowRank:
     scale: float
     heads: int = 1  # more: each has an A of its own, and all have this B
     dropout: float = 0.0
+    bias: Tensor | None = None  # (out,), of B
+    magnitude: Tensor | None = None  # (out,) of a DoRA, or (width,)
 
     @property
     def rank(self) -> int:
         return self.b.shape[1]
+
+
+@dataclass
+class Contents:
+    """All that an adapter holds, in float32 and by our names."""
+
+    changes: list[LowRankChange] = field(default_factory=list)
+    rows: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)  # by module: ascending ids, (N, D)
+    whole: dict[str, Tensor] = field(default_factory=dict)  # by parameter: in place of the model's own
+    copies: dict[str, Tensor] = field(default_factory=dict)  # by module: a table as the adapter's base had it
+    score: Tensor | None = None  # the head of a reward model
+    taken_out: str | None = None  # as in `Settings`
+    tied: bool = False  # what it has of the table and of the head is kept equal
 
 
 def is_adapter(path: Path) -> bool:
@@ -84,7 +94,7 @@ def base_of(folder: Path) -> str | None:
         with SafetensorsReader(folder / MODEL) as reader:
             if reader.metadata.get(_NOTE_BASE) == STARTER:
                 return None
-    base = _Settings.read(folder).base
+    base = Settings.read(folder).base
     if not base:
         raise WeightsError(
             f"{folder / CONFIG} names no base_model_name_or_path: give the model itself, and {folder} as its adapter"
@@ -92,18 +102,18 @@ def base_of(folder: Path) -> str | None:
     return base
 
 
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
 def read(
-    folder: str | os.PathLike[str], modules: Mapping[str, tuple[int, int]], table: NameMap
-) -> tuple[list[LowRank], dict[str, Tensor]]:
+    folder: str | os.PathLike[str], modules: Mapping[str, tuple[int, int]], parts: Iterable[Part], table: NameMap
+) -> Contents:
     """What an adapter adds to a model.
 
     Args:
         modules: the modules that can have adapters, by our names, and the shapes of their weights.
+        parts: how Transformers stores each parameter.
         table: Transformers' names for them.
-
-    Returns:
-        One for each module that it changes, in float32; and copies of tables that PEFT stores beside adapters of them,
-        by our names of the modules, which must equal the model's own; and under "score" the head of a reward model.
 
     Raises:
         WeightsError: if it is damaged, of a kind that is not read here, or another model's: which tensor, and why.
@@ -111,281 +121,168 @@ def read(
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise WeightsError(f"{folder} is no folder, and no id of an adapter on the hub (owner/name)")
-    settings = _Settings.read(folder)
+    settings = Settings.read(folder)
     path = folder / MODEL
     if not path.is_file():
         pickle = "adapter_model.bin"
         why = f", only {pickle}, a pickle, which is never opened" if (folder / pickle).is_file() else ""
         raise WeightsError(f"{folder} holds no {MODEL}{why}: save the adapter again with a current PEFT")
-    ours = {theirs: name for name in modules for theirs in reversed(table.modules(name))}
     with SafetensorsReader(path) as reader:
-        pairs: dict[str, dict[str, str]] = defaultdict(dict)
-        copies = {}
-        for key in reader.entries:
-            if found := _KEY.fullmatch(key):
-                pairs[found[1]][(found[2] or "") + found[3]] = key
-            elif (found := _COPY.fullmatch(key)) and ours.get(found[1], "").endswith(("embed_tokens", "lm_head")):
-                copies[ours[found[1]]] = reader.read(key)
-            elif found and found[1] == "score":
-                copies["score"] = reader.read(key)
+        return _Reading(reader, settings, modules, {part.param_name: part for part in parts}, table).contents()
+
+
+class _Reading:
+    """One file of tensors on its way to `Contents`."""
+
+    def __init__(
+        self,
+        reader: SafetensorsReader,
+        settings: Settings,
+        modules: Mapping[str, tuple[int, int]],
+        parts: Mapping[str, Part],
+        table: NameMap,
+    ):
+        self.reader, self.settings, self.shapes, self.parts = reader, settings, modules, parts
+        self.modules = {theirs: name for name in modules for theirs in reversed(table.modules(name))}
+        heads = [f"{name}.weight" for name in modules if name.endswith("lm_head")]
+        self.params = {theirs: name for name in (*parts, *heads) for theirs in reversed(table.params(name))}
+        self.found = Contents(taken_out=settings.taken_out, tied=settings.tied)
+        self.names: set[str] = set()  # the adapter's own, where they were left in
+
+    def contents(self) -> Contents:
+        low_rank: dict[str, dict[str, str]] = defaultdict(dict)
+        for key in self.reader.entries:
+            name = _WRAPPERS.sub("", key)
+            name = _WRAPPERS.sub("", name.removeprefix(_PREFIX))
+            if _OF_TRAINING.search(name):
+                continue
+            if parsed := _KEY.fullmatch(name):
+                side = parsed[2] + self._leaf(parsed[3])
+                if side in low_rank[parsed[1]]:
+                    raise WeightsError(f"{self.reader.path}: {key} is there twice, under two names")
+                low_rank[parsed[1]][side] = key
+            elif parsed := _TOKENS.fullmatch(name):
+                self._leaf(parsed[2])
+                self._token_rows(parsed[1], key)
             else:
-                raise WeightsError(f"{path}: {key} is no part of an adapter that is read here{_why(key)}")
-        if not pairs:
-            raise WeightsError(f"{path} changes nothing: it holds no lora_A and lora_B")
-        heads = _heads(reader)
-        changes = []
-        for theirs, keys in pairs.items():
-            if theirs not in ours:
-                raise WeightsError(_unknown(folder, settings, theirs, ours))
-            a, b = (_matrix(reader, keys, side, theirs) for side in "AB")
-            shape = modules[ours[theirs]]
-            if ("embedding_A" in keys) != ours[theirs].endswith("embed_tokens"):
-                raise WeightsError(f"{path}: {keys.popitem()[1]} is not the kind of adapter that {theirs} can have")
-            if "embedding_A" in keys:
-                shape = shape[1], shape[0]  # a token's row of the table is a column of B A
-            change = settings.change(ours[theirs], theirs, a, b, heads.get(theirs, 1))
-            _check(folder, settings, theirs, change, a, b, shape)
-            changes.append(change if change.heads == 1 else _in_own_form(path, theirs, change))
-    return changes, copies
+                self._weight(name, key)
+        if len(self.names) > 1:
+            raise WeightsError(
+                f"{self.reader.path} holds the adapters {', '.join(sorted(self.names))}: save each into its own folder"
+            )
+        heads = _heads(self.reader)
+        for theirs, keys in low_rank.items():
+            self._low_rank(theirs, keys, heads.get(theirs, 1))
+        if not (self.found.changes or self.found.rows or self.found.whole):
+            raise WeightsError(f"{self.reader.path} changes nothing: it holds no lora_A and lora_B")
+        return self.found
+
+    def _leaf(self, rest: str | None) -> str:
+        """ "" of `weight` or nothing, "_bias" of `bias`; an adapter's name before them is noted."""
+        name, _, leaf = (rest or "").rpartition(".")
+        if leaf not in ("", "weight", "bias"):
+            name, leaf = f"{name}.{leaf}".removeprefix("."), ""
+        if name:
+            self.names.add(name)
+        return "_bias" if leaf == "bias" else ""
+
+    def _low_rank(self, theirs: str, keys: Mapping[str, str], heads: int) -> None:
+        settings, path = self.settings, self.reader.path
+        if theirs not in self.modules:
+            raise WeightsError(_unknown(path.parent, settings, theirs, self.modules))
+        ours = self.modules[theirs]
+        embeds = "embedding_A" in keys or "embedding_B" in keys
+        if embeds != ours.endswith("embed_tokens"):
+            key = next(iter(keys.values()))
+            raise WeightsError(f"{path}: {key} is not the kind of adapter that {theirs} can have")
+        kind = "embedding_" if embeds else ""
+        a, b = (self._floats(keys, kind + side, theirs, 2) for side in "AB")
+        shape = self.shapes[ours]
+        out = shape[1] if embeds else shape[0]
+        extra: dict[str, Any] = {}
+        for setting, wanted, side, name in (
+            ("use_dora", settings.dora, "magnitude_vector", "magnitude"),
+            ("lora_bias", settings.lora_bias, "B_bias", "bias"),
+        ):
+            if wanted:
+                extra[name] = self._floats(keys, side, theirs, 1)
+                if extra[name].shape[0] != out:
+                    raise WeightsError(
+                        f"{path}: {keys[side]} has {extra[name].shape[0]} numbers, and {theirs} has {out}"
+                    )
+            elif side in keys:
+                raise WeightsError(f"{path}: {keys[side]} is there, and {CONFIG} does not say {setting}")
+        change = LowRankChange(ours, a, b, settings.scale_of(theirs), heads, settings.dropout, **extra)
+        _check(path.parent, settings, theirs, change, shape[::-1] if embeds else shape)
+        self.found.changes.append(change if heads == 1 else _in_own_form(path, theirs, change))
+
+    def _token_rows(self, theirs: str, key: str) -> None:
+        path, ours = self.reader.path, self.modules.get(theirs, "")
+        ids = self.settings.tokens_of(theirs)
+        if not ours.endswith(("embed_tokens", "lm_head")):
+            raise WeightsError(f"{path}: {key}: the rows of {theirs} are no tokens of this model")
+        rows = self._floats({"rows": key}, "rows", theirs, 2)
+        if len(ids) != rows.shape[0]:
+            raise WeightsError(f"{path}: {key} has {rows.shape[0]} rows, and {CONFIG} names {len(ids)} tokens for it")
+        vocabulary, width = self.shapes[ours]
+        if max(ids) >= vocabulary or rows.shape[1] != width:
+            raise WeightsError(
+                f"{path}: {key} is {tuple(rows.shape)} and reaches token {max(ids)}; here the table is {vocabulary} x "
+                f"{width}: it belongs to another model, or its base had more tokens{_trained_on(self.settings)}"
+            )
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        self.found.rows[ours] = tuple(ids[i] for i in order), rows[order]
+
+    def _weight(self, name: str, key: str) -> None:
+        """A weight that is there whole: one that is the adapter's own, or a copy of a table."""
+        own = re.fullmatch(r"(.+)\.modules_to_save\.([^.]+)\.(.+)", name)
+        if own:
+            self.names.add(own[2])
+            name = f"{own[1]}.{own[3]}"
+        name = name.replace(".base_layer.", ".")
+        path = self.reader.path
+        if name == "score.weight":
+            self.found.score = self._floats({"score": key}, "score", name, 2)
+            return
+        param = self.params.get(name)
+        if param is None:
+            raise WeightsError(f"{path}: {key} is no part of an adapter that is read here, and no weight of this model")
+        module = param.removesuffix(".weight")
+        if module.endswith(("embed_tokens", "lm_head")) and not own and not self._is_saved(name):
+            self.found.copies[module] = self.reader.read(key)  # type: ignore[assignment]  # a dense tensor
+            return
+        part = self.parts.get(param)
+        value = self._floats({"weight": key}, "weight", name, None)
+        expected = self.shapes[module] if part is None else part.layout.shape
+        if tuple(value.shape) != tuple(expected):
+            raise WeightsError(
+                f"{path}: {key} is {tuple(value.shape)}, and here it is {tuple(expected)}: it belongs to another model"
+                f"{_trained_on(self.settings)}"
+            )
+        self.found.whole[param] = value if part is None else part.take(value)
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether a table is one that the adapter trained whole, and not a copy beside an adapter of it."""
+        module = name.removesuffix(".weight")
+        both = self.settings.tied and any(w in ("embed_tokens", "lm_head") for w in self.settings.whole)
+        return both or any(module.endswith(end) for end in self.settings.whole)
+
+    def _floats(self, keys: Mapping[str, str], side: str, theirs: str, axes: int | None) -> Tensor:
+        path = self.reader.path
+        if side not in keys:
+            raise WeightsError(f"{path}: {theirs} has {', '.join(keys.values())} and no lora_{side} to go with it")
+        key = keys[side]
+        entry = self.reader.entries[key]
+        if entry.dtype not in ("F32", "F16", "BF16") or axes not in (None, len(entry.shape)):
+            raise WeightsError(f"{path}: {key} is {entry.shape} {entry.dtype}, which is no array of floats that fits")
+        value: Any = self.reader.read(key)
+        if not value.isfinite().all():
+            raise WeightsError(f"{path}: {key} has numbers that are not finite")
+        return value.float()
 
 
-def write(
-    folder: Path,
-    changes: Sequence[LowRank],
-    modules: Iterable[str],
-    table: NameMap,
-    *,
-    base: str | None,
-    named: str,
-    text_only: bool,
-    score: Tensor | None = None,
-) -> None:
-    """Write both files.
-
-    Args:
-        folder: that exists.
-        modules: all that can have adapters, those without one too, by our names.
-        base: what `checkpoint.find` opened; None is the starter model.
-        named: how others find the base: a hub id, or a folder.
-        text_only: whether the model sees no images.
-        score: the head of a reward model, which goes with it.
-
-    Raises:
-        WeightsError: if a number is not finite: nothing is written then.
-    """
-    tensors, heads, ranks, alphas = {}, {}, {}, {}
-    for change in changes:
-        theirs = table.module(change.module)
-        a, b = change.a, _on_diagonal(change.b, change.heads)
-        if not (a.isfinite().all() and b.isfinite().all()):
-            raise WeightsError(f"the adapter of {change.module} has numbers that are not finite: it is not saved")
-        if change.module.endswith("embed_tokens"):
-            names = ("lora_embedding_A", "lora_embedding_B")
-        else:
-            names = ("lora_A.weight", "lora_B.weight")
-        for name, value in zip(names, (a, b), strict=True):
-            tensors[f"{_PREFIX}{theirs}.{name}"] = value.detach().float().cpu().contiguous()
-        ranks[theirs] = b.shape[1]
-        alphas[theirs] = _tidy(change.scale * b.shape[1])
-        if change.heads > 1:
-            heads[theirs] = change.heads
-    rank, rank_pattern = _pattern(ranks)
-    alpha, alpha_pattern = _pattern(alphas)
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if text_only else None,
-        "base_model_name_or_path": named,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": max(change.dropout for change in changes),
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-        "target_modules": _targets(ranks, [table.module(name) for name in modules]),
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
-    if score is not None:
-        if not score.isfinite().all():
-            raise WeightsError("the reward head has numbers that are not finite: it is not saved")
-        tensors[f"{_PREFIX}score.weight"] = score.detach().float().cpu().contiguous()
-        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    notes = {"format": "pt"}
-    if base is None:
-        notes[_NOTE_BASE] = STARTER
-    if heads:
-        notes[_NOTE_HEADS] = json.dumps(heads)
-    with open(folder / MODEL, "wb") as file:
-        write_safetensors(file, tensors, notes)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-# ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What an `adapter_config.json` says, checked."""
-
-    where: Path
-    base: str | None
-    rank: int
-    alpha: float
-    dropout: float
-    rslora: bool
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-
-    @classmethod
-    def read(cls, folder: Path) -> _Settings:
-        where = folder / CONFIG
-        try:
-            if where.stat().st_size > MAX_HEADER:
-                raise WeightsError(f"{where}: {where.stat().st_size:,} bytes is too large for a configuration")
-            config = parse_json(where.read_bytes(), str(where))
-        except OSError as error:
-            raise WeightsError(f"{folder} is no adapter: cannot read {CONFIG}: {error.strerror}") from None
-        _refuse_other_kinds(config, where)
-        base = config.get("base_model_name_or_path")
-        if base is not None and not isinstance(base, str):
-            raise WeightsError(f"{where}: base_model_name_or_path={base!r} is no name")
-        return cls(
-            where,
-            base,
-            _whole(config.get("r", 8), where, "r"),
-            _number(config.get("lora_alpha", 8), where, "lora_alpha"),
-            _share(config.get("lora_dropout", 0.0), where),
-            bool(config.get("use_rslora")),
-            {k: _whole(v, where, f"rank_pattern of {k}") for k, v in _patterns(config, "rank_pattern", where).items()},
-            {
-                k: _number(v, where, f"alpha_pattern of {k}")
-                for k, v in _patterns(config, "alpha_pattern", where).items()
-            },
-        )
-
-    def change(self, ours: str, theirs: str, a: Tensor, b: Tensor, heads: int) -> LowRank:
-        rank, alpha = self.rank_of(theirs), _matching(self.alphas, theirs, self.alpha)
-        scale = alpha / math.sqrt(rank) if self.rslora else alpha / rank
-        return LowRank(ours, a, b, scale, heads, self.dropout)
-
-    def rank_of(self, theirs: str) -> int:
-        return _matching(self.ranks, theirs, self.rank)
-
-
-def _refuse_other_kinds(config: Mapping[str, Any], where: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise WeightsError(f"{where}: peft_type={config.get('peft_type')!r}; only LORA is read here")
-    if config.get("bias", "none") != "none":
-        raise WeightsError(f"{where}: bias={config['bias']!r} trains biases too, which is not read here")
-    if (initial := config.get("init_lora_weights")) not in _INITIAL:
-        raise WeightsError(
-            f"{where}: init_lora_weights={initial!r} has changed the base weights; save it as an ordinary LoRA first "
-            "(PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
-        )
-    for name, value in config.items():
-        if name == "modules_to_save" and value == ["score"]:  # the head of a reward model
-            continue
-        if name not in _HARMLESS and value not in (None, False, "", [], {}):
-            raise WeightsError(f"{where}: {name}={value!r} is not done here, and the adapter would not be the same")
-
-
-def _whole(value: Any, where: Path, name: str) -> int:
-    if type(value) is not int or value < 1:
-        raise WeightsError(f"{where}: {name}={value!r} must be a whole number from 1")
-    return value
-
-
-def _number(value: Any, where: Path, name: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise WeightsError(f"{where}: {name}={value!r} must be a number")
-    return value
-
-
-def _share(value: Any, where: Path) -> float:
-    if not 0 <= _number(value, where, "lora_dropout") < 1:
-        raise WeightsError(f"{where}: lora_dropout={value!r} must be from 0 to less than 1")
-    return value
-
-
-def _patterns(config: Mapping[str, Any], name: str, where: Path) -> Mapping[str, Any]:
-    """Values by pattern, a regular expression of the end of a name. They come from a file and may be hostile: one with
-    nested repeats could take longer than the universe."""
-    patterns = config.get(name) or {}
-    if not isinstance(patterns, dict):
-        raise WeightsError(f"{where}: {name}={patterns!r} must map names to numbers")
-    for pattern in patterns:
-        plain = re.sub(r"\\.", "_", pattern)
-        if len(pattern) > 300 or len(re.findall(r"[*+?{]", plain)) > 3 or re.search(r"\)[*+?{]|\(\?", plain):
-            raise WeightsError(f"{where}: {name} has {pattern!r}, which is more than a pattern of a module's name")
-        try:
-            re.compile(f"(.*\\.)?({pattern})$")
-        except re.error as error:
-            raise WeightsError(f"{where}: {name} has {pattern!r}, which is no regular expression: {error}") from None
-    return patterns
-
-
-def _matching(patterns: Mapping[str, Any], name: str, otherwise: Any) -> Any:
-    """The value of the first pattern that a name ends with, as PEFT looks it up."""
-    return next((v for pattern, v in patterns.items() if re.match(f"(.*\\.)?({pattern})$", name)), otherwise)
-
-
-def _pattern(values: Mapping[str, float]) -> tuple[Any, dict[str, Any]]:
-    """The value that most modules have, and patterns for the others: the last part of their names, where all that end
-    with it have the same."""
-    usual = Counter(values.values()).most_common(1)[0][0]
-    by_leaf: dict[str, set[float]] = defaultdict(set)
-    for name, value in values.items():
-        by_leaf[name.rpartition(".")[2]].add(value)
-    patterns = {}
-    for name, value in values.items():
-        leaf = name.rpartition(".")[2]
-        if len(by_leaf[leaf]) > 1:
-            patterns[re.escape(name)] = value
-        elif value != usual:
-            patterns[leaf] = value
-    return usual, patterns
-
-
-def _targets(changed: Iterable[str], everything: Iterable[str]) -> list[str] | str:
-    """`target_modules` that select the changed modules and no others: the last parts of their names if these do, with
-    those of a language model beside an image tower as PEFT's own patterns have them, else every name."""
-    changed, everything = set(changed), list(everything)
-    leaves = sorted({name.rpartition(".")[2] for name in changed})
-    if {name for name in everything if name.rpartition(".")[2] in leaves} == changed:
-        return leaves
-    pattern = rf"(.*\.)?language_model\..*\.({'|'.join(leaves)})"
-    if {name for name in everything if re.fullmatch(pattern, name)} == changed:
-        return pattern
-    return sorted(changed)
-
-
-def _tidy(alpha: float) -> float:
-    """The whole number that a float was before it was divided and multiplied again."""
-    return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha)) else alpha
-
-
-# ── tensors ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _matrix(reader: SafetensorsReader, keys: Mapping[str, str], side: str, theirs: str) -> Tensor:
-    key = keys.get(side) or keys.get("embedding_" + side)
-    if key is None:
-        raise WeightsError(f"{reader.path}: {theirs} has {', '.join(keys.values())} and no lora_{side} to go with it")
-    entry = reader.entries[key]
-    if entry.dtype not in ("F32", "F16", "BF16") or len(entry.shape) != 2:
-        raise WeightsError(f"{reader.path}: {key} is {entry.shape} {entry.dtype}, which is no matrix of floats")
-    value = reader.read(key)
-    if not value.isfinite().all():  # type: ignore[union-attr]  # a dense tensor
-        raise WeightsError(f"{reader.path}: {key} has numbers that are not finite")
-    return value.float()  # type: ignore[union-attr]
-
-
-def _check(
-    folder: Path, settings: _Settings, theirs: str, change: LowRank, a: Tensor, b: Tensor, shape: tuple[int, int]
-) -> None:
-    rank = settings.rank_of(theirs)
+def _check(folder: Path, settings: Settings, theirs: str, change: LowRankChange, shape: tuple[int, ...]) -> None:
+    rank, a, b = settings.rank_of(theirs), change.a, change.b
     if a.shape[0] != rank or b.shape[1] != rank:
         raise WeightsError(
             f"{folder}: {theirs} has rank {a.shape[0]} in lora_A and {b.shape[1]} in lora_B; {CONFIG} says {rank}"
@@ -399,23 +296,15 @@ def _check(
         raise WeightsError(f"{folder}: {theirs} is said to have {change.heads} heads, which do not divide {rank} ranks")
 
 
-def _unknown(folder: Path, settings: _Settings, theirs: str, ours: Mapping[str, str]) -> str:
+def _unknown(folder: Path, settings: Settings, theirs: str, ours: Mapping[str, str]) -> str:
     leaf = theirs.rpartition(".")[2]
     known = sorted({name.rpartition(".")[2] for name in ours})
     why = "of which the model has fewer" if leaf in known else f"and the model has {', '.join(known)}"
     return f"{folder} changes {theirs}, {why}: it belongs to another model{_trained_on(settings)}"
 
 
-def _trained_on(settings: _Settings) -> str:
+def _trained_on(settings: Settings) -> str:
     return f"; it was trained on {settings.base}" if settings.base else ""
-
-
-def _why(key: str) -> str:
-    if "lora_magnitude_vector" in key:
-        return ": it is DoRA's, which is not done here"
-    if key.endswith(".bias"):
-        return ": biases were trained too"
-    return ""
 
 
 def _heads(reader: SafetensorsReader) -> dict[str, int]:
@@ -428,14 +317,7 @@ def _heads(reader: SafetensorsReader) -> dict[str, int]:
     return heads
 
 
-def _on_diagonal(b: Tensor, heads: int) -> Tensor:
-    """(out, heads * rank) from (out / heads, rank): once for each head, and zeros beside it."""
-    import torch
-
-    return b if heads == 1 else torch.block_diag(*[b.detach()] * heads)
-
-
-def _in_own_form(path: Path, theirs: str, change: LowRank) -> LowRank:
+def _in_own_form(path: Path, theirs: str, change: LowRankChange) -> LowRankChange:
     """B as all heads share it, from where it stands on the diagonal."""
     import torch
 
@@ -447,4 +329,135 @@ def _in_own_form(path: Path, theirs: str, change: LowRank) -> LowRank:
             f"changed by something else; remove {_NOTE_HEADS} from the metadata to read it as an ordinary LoRA"
         )
     # alpha / (heads * rank) of the ordinary one is the scale of this one: it multiplies the same product
-    return LowRank(change.module, change.a, b, change.scale, change.heads, change.dropout)
+    return LowRankChange(change.module, change.a, b, change.scale, change.heads, change.dropout)
+
+
+def _on_diagonal(b: Tensor, heads: int) -> Tensor:
+    """(out, heads * rank) from (out / heads, rank): once for each head, and zeros beside it."""
+    import torch
+
+    return b if heads == 1 else torch.block_diag(*[b.detach()] * heads)
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write(
+    folder: Path,
+    contents: Contents,
+    modules: Iterable[str],
+    parts: Iterable[Part],
+    table: NameMap,
+    *,
+    base: str | None,
+    named: str,
+    text_only: bool,
+) -> None:
+    """Write both files.
+
+    Args:
+        folder: that exists.
+        contents: the adapter; its low-rank changes all are DoRAs, or none is.
+        modules: all that can have adapters, those without one too, by our names.
+        parts: how Transformers stores each parameter.
+        base: what `checkpoint.find` opened; None is the starter model.
+        named: how others find the base: a hub id, or a folder.
+        text_only: whether the model sees no images.
+
+    Raises:
+        WeightsError: if a number is not finite: nothing is written then.
+    """
+    tensors, heads, config = _low_rank_parts(contents.changes, [*modules], table)
+    changed, layouts = config.pop("changed"), {part.param_name: part for part in parts}
+    for module, (_, rows) in contents.rows.items():
+        tensors[f"{table.module(module)}.token_adapter.trainable_tokens_delta"] = rows
+    if contents.rows:
+        by_module = {table.module(module): list(ids) for module, (ids, _) in contents.rows.items()}
+        config["trainable_token_indices"] = by_module
+    biases: list[str] = []
+    for param, value in contents.whole.items():
+        theirs = table.params(param)[0]
+        if param.endswith(".bias") and not _with_its_weight(param, contents.whole):
+            if theirs.removesuffix(".bias") in changed:
+                theirs = theirs.replace(".bias", ".base_layer.bias")
+            biases.append(theirs)
+        tensors[theirs] = layouts[param].give(value) if param in layouts else value
+    saved = _modules_to_save(contents, table)
+    task = "CAUSAL_LM" if text_only else None
+    if contents.score is not None:
+        tensors["score.weight"] = contents.score
+        task, saved = "SEQ_CLS", [*saved, "score"]
+    config |= {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": named,
+        "modules_to_save": saved or None,
+        "ensure_weight_tying": contents.tied,
+        # biases of changed modules alone can be said to be trained alone
+        "bias": "none" if not biases else "lora_only" if all(".base_layer." in name for name in biases) else "all",
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise WeightsError(f"{name} of the adapter has numbers that are not finite: it is not saved")
+    stored = {_PREFIX + name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
+    notes = {"format": "pt"}
+    if base is None:
+        notes[_NOTE_BASE] = STARTER
+    if heads:
+        notes[_NOTE_HEADS] = json.dumps(heads)
+    with open(folder / MODEL, "wb") as file:
+        write_safetensors(file, stored, notes)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _low_rank_parts(
+    changes: Sequence[LowRankChange], modules: list[str], table: NameMap
+) -> tuple[dict[str, Tensor], dict[str, int], dict[str, Any]]:
+    """The tensors of low-rank changes, the heads of those of Keras' rule, and what a configuration says of them."""
+    tensors, heads, ranks, alphas = {}, {}, {}, {}
+    for change in changes:
+        theirs = table.module(change.module)
+        kind, end = ("embedding_", "") if change.module.endswith("embed_tokens") else ("", ".weight")
+        b = _on_diagonal(change.b, change.heads)
+        tensors |= {f"{theirs}.lora_{kind}A{end}": change.a, f"{theirs}.lora_{kind}B{end}": b}
+        if change.magnitude is not None:
+            tensors[f"{theirs}.lora_magnitude_vector"] = change.magnitude
+        if change.bias is not None:
+            tensors[f"{theirs}.lora_B.bias"] = change.bias
+        ranks[theirs] = b.shape[1]
+        alphas[theirs] = _tidy(change.scale * b.shape[1])
+        if change.heads > 1:
+            heads[theirs] = change.heads
+    rank, rank_pattern = pattern_of(ranks) if ranks else (8, {})
+    alpha, alpha_pattern = pattern_of(alphas) if alphas else (8, {})
+    config = {
+        "changed": set(ranks),
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": max((change.dropout for change in changes), default=0.0),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": targets_of(ranks, [table.module(name) for name in modules]),
+        "use_rslora": False,
+        "use_dora": any(change.magnitude is not None for change in changes),
+        "lora_bias": any(change.bias is not None for change in changes),
+    }
+    return tensors, heads, config
+
+
+def _with_its_weight(param: str, whole: Mapping[str, Tensor]) -> bool:
+    return param.removesuffix("bias") + "weight" in whole
+
+
+def _modules_to_save(contents: Contents, table: NameMap) -> list[str]:
+    """The modules that are saved whole, by names that PEFT finds no others by."""
+    whole = [param for param in contents.whole if not param.endswith(".bias")]
+    whole += [p for p in contents.whole if p.endswith(".bias") and _with_its_weight(p, contents.whole)]
+    return sorted({table.params(param)[0].rpartition(".")[0] for param in whole})
+
+
+def _tidy(alpha: float) -> float:
+    """The whole number that a float was before it was divided and multiplied again."""
+    return round(alpha) if abs(alpha - round(alpha)) < 1e-9 * max(1.0, abs(alpha)) else alpha

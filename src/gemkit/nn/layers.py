@@ -42,7 +42,8 @@ class Recomputable(Module):
 
 
 class LoRAHost(ParamModule):
-    """A module with adapters beside its weight, each of which adds its own to what it gives (`lora`), if it has any."""
+    """A module with adapters beside its weight, if it has any: each takes the result of those before it, and returns
+    its own."""
 
     def __init__(self):
         super().__init__()
@@ -63,7 +64,7 @@ class Embedding(LoRAHost):
         x_TD = ops.embed(tokens_T, self.weight, self.scale, self.scale_dtype, self.run_dtype)
         if self.adapters is not None:
             for adapter in self.adapters.values():
-                x_TD = ops.add(x_TD, ops.in_dtype_of(adapter(tokens_T), x_TD))
+                x_TD = adapter(x_TD, tokens_T, self.weight)
         return x_TD
 
     def extra_repr(self):
@@ -71,7 +72,7 @@ class Embedding(LoRAHost):
 
 
 class Projection(LoRAHost):
-    """The base of linear projections: rows times a weight, plus what LoRA adapters add."""
+    """The base of linear projections: rows times a weight, then what adapters make of the product."""
 
     bias: Any
 
@@ -79,11 +80,11 @@ class Projection(LoRAHost):
         return self.project(x_TI)
 
     def project(self, x_TI):
-        """The product, a bias, and what adapters add: (T, in) to (T, out)."""
+        """The product and a bias, through the adapters: (T, in) to (T, out)."""
         y_TO = ops.linear(x_TI, self.weight, self.bias)
         if self.adapters is not None:
             for adapter in self.adapters.values():
-                y_TO = ops.add(y_TO, adapter(x_TI))
+                y_TO = adapter(y_TO, x_TI, self.weight, self.bias)
         return y_TO
 
 

@@ -31,6 +31,10 @@ class LanguageModel(Module):
     vision: family.Modality | None  # how it sees images; None: it reads text alone
     score: Any  # of a reward model: a `layers.Score`, which reads what the head reads
 
+    def __init__(self):
+        super().__init__()
+        self.replaced: list[Any] = []  # weights that adapters have exchanged, with the model's own (adapters.replaced)
+
     @property
     def decoder(self) -> Decoder:
         """The text decoder: the model itself, or the part behind its towers."""

@@ -9,6 +9,7 @@ Numerics, for every op: activations in the run dtype; norms, rotary embedding, s
 float32.
 """
 
+from gemkit.ops.adapters import dora, replace_columns, replace_rows
 from gemkit.ops.attention import Memory, attention, attention_kernel
 from gemkit.ops.basic import (
     add,
@@ -53,6 +54,7 @@ __all__ = [
     "causal_conv1d",
     "conv2d",
     "conv_transpose2d",
+    "dora",
     "dropout",
     "embed",
     "geglu",
@@ -69,6 +71,8 @@ __all__ = [
     "put_rows",
     "recomputed",
     "relu",
+    "replace_columns",
+    "replace_rows",
     "rg_lru",
     "rms_norm",
     "rope",

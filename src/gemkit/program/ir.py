@@ -143,7 +143,14 @@ class Node:
                 yield from (part for part in operand if isinstance(part, Value))
 
     def weights(self) -> Iterator[Weight]:
+        """The weights that a call reads."""
         return (operand for operand in self.operands.values() if isinstance(operand, Weight))
+
+    def constants(self) -> Iterator[Weight]:
+        """The weights that something is made from once, which a call reads in their place: those in tuples."""
+        for operand in self.operands.values():
+            if isinstance(operand, tuple):
+                yield from (part for part in operand if isinstance(part, Weight))
 
     @property
     def memory(self) -> Memory | None:
@@ -173,7 +180,7 @@ class Program:
 
     def weights(self) -> dict[str, Weight]:
         """Every weight by its name, in the order in which they are first read."""
-        return {weight.name: weight for node in self.nodes for weight in node.weights()}
+        return {w.name: w for node in self.nodes for w in (*node.weights(), *node.constants())}
 
     def of_kinds(self, kinds: Mapping[str, tuple[str, int]]) -> Program:
         """The same computation on weights of other kinds.

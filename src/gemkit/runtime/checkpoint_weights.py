@@ -16,7 +16,7 @@ import numpy as np
 
 from gemkit.block_types import KINDS
 from gemkit.errors import WeightsError
-from gemkit.executors.native.lower import Frequencies, Lowered, lower
+from gemkit.executors.native.lower import Dora, Frequencies, Lowered, lower
 from gemkit.executors.native.writer import Source, has_blocks
 from gemkit.program import saved
 from gemkit.program.ir import Program, Weight
@@ -85,7 +85,8 @@ class CheckpointWeights:
         row_bytes = entry.nbytes // part.layout.shape[0]
         return Source.of_files({"dense": (file, offset + first * row_bytes)}, entry.dtype)
 
-    def floats(self, weight: Weight) -> np.ndarray:
+    def floats(self, weight: Weight | Dora) -> np.ndarray:
+        assert isinstance(weight, Weight), "a file of weights has no adapters"
         part = self._parts[weight.name]
         entry = self._entry(part)
         if entry.dtype in KINDS:

@@ -29,7 +29,7 @@ import torch
 from gemkit import family
 from gemkit import generate as loop
 from gemkit import text as formats
-from gemkit.adapters import lora
+from gemkit.adapters import lora, saved
 from gemkit.adapters.resolve import find
 from gemkit.errors import ConfigError, TrainingError
 from gemkit.executors.torch import TorchExecutor
@@ -382,7 +382,7 @@ class Run:
         module.eval()
         if self.experiment.lora.rank:
             assert self.checkpoint is not None
-            lora.save(
+            saved.save(
                 module, work, base=self.checkpoint.place.name, named=self.checkpoint.display_name, prompts=self.prompts
             )
         else:

@@ -127,9 +127,18 @@ class NameMap:
 
     def modules(self, ours: str) -> tuple[str, ...]:
         """Names that Transformers has given to one of our modules with a weight, today's first."""
-        if ours.removeprefix(_DECODER) == _HEAD:  # has no parameter of its own
-            return (_HEAD, _DECODER + _HEAD)
-        submodel, within = self._submodel(ours), self.within(ours + ".weight").removesuffix(".weight")
+        return tuple(name.removesuffix(".weight") for name in self.params(ours + ".weight"))
+
+    def params(self, ours: str) -> tuple[str, ...]:
+        """Names that the parameters of Transformers' modules have had for one of ours, today's first; the head, which
+        has none of its own, included.
+
+        Raises:
+            KeyError: if the format has no such parameter.
+        """
+        if ours.removeprefix(_DECODER) == f"{_HEAD}.weight":
+            return (f"{_HEAD}.weight", f"{_DECODER}{_HEAD}.weight")
+        submodel, within = self._submodel(ours), self.within(ours)
         beginnings = submodel.file_prefixes if submodel.modules is None else (submodel.modules, *submodel.file_prefixes)
         return tuple(dict.fromkeys(beginning + within for beginning in beginnings))
 

@@ -9,8 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gemkit import family, nn
-from gemkit.adapters import lora, merge
+from gemkit.adapters import lora, merge, registry, saved
 from gemkit.adapters.layers import LoRA
+from gemkit.adapters.targets import owners_of
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.nn import Batch
 from gemkit.ops import Quantized
@@ -45,7 +46,7 @@ def logits(module):
 
 
 def save(module, folder, **how):
-    return lora.save(module, folder, **{"base": None, "named": "google/gemma-2b", **how})
+    return saved.save(module, folder, **{"base": None, "named": "google/gemma-2b", **how})
 
 
 def leaves(account) -> set[str]:
@@ -66,7 +67,7 @@ def test_the_published_counts_of_gemma_2b():
         "adapter default: rank 4 on 36 modules (q_proj 18, v_proj 18); of 2,506,172,416 parameters before, "
         "1,363,968 are trained now"
     )
-    lora.remove(module)
+    registry.remove(module)
     assert lora.enable_lora(module, 4, targets=["q_proj", "v_proj"]).trainable == 460_800
     assert sum(p.numel() for p in module.parameters() if p.requires_grad) == 460_800
 
@@ -156,20 +157,20 @@ def test_several_add_up_and_each_can_be_turned_down():
     plain = logits(module)
     lora.enable_lora(module, 2, name="one")
     lora.enable_lora(module, 4, targets=["q_proj", "lm_head"], name="two", seed=1)
-    assert lora.names(module) == ["one", "two"]
+    assert registry.names(module) == ["one", "two"]
     assert {n.split(".adapters.")[1].split(".")[0] for n, p in module.named_parameters() if p.requires_grad} == {"two"}
     train(module)
     both = logits(module)
-    lora.set_strength(module, 0.0, "two")
+    registry.set_strength(module, 0.0, "two")
     alone = logits(module)
-    lora.remove(module, "two")
+    registry.remove(module, "two")
     assert torch.equal(logits(module), alone)
     assert not torch.equal(both, alone)
-    lora.set_strength(module, 0)
+    registry.set_strength(module, 0)
     assert torch.equal(logits(module), plain)
-    lora.remove(module)
-    assert lora.names(module) == []
-    assert all(owner.adapters is None for owner in lora.owners_of(module).values())
+    registry.remove(module)
+    assert registry.names(module) == []
+    assert all(owner.adapters is None for owner in owners_of(module).values())
 
 
 def test_merge_computes_the_same_and_unmerge_is_exact():
@@ -179,17 +180,17 @@ def test_merge_computes_the_same_and_unmerge_is_exact():
     lora.enable_lora(module, 3, rule="keras", name="two")
     train(module)
     told = logits(module)
-    assert merge.merge(module) == lora.merged(module) == ["one", "two"]
+    assert merge.merge(module) == registry.merged(module) == ["one", "two"]
     assert not any(".lora_" in name for name, _ in module.named_parameters())  # nothing beside the weights
     changed = [name for name, weight in module.named_parameters() if not torch.equal(weight, before[name])]
-    assert len(changed) == len(lora.account(module, "one").modules)
+    assert len(changed) == len(registry.account(module, "one").modules)
     largest = told.float().abs().max()
     assert (logits(module).float() - told.float()).abs().max() < 0.1 * largest  # bfloat16 rounds in other places
     assert merge.unmerge(module) == ["one", "two"]
     assert torch.equal(logits(module), told)
     after = dict(module.named_parameters())
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert lora.names(module) == ["one", "two"]
+    assert registry.names(module) == ["one", "two"]
 
 
 def test_one_of_several_is_merged_and_another_is_trained_on_top():
@@ -202,7 +203,7 @@ def test_one_of_several_is_merged_and_another_is_trained_on_top():
     torch.testing.assert_close(logits(module), told, rtol=1e-4, atol=1e-4)
     lora.enable_lora(module, 2, targets="q_proj", name="three", seed=2)
     merge.unmerge(module)
-    assert lora.names(module) == ["one", "two", "three"]
+    assert registry.names(module) == ["one", "two", "three"]
     assert torch.equal(logits(module), told)  # the third is zero
 
 
@@ -217,9 +218,9 @@ def test_bookkeeping_of_merges():
     with pytest.raises(ConfigError, match="default is merged already: unmerge first"):
         merge.merge(module)
     with pytest.raises(ConfigError, match="'default' is merged into the weights: unmerge first"):
-        lora.remove(module)
+        registry.remove(module)
     with pytest.raises(ConfigError, match="'default' is merged into the weights: unmerge first"):
-        lora.set_strength(module, 0.5)
+        registry.set_strength(module, 0.5)
     merge.unmerge(module)
     with pytest.raises(ConfigError, match="no adapter is merged"):
         merge.unmerge(module)
@@ -233,7 +234,7 @@ def test_the_tied_table_is_not_merged_into(target, other):
     train(module)
     with pytest.raises(ConfigError, match=f"{target} has an adapter, .* it would change the {other} too"):
         merge.merge(module)
-    assert lora.merged(module) == []
+    assert registry.merged(module) == []
     assert torch.equal(module.decoder.embed_tokens.weight, table)
     assert module.decoder.lm_head.weight is module.decoder.embed_tokens.weight
 
@@ -246,7 +247,7 @@ def test_an_adapter_of_the_head_never_changes_the_embedding_and_the_other_way_ab
     train(module)
     assert torch.equal(module.decoder.embed_tokens(ids), embedded)
     assert not torch.equal(module.decoder.lm_head(x_TD), head)
-    lora.remove(module)
+    registry.remove(module)
     lora.enable_lora(module, 2, targets="embed_tokens")
     assert torch.equal(module.decoder.embed_tokens(ids), embedded)  # A begins with zeros
     train(module)
@@ -265,7 +266,7 @@ def test_a_sum_that_is_not_finite_changes_nothing():
         bad[0, 0] = math.inf
     with pytest.raises(WeightsError, match=r"layers\.5\.mlp\.down_proj would have numbers that are not finite"):
         merge.merge(module)
-    assert lora.merged(module) == []
+    assert registry.merged(module) == []
     with torch.no_grad():
         bad.copy_(good)
     assert torch.equal(logits(module), told)
@@ -285,7 +286,7 @@ def quantized() -> nn.Decoder:
 def test_qlora_trains_beside_codes():
     """Gradients are those beside the same weights made dense."""
     coded, dense = quantized(), quantized()
-    for name, owner in lora.owners_of(dense).items():
+    for name, owner in owners_of(dense).items():
         if isinstance(owner.weight, Quantized) and name != "lm_head":
             dense.set_param(f"{name}.weight", torch.nn.Parameter(owner.weight.dequantize(), requires_grad=False))
     assert isinstance(coded.layers[0].self_attn.q_proj.weight, Quantized)
@@ -335,7 +336,7 @@ def test_settings_that_cannot_be(settings, message):
     module = model()
     with pytest.raises(ConfigError, match=message):
         lora.enable_lora(module, **{"rank": 2, **settings})
-    assert lora.names(module) == []
+    assert registry.names(module) == []
 
 
 def test_a_name_is_given_once():
@@ -345,9 +346,9 @@ def test_a_name_is_given_once():
         lora.enable_lora(module, 2)
     lora.enable_lora(module, 2, name="other")
     with pytest.raises(ConfigError, match="the adapters default, other: say which"):
-        lora.remove(module)
+        registry.remove(module)
     with pytest.raises(ConfigError, match=r"there is no adapter 'othr'; did you mean other\?"):
-        lora.remove(module, "othr")
+        registry.remove(module, "othr")
 
 
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -398,16 +399,16 @@ def test_saving_and_reading_gives_the_same_bits(tmp_path):
         told = logits(module)
         save(module, tmp_path / name)
         other = model(name)
-        account = lora.attach(other, tmp_path / name)
+        account = saved.attach(other, tmp_path / name)
         assert account.name == name
         assert account.trainable == 0
         assert torch.equal(logits(other), told)
-        assert lora.attach(other, tmp_path / name).name == f"{name}-2"
+        assert saved.attach(other, tmp_path / name).name == f"{name}-2"
 
 
 def test_a_folder_is_whole_or_not_there(folder, tmp_path, monkeypatch):
     module = model()
-    lora.attach(module, folder)
+    saved.attach(module, folder)
     with pytest.raises(WeightsError, match="exists and is not empty"):
         save(module, folder)
 
@@ -425,7 +426,7 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
     lora.enable_lora(module, 2)
     with torch.no_grad():
         module.layers[3].mlp.up_proj.adapters["default"].lora_B.weight[1, 1] = math.nan
-    with pytest.raises(WeightsError, match=r"the adapter of layers\.3\.mlp\.up_proj has numbers that are not finite"):
+    with pytest.raises(WeightsError, match=r"up_proj\.lora_B\.weight of the adapter has numbers that are not finite"):
         save(module, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
 
@@ -439,7 +440,7 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
         ({"lora_alpha": "x"}, "lora_alpha='x' must be a number"),
         ({"lora_dropout": 1.5}, "lora_dropout=1.5 must be from 0"),
         ({"peft_type": "IA3"}, "peft_type='IA3'; only LORA"),
-        ({"use_dora": True}, "use_dora=True is not done here"),
+        ({"use_dora": True}, "no lora_magnitude_vector to go with it"),
         ({"something_new": 3}, "something_new=3 is not done here"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path=3 is no name"),
         ({"rank_pattern": {"(a+)+b": 2}}, "more than a pattern of a module's name"),
@@ -451,8 +452,8 @@ def test_configurations_that_are_refused(changes, message, folder):
     edit(folder, **changes)
     module = model()
     with pytest.raises(WeightsError, match=message):
-        lora.attach(module, folder)
-    assert lora.names(module) == []
+        saved.attach(module, folder)
+    assert registry.names(module) == []
 
 
 def first(tensors, end="q_proj.lora_A.weight"):
@@ -464,9 +465,12 @@ def first(tensors, end="q_proj.lora_A.weight"):
     [
         (lambda t: {n: v for n, v in t.items() if n != first(t)}, "and no lora_A to go with it"),
         (lambda t: t | {first(t): t[first(t)] * math.nan}, "lora_A.weight has numbers that are not finite"),
-        (lambda t: t | {first(t): t[first(t)].long()}, "is no matrix of floats"),
-        (lambda t: t | {first(t): t[first(t)][0]}, "is no matrix of floats"),
-        (lambda t: t | {"base_model.model.x.lora_magnitude_vector": torch.ones(1)}, "it is DoRA's"),
+        (lambda t: t | {first(t): t[first(t)].long()}, "is no array of floats that fits"),
+        (lambda t: t | {first(t): t[first(t)][0]}, "is no array of floats that fits"),
+        (
+            lambda t: t | {"base_model.model.x.lora_magnitude_vector": torch.ones(1)},
+            "adapter changes x, and",
+        ),
         (lambda t: t | {"optimizer.step": torch.ones(1)}, "optimizer.step is no part of an adapter"),
         (lambda t: {}, "changes nothing"),
         (
@@ -484,41 +488,49 @@ def test_tensors_that_are_refused(change, message, folder):
     edit_tensors(folder, change)
     module = model()
     with pytest.raises(WeightsError, match=message):
-        lora.attach(module, folder)
-    assert lora.names(module) == []
+        saved.attach(module, folder)
+    assert registry.names(module) == []
 
 
 def test_another_models_adapter_is_refused(folder):
     with pytest.raises(WeightsError, match="v_proj changes a matrix of 16 x 32, and here it is 64 x 32: it belongs to"):
-        lora.attach(model("gemma-2-2b"), folder)
+        saved.attach(model("gemma-2-2b"), folder)
 
 
 def test_files_that_are_not_there(folder, tmp_path):
     with pytest.raises(WeightsError, match="none is no folder, and no id of an adapter on the hub"):
-        lora.attach(model(), tmp_path / "none")
+        saved.attach(model(), tmp_path / "none")
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(WeightsError, match=r"only adapter_model\.bin, a pickle, which is never opened"):
-        lora.attach(model(), folder)
+        saved.attach(model(), folder)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(WeightsError, match=r"is no adapter: cannot read adapter_config\.json"):
-        lora.attach(model(), folder)
+        saved.attach(model(), folder)
 
 
 def test_a_truncated_file_is_refused(folder):
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(WeightsError, match="incomplete download"):
-        lora.attach(model(), folder)
+        saved.attach(model(), folder)
 
 
-def test_a_table_that_was_trained_too_is_refused(folder):
+def test_a_table_that_was_trained_too_takes_the_models_place(folder):
+    """As in PEFT, which loads it over the base's, and so over the head's; one of another size is refused."""
     module = model()
     key, own = "base_model.model.model.embed_tokens.weight", module.decoder.embed_tokens.weight.detach().clone()
     edit_tensors(folder, lambda t: t | {key: own})
-    lora.attach(module, folder)
+    assert saved.attach(module, folder).replaced == ()
+    registry.remove(module)
     edit_tensors(folder, lambda t: t | {key: own + 0.1})
+    assert saved.attach(module, folder).replaced == ("embed_tokens.weight", "lm_head.weight")
+    assert torch.equal(module.decoder.lm_head.weight, own + 0.1)
+    assert module.decoder.lm_head.weight is module.decoder.embed_tokens.weight
+    registry.remove(module)
+    assert torch.equal(module.decoder.embed_tokens.weight, own)
+    edit_tensors(folder, lambda t: t | {key: own[1:]})
     with pytest.raises(WeightsError, match="brings a embed_tokens of its own"):
-        lora.attach(module, folder)
+        saved.attach(module, folder)
 
 
 def test_a_shared_b_that_is_not_shared_is_refused(tmp_path):
@@ -533,6 +545,6 @@ def test_a_shared_b_that_is_not_shared_is_refused(tmp_path):
     tensors[first(tensors, "q_proj.lora_B.weight")][0, 3] = 1.0
     save_file(tensors, path, metadata=notes)
     with pytest.raises(WeightsError, match="is said to share one B among 8 heads, and its lora_B does not"):
-        lora.attach(model(), folder)
+        saved.attach(model(), folder)
     save_file(tensors, path)  # an ordinary LoRA is what it is then
-    lora.attach(model(), folder)
+    saved.attach(model(), folder)

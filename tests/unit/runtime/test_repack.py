@@ -8,8 +8,9 @@ import torch
 
 import gemkit
 from gemkit import nn
-from gemkit.adapters.lora import enable_lora, remove, set_strength
+from gemkit.adapters.lora import enable_lora
 from gemkit.adapters.merge import merge, unmerge
+from gemkit.adapters.registry import remove, set_strength
 from gemkit.errors import ModelError, WeightsError
 from gemkit.executors.native.executor import NativeExecutor
 from gemkit.executors.native.packer import pack

@@ -48,6 +48,9 @@ OPS = (
     "layer_norm",
     "add_positions",
     "attend_within",
+    "gain",
+    "replace_rows",
+    "replace_columns",
 )
 DENSE = ("float32", "bfloat16")  # kinds of weights whose products are of floats
 STEP_WEIGHTS = 8
@@ -77,7 +80,42 @@ class Signs:
     columns: int
 
 
-Plain = Weight | Frequencies | Sketch | Signs  # handed to the executor as an array of floats, or of bytes it knows
+@dataclass(frozen=True)
+class Ids:
+    """Token ids, ascending, as floats."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """A few rows of a table of embeddings, scaled as these are."""
+
+    rows: Weight
+    scale: float
+
+
+@dataclass(frozen=True)
+class Dora:
+    """A vector of DoRA, with g = m / |W + factor B A| and t its strength: "base" is `1 + t (g - 1)`, which the product
+    is multiplied by, "low" is `t g`, which the low-rank change is, and "bias" is `(1 - base) bias`, which is added."""
+
+    part: str
+    magnitude: Weight
+    changed: tuple[Weight, Weight, Weight]
+    factor: float
+    strength: float
+    of_table: bool
+    bias: Weight | None = None
+
+    @property
+    def sources(self) -> tuple[Weight, ...]:
+        """The weights that it is made from."""
+        return self.magnitude, *self.changed, *([self.bias] if self.bias else [])
+
+
+# handed to the executor as an array of floats, or of bytes it knows
+Plain = Weight | Frequencies | Sketch | Signs | Ids | ScaledRows | Dora
 
 # An output table of fewer rows costs less than screening it.
 SCREENED_ROWS = 16_384
@@ -184,6 +222,10 @@ class _Lowering:
         source = self.places.at(x)
         if is_quantized := weights[0].kind not in DENSE:
             source = self._quantize(x, node)
+        elif source.width < self.places.buffers[source.buffer].width:  # a linear reads whole rows
+            whole = Slice(self.places.new(source.width, str(x.shape[0])), 0, source.width)
+            self._step("scale", source, to=whole, nodes=[], scalars=(1.0,))
+            source = whole
         width = sum(weight.shape[0] for weight in weights)
         logits = any(self.places.is_result(n.result) for n in together)
         buffer = self.places.new(width, str(node.result.shape[0]), "logits" if logits else "floats")
@@ -215,6 +257,37 @@ class _Lowering:
         if is_new:
             self._step("quantize", self.places.at(x), to=to, nodes=[])
         return to
+
+    def _dora(self, i: int, node: Node) -> None:
+        given = node.operands
+        if given["base_TO"] is not None:
+            raise ModelError(f"{node.scope} drops inputs, which is for training; --executor torch runs this")
+        low, base = self.places.at(given["low_TO"]), self.places.at(given["y_TO"])
+        to = self.places.over(i, given["y_TO"], node.result)
+        numbers = given["factor"], given["strength"], given["of_table"]
+        vectors = {part: Dora(part, given["magnitude_O"], given["changed"], *numbers) for part in ("base", "low")}
+        self._step("gain", base, to=to, nodes=[node], plain=(vectors["base"],))
+        self._step("gain", low, to=low, nodes=[], plain=(vectors["low"],))
+        self._step("add", to, low, to=to, nodes=[])
+        if (bias := given["bias_O"]) is not None:
+            self._step("bias", to, to=to, nodes=[], plain=(replace(vectors["base"], part="bias", bias=bias),))
+
+    def _replace_rows(self, i: int, node: Node) -> None:
+        given, scale = node.operands, node.operands["scale"]
+        if given["scale_dtype"] == "bfloat16":
+            scale = _rounded_to_bfloat16(scale)
+        ids = given["ids"]
+        at = self.places.at(given["x_TD"])
+        to = self.places.over(i, given["x_TD"], node.result)
+        plain, scalars = (Ids(ids), ScaledRows(given["rows_ND"], scale)), (given["strength"],)
+        self._step("replace_rows", at, to=to, nodes=[node], plain=plain, numbers=(len(ids),), scalars=scalars)
+
+    def _replace_columns(self, i: int, node: Node) -> None:
+        given, ids = node.operands, node.operands["ids"]
+        at, new = self.places.at(given["y_TV"]), self.places.at(given["new_TN"])
+        to = self.places.over(i, given["y_TV"], node.result)
+        numbers, scalars = (len(ids),), (given["strength"],)
+        self._step("replace_columns", at, new, to=to, nodes=[node], plain=(Ids(ids),), numbers=numbers, scalars=scalars)
 
     def _scale(self, i: int, node: Node) -> None:
         """To a buffer of its own: what is scaled is multiplied next, and a linear reads whole rows."""
@@ -356,6 +429,12 @@ def plain_name(plain: Plain) -> str:
             return f"sketch of {table.name}"
         case Signs():
             return "signs"
+        case Ids(ids):
+            return f"ids {', '.join(map(str, ids))}"
+        case ScaledRows(rows, scale):
+            return f"{scale:g} {rows.name}"
+        case Dora(part, magnitude, _, factor, strength):
+            return f"{part} of {magnitude.name}, {factor:g}, strength {strength:g}"
 
 
 def _shown(at: Slice) -> str:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from gemkit import ops
 from gemkit.executors.native import dequantize
-from gemkit.executors.native.lower import Frequencies, Lowered, lower
+from gemkit.executors.native.lower import Dora, Frequencies, Lowered, lower
 from gemkit.executors.native.packfile import Pack
 from gemkit.executors.native.writer import Progress, Source, write_pack
 from gemkit.nn import LanguageModel
+from gemkit.ops.adapters import dora_gain
 from gemkit.program.ir import Weight
 from gemkit.program.trace import trace, trace_tower
 
@@ -76,12 +77,23 @@ class ModuleWeights:
         dense = _DENSE[held["dense"].dtype] if "dense" in held else "F32"
         return Source.memory({name: plane.data_ptr() for name, plane in held.items()}, held, dense)
 
-    def floats(self, weight: Weight) -> np.ndarray:
+    def floats(self, weight: Weight | Dora) -> np.ndarray:
+        if isinstance(weight, Dora):
+            return self._dora(weight)
         value: Tensor = self._held(weight.name)
         return value.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy()
 
     def frequencies(self, rates: Frequencies) -> np.ndarray:
         return ops.rope_frequencies(*astuple(rates)).numpy()
+
+    def _dora(self, of: Dora) -> np.ndarray:
+        magnitude, weight, a, b = (self._held(source.name) for source in (of.magnitude, *of.changed))
+        share = of.strength * dora_gain(magnitude.detach(), weight, a.detach(), b.detach(), of.factor, of.of_table)
+        base = 1 - of.strength + share
+        if of.bias is not None:
+            base = (1 - base) * self._held(of.bias.name).detach()
+        found = share if of.part == "low" else base
+        return found.to(device="cpu", dtype=torch.float32).contiguous().numpy()
 
     def _held(self, name: str) -> Any:
         """A weight by its name in a program: the decoder's are named from the decoder on."""

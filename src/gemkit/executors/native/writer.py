@@ -25,9 +25,12 @@ from gemkit.executors.native.library import library, threads
 from gemkit.executors.native.lower import (
     OPS,
     STEP_WEIGHTS,
+    Dora,
     Frequencies,
+    Ids,
     Lowered,
     Plain,
+    ScaledRows,
     Signs,
     Sketch,
     Slice,
@@ -123,8 +126,8 @@ class WeightSource(Protocol):
         """
         ...
 
-    def floats(self, weight: Weight) -> np.ndarray:
-        """Another weight in float32."""
+    def floats(self, weight: Weight | Dora) -> np.ndarray:
+        """Another weight in float32, or what an adapter of a module makes of some."""
         ...
 
     def notes(self) -> list[str]:
@@ -210,8 +213,8 @@ class Layout:
         self.entries: dict[Any, Entry] = {}
         for i, weight in enumerate(order):
             kind, rows, cols, nbytes = _size(weight, i < len(packed))
-            of_table = weight.table.name if isinstance(weight, Sketch) else None
-            if kept.get(plain_name(weight)) == (kind, rows, cols) and of_table not in changed:
+            fresh = not any(source.name in changed for source in _sources(weight))
+            if kept.get(plain_name(weight)) == (kind, rows, cols) and fresh:
                 nbytes = 0
             self.entries[weight] = Entry(plain_name(weight), kind, rows, cols, at, nbytes)
             at = _aligned(at + nbytes)
@@ -309,8 +312,26 @@ def _size(weight: Any, packed: bool) -> tuple[int, int, int, int]:
     return kind, rows, cols, library().gk_packed_bytes(kind, rows, cols)
 
 
+def _sources(made: Any) -> tuple[Weight, ...]:
+    """The weights that something is made from."""
+    match made:
+        case Sketch(table=table):
+            return (table,)
+        case ScaledRows(rows=rows):
+            return (rows,)
+        case Dora():
+            return made.sources
+    return ()
+
+
 def _count(plain: Plain) -> int:
     match plain:
+        case Ids(ids=ids):
+            return len(ids)
+        case ScaledRows(rows=rows):
+            return math.prod(rows.shape)
+        case Dora(magnitude=magnitude):
+            return magnitude.shape[0]
         case Weight(shape=shape):
             return math.prod(shape)
         case Frequencies(rotated=rotated):
@@ -327,7 +348,11 @@ def _floats(plain: Plain, weights: WeightSource) -> np.ndarray:
             return weights.frequencies(plain)
         case Signs(columns=columns):
             return screening.signs(columns)
-        case Weight():
+        case Ids(ids=ids):
+            return np.array(ids, np.float32)
+        case ScaledRows(rows, scale):
+            return weights.floats(rows) * np.float32(scale)
+        case Weight() | Dora():
             return weights.floats(plain)
     raise AssertionError(f"{plain} is made with its table")
 

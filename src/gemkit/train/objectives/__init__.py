@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from gemkit.adapters import lora
+from gemkit.adapters import saved
 from gemkit.adapters.resolve import find
 from gemkit.errors import ConfigError
 from gemkit.family import Modality
@@ -106,7 +106,7 @@ def _judge(objective: Any, _: Experiment, module: LanguageModel) -> None:
     with find(objective.options.reward) as checkpoint:
         judge = load_module(checkpoint, device=module.device)[0]
         for folder in checkpoint.place.adapters:
-            lora.attach(judge, folder)
+            saved.attach(judge, folder)
         objective.judge = judges.Reward(judge, checkpoint.tokenizer, checkpoint.prompts)
 
 

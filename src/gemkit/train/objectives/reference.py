@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemkit.adapters.layers import Adapter
+from gemkit.adapters import registry
 from gemkit.nn import LanguageModel
 from gemkit.train import losses
 from gemkit.train.batching import ExampleGroup
@@ -23,7 +23,7 @@ def frozen(model: LanguageModel) -> Any:
 
     What is copied is every weight, so a full fine-tuning holds the model twice.
     """
-    if _trained_adapters(model):
+    if registry.trains(model):
         return None
     kept = copy.deepcopy(model).requires_grad_(False)
     return kept.eval()
@@ -32,18 +32,13 @@ def frozen(model: LanguageModel) -> Any:
 @contextlib.contextmanager
 def before_training(model: LanguageModel, other: Any) -> Iterator[Any]:
     """The reference: another model, or this one with the adapters off that are trained. Nothing is recorded."""
-    adapters = [] if other is not None else _trained_adapters(model)
-    strengths, was_training = [adapter.strength for adapter in adapters], model.training
+    was_training = model.training
     reference = model if other is None else other
     try:
-        for adapter in adapters:
-            adapter.strength = 0.0
-        reference.eval()
-        with torch.no_grad():
+        with registry.trained_ones_off(model) if other is None else contextlib.nullcontext(), torch.no_grad():
+            reference.eval()
             yield reference
     finally:
-        for adapter, strength in zip(adapters, strengths, strict=True):
-            adapter.strength = strength
         model.train(was_training)
 
 
@@ -59,11 +54,3 @@ def per_sequence(values_M: Tensor, units: Sequence[ExampleGroup]) -> list[Tensor
     counts = [int((example.weights != 0).sum()) for example in chain.from_iterable(units)]
     ends = [*accumulate(counts)]
     return [values_M[end - count : end] for end, count in zip(ends, counts, strict=True)]
-
-
-def _trained_adapters(model: LanguageModel) -> list[Adapter]:
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, Adapter) and any(weight.requires_grad for weight in module.parameters())
-    ]
