@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -143,6 +143,10 @@ class Gemma(ImageTasks):
         *,
         rule: Rule = "lora",
         dropout: float = 0.0,
+        use_dora: bool = False,
+        use_rslora: bool = False,
+        modules_to_save: Sequence[str] = (),
+        trainable_tokens: Collection[int] = (),
         name: str = "default",
         seed: int = 0,
         quiet: bool = False,
@@ -154,7 +158,20 @@ class Gemma(ImageTasks):
         from gemkit.adapters import lora
 
         with self.runtime.lock:
-            told = lora.enable_lora(self.module, rank, alpha, targets, rule=rule, dropout=dropout, name=name, seed=seed)
+            told = lora.enable_lora(
+                self.module,
+                rank,
+                alpha,
+                targets,
+                rule=rule,
+                dropout=dropout,
+                use_dora=use_dora,
+                use_rslora=use_rslora,
+                modules_to_save=modules_to_save,
+                trainable_tokens=trainable_tokens,
+                name=name,
+                seed=seed,
+            )
         if not quiet:
             print(told, file=sys.stderr)
         return told

@@ -68,6 +68,9 @@ class LoRA:
     targets: tuple[str, ...] = ()  # names of projections; empty: those that suit the member
     dropout: float = 0.0
     rule: Literal["", "keras"] = ""  # "keras": an A for each head
+    use_dora: bool = False  # train the lengths of the changed weights' rows apart
+    use_rslora: bool = False  # the change is multiplied by alpha / sqrt(rank)
+    modules_to_save: tuple[str, ...] = ()  # names of modules that are trained whole
 
 
 @dataclass(frozen=True)

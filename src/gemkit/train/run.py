@@ -423,6 +423,9 @@ def _prepare(module: LanguageModel, experiment: Experiment) -> lora.Account | No
             list(e.targets) or None,
             rule=e.rule or "lora",
             dropout=e.dropout,
+            use_dora=e.use_dora,
+            use_rslora=e.use_rslora,
+            modules_to_save=e.modules_to_save,
             seed=experiment.seed,
         )
     else:
