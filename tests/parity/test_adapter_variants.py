@@ -17,7 +17,7 @@ from gemkit.executors.interface import Chunk
 from gemkit.executors.native import library
 from gemkit.executors.native.packer import pack
 from gemkit.nn import Batch
-from gemkit.runtime.pack_cache import executor_of
+from gemkit.runtime.native import executor_of
 from support.outputs import dense
 from support.tiny import TOWER, VOCAB, as_trained, assert_close, load, reference, save_reference, tiny, tokens
 
