@@ -16,89 +16,20 @@ google-research/big_vision, pp/proj/paligemma.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from itertools import groupby
 from typing import Literal
 
 from gemkit.errors import ConfigError, ContextError, ModelError, TextError
+from gemkit.text.spans import Prompt, Span, control_span, encode_spans, make_prompt, stop_ids
 from gemkit.text.tokenizer import Tokenizer
-from gemkit.text.vocabulary import BOS, IMAGE, INFILL, SPACE
+from gemkit.text.vocabulary import BOS, IMAGE, INFILL
 
 FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FILE_SEPARATOR = INFILL.values()
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
 
-Format = Literal["complete", "chat", "infill", "image"]
-Kind = Literal["control", "template", "content"]
-
 # the role of a message -> the role that the format knows
 ROLES = {"user": "user", "assistant": "model", "model": "model", "system": "system"}
-
-
-@dataclass(frozen=True)
-class Span:
-    """A stretch of a prompt with one origin.
-
-    Text between two control tokens is encoded in one go, as in training. A piece that reaches over the border of two
-    spans (line breaks do, when content begins with some) counts to the span where it begins.
-    """
-
-    kind: Kind  # control: a token placed by its id; template: text of the format; content: text of the caller
-    text: str
-    ids: tuple[int, ...] = ()
-    role: str = ""  # of the turn that it belongs to: "user", "model", "system"
-
-    @property
-    def is_run(self) -> bool:
-        """Whether it is one control token many times over: the placeholders of an image."""
-        return self.kind == "control" and len(self.ids) > 1
-
-    def __str__(self) -> str:
-        """The text and the ids; the placeholders of an image as their number."""
-        if self.is_run:
-            return f"{len(self.ids):,} x {self.text[: len(self.text) // len(self.ids)]!r}  {self.ids[0]}"
-        return f"{self.text!r}  {' '.join(map(str, self.ids))}"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Ids for a model, and what each of them is. `print(prompt)` shows it span by span."""
-
-    format: Format
-    spans: tuple[Span, ...]
-    stop_ids: frozenset[int]  # an answer ends before the first of these
-    notes: tuple[str, ...] = ()  # what was left out to keep within a budget
-
-    @cached_property
-    def ids(self) -> list[int]:
-        return [i for span in self.spans for i in span.ids]
-
-    @property
-    def text(self) -> str:
-        return "".join(span.text for span in self.spans)
-
-    @property
-    def prefix(self) -> int:
-        """How many of its tokens see one another, before and after: all of a prompt with images, else none."""
-        return len(self) if self.format == "image" else 0
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __str__(self) -> str:
-        lines = [f"{span.kind:<8}  {span}" for span in self.spans]
-        return "\n".join([f"{self.format} prompt, {len(self)} tokens", *lines, *self.notes])
-
-
-def stop_ids(tokenizer: Tokenizer, format: Format) -> frozenset[int]:
-    """The ids that end an answer to a prompt of this format.
-
-    A model tuned for chat ends what it says with `<end_of_turn>`, whatever it was asked to continue, and one for
-    infilling ends its middle with `<|file_separator|>`; neither is sure to say `<eos>`.
-    """
-    if format != "infill":
-        return tokenizer.end_ids
-    return tokenizer.end_ids | {i for piece in INFILL.values() for i in _control(tokenizer, piece).ids}
 
 
 def complete(tokenizer: Tokenizer, text: str, *, control: bool = False) -> Prompt:
@@ -123,7 +54,7 @@ def complete(tokenizer: Tokenizer, text: str, *, control: bool = False) -> Promp
         marks = {span.text for span in spans if span.kind == "control"}
         shown = "infill" if FIM_PREFIX in marks else "chat" if START_OF_TURN in marks else "complete"
         return Prompt(shown, tuple(spans), stop_ids(tokenizer, shown))
-    return _prompt(tokenizer, "complete", [_control(tokenizer, BOS), Span("content", text)])
+    return make_prompt(tokenizer, "complete", [control_span(tokenizer, BOS), Span("content", text)])
 
 
 def chat(
@@ -132,8 +63,10 @@ def chat(
     *,
     system: Literal["merge", "reject"] = "merge",
     answer: bool = True,
+    continue_final: bool = False,
 ) -> Prompt:
-    """A conversation in the turn format of Gemma 1, 2, 3, CodeGemma and RecurrentGemma.
+    """A conversation in the turn format of Gemma 1, 2, 3, CodeGemma and RecurrentGemma, or in that of the chat template
+    that came with the tokenizer, whose roles and contents are then what it takes (`chat_template.ChatTemplate.chat`).
 
     Args:
         messages: dicts of `role` ("user", "assistant" or its other name "model", and "system" for the first one) and
@@ -143,16 +76,19 @@ def chat(
             message, as Gemma 3's template does; "reject" refuses it, as those of Gemma 1 and 2 do.
         answer: open the model's turn at the end, which needs a last message by the user. False encodes a finished
             conversation, for example to train on.
+        continue_final: the last message is by the model and not at its end: its turn stays open.
 
     Raises:
         TextError: if the messages make no such conversation; names the message by its index.
     """
+    if (template := tokenizer.settings.chat_template) is not None:
+        return template.chat(tokenizer, messages, answer=answer, continue_final=continue_final)
     if system not in ("merge", "reject"):
         raise ConfigError(f"system={system!r} must be 'merge' or 'reject'")
     if not messages:
         raise TextError("messages is empty; a conversation begins with a message by the user")
     checked = [_check_message(i, message) for i, message in enumerate(messages)]
-    spans = [_control(tokenizer, BOS)]
+    spans = [control_span(tokenizer, BOS)]
     preamble = []
     if checked[0][0] == "system":
         if system == "reject":
@@ -170,17 +106,21 @@ def chat(
                 f"messages[{i}] has the role {messages[i]['role']!r}, expected {expected!r}: "
                 "after an optional system message, user and model alternate, the user first"
             )
-        body = [*preamble, Span("content", content.strip(), role=role)]
+        body = [*preamble, Span("content", content.strip(), role=role, learned=role == "model")]
         preamble = []
         spans += [*_open_turn(tokenizer, role), *body, *_close_turn(tokenizer, role)]
-    if answer:
+    if continue_final:
+        if checked[-1][0] != "model":
+            raise TextError(f"messages[{len(checked) - 1}] is by the user, and only the model's turn can go on")
+        del spans[-2:]
+    elif answer:
         if checked[-1][0] != "user":
             raise TextError(
                 f"messages[{len(checked) - 1}] is by the model, so there is nothing to answer; "
                 "end with a message by the user, or encode a finished conversation with answer=False"
             )
         spans += _open_turn(tokenizer, "model")
-    return _prompt(tokenizer, "chat", spans)
+    return make_prompt(tokenizer, "chat", spans)
 
 
 # The same format as `chat`, for tools that read templates: it is saved with a model that was tuned for it.
@@ -207,7 +147,8 @@ CHAT_TEMPLATE = """\
 
 
 def next_turn(tokenizer: Tokenizer, history: Sequence[int], content: str) -> Prompt:
-    """Only the ids that carry a conversation on: the user's next turn and the opening of the model's answer.
+    """Only the ids that carry a conversation in the family's turns on: the user's next turn, and the opening of the
+    model's answer.
 
     `history` is encoded already and stays as it is, so that what a model remembers of it can be used again.
 
@@ -226,12 +167,12 @@ def next_turn(tokenizer: Tokenizer, history: Sequence[int], content: str) -> Pro
         raise TextError(
             "history ends in <eos>; drop it and go on from there" if tail else "history is empty; use chat()"
         )
-    close = _encode(tokenizer, _close_turn(tokenizer, "model"))
+    close = encode_spans(tokenizer, _close_turn(tokenizer, "model"))
     end, line_break = (span.ids[0] for span in close)
     done = 2 if tail == [end, line_break] else 1 if tail[-1] == end else 0
     body = Span("content", content.strip(), role="user")
     turns = [*_open_turn(tokenizer, "user"), body, *_close_turn(tokenizer, "user"), *_open_turn(tokenizer, "model")]
-    return _prompt(tokenizer, "chat", [*close[done:], *turns])
+    return make_prompt(tokenizer, "chat", [*close[done:], *turns])
 
 
 def infill(
@@ -259,15 +200,15 @@ def infill(
         ModelError: if the vocabulary is not CodeGemma's.
         ContextError: if `max_tokens` does not even hold the format.
     """
-    opening = [_control(tokenizer, BOS)]
+    opening = [control_span(tokenizer, BOS)]
     context = []
     for other_path, code in files:
-        context.append(_encode(tokenizer, [*_path_line(other_path), Span("content", code)]))
-        context[-1].append(_control(tokenizer, FILE_SEPARATOR))
-    path_line = _encode(tokenizer, _path_line(path) if path is not None else [])
-    (before,) = _encode(tokenizer, [Span("content", prefix)])
-    (after,) = _encode(tokenizer, [Span("content", suffix)])
-    marks = [_control(tokenizer, piece) for piece in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)]
+        context.append(encode_spans(tokenizer, [*_path_line(other_path), Span("content", code)]))
+        context[-1].append(control_span(tokenizer, FILE_SEPARATOR))
+    path_line = encode_spans(tokenizer, _path_line(path) if path is not None else [])
+    (before,) = encode_spans(tokenizer, [Span("content", prefix)])
+    (after,) = encode_spans(tokenizer, [Span("content", suffix)])
+    marks = [control_span(tokenizer, piece) for piece in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE)]
 
     format_size = _count([*opening, *path_line, *marks])
     everything = format_size + _count([before, after]) + sum(map(_count, context))
@@ -344,29 +285,19 @@ def image(tokenizer: Tokenizer, text: str, *, patches: int, images: int = 1) -> 
     if not isinstance(text, str):
         raise TextError(f"text of a prompt must be str, not {type(text).__name__}")
     shown = [Span("control", IMAGE * patches, (tokenizer.id(IMAGE),) * patches)] * images
-    task = _encode(tokenizer, [Span("content", text.rstrip("\n"))])
-    separator = _encode(tokenizer, [Span("template", "\n")])
-    spans = [*shown, _control(tokenizer, BOS), *(span for span in task if span.text), *separator]
+    task = encode_spans(tokenizer, [Span("content", text.rstrip("\n"))])
+    separator = encode_spans(tokenizer, [Span("template", "\n")])
+    spans = [*shown, control_span(tokenizer, BOS), *(span for span in task if span.text), *separator]
     return Prompt("image", tuple(spans), stop_ids(tokenizer, "image"))
 
 
-def _prompt(tokenizer: Tokenizer, format: Format, spans: Sequence[Span]) -> Prompt:
-    return Prompt(format, tuple(s for s in _encode(tokenizer, spans) if s.text), stop_ids(tokenizer, format))
-
-
-def _control(tokenizer: Tokenizer, piece: str, role: str = "") -> Span:
-    if piece not in tokenizer:
-        member = "CodeGemma" if piece in INFILL.values() else "a Gemma model tuned for chat"
-        raise ModelError(f"this vocabulary of {len(tokenizer)} pieces has no {piece}; the format is that of {member}")
-    return Span("control", piece, (tokenizer.id(piece),), role)
-
-
 def _open_turn(tokenizer: Tokenizer, role: str) -> list[Span]:
-    return [_control(tokenizer, START_OF_TURN, role), Span("template", f"{role}\n", role=role)]
+    return [control_span(tokenizer, START_OF_TURN, role), Span("template", f"{role}\n", role=role)]
 
 
 def _close_turn(tokenizer: Tokenizer, role: str) -> list[Span]:
-    return [_control(tokenizer, END_OF_TURN, role), Span("template", "\n", role=role)]
+    end = replace(control_span(tokenizer, END_OF_TURN, role), learned=role == "model")
+    return [end, Span("template", "\n", role=role)]
 
 
 def _check_message(index: int, message: Mapping[str, str]) -> tuple[str, str]:
@@ -385,29 +316,6 @@ def _path_line(path: str) -> list[Span]:
     if not isinstance(path, str) or not path or "\n" in path:
         raise TextError(f"path {path!r} must be one line, such as 'src/main.py'")
     return [Span("content", path), Span("template", "\n")]
-
-
-def _encode(tokenizer: Tokenizer, spans: Sequence[Span]) -> list[Span]:
-    """The spans with their ids: text between two control tokens is encoded as one and shared out (see `Span`)."""
-    done: list[Span] = []
-    for is_control, group in groupby(spans, key=lambda span: span.kind == "control"):
-        texts = list(group)
-        if is_control:
-            done += texts
-            continue
-        for span in texts:
-            if not isinstance(span.text, str):
-                raise TextError(f"text of a prompt must be str, not {type(span.text).__name__}")
-        ids = tokenizer.encode("".join(span.text for span in texts))
-        at, reached, border = 0, 0, 0  # the last two in bytes, with a space and a literal `▁` both as one
-        for span in texts[:-1]:
-            start, border = at, border + len(span.text.replace(SPACE, " ").encode())
-            while reached < border:
-                reached += len(tokenizer.bytes(ids[at]))
-                at += 1
-            done.append(replace(span, ids=tuple(ids[start:at])))
-        done.append(replace(texts[-1], ids=tuple(ids[at:])))
-    return done
 
 
 def _count(spans: Sequence[Span]) -> int:

@@ -7,6 +7,7 @@ token spelled in text is data, exact decoding, and streaming that never splits a
 from __future__ import annotations
 
 import codecs
+import copy
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -19,6 +20,8 @@ from sentencepiece import SentencePieceProcessor
 
 from gemkit.errors import TextError, WeightsError
 from gemkit.text import sentencepiece_model
+from gemkit.text.control import ControlTable
+from gemkit.text.settings import Settings
 from gemkit.text.vocabulary import BOS, BYTES, EOS, PAD, SPACE, PieceType, Vocabulary
 
 
@@ -33,8 +36,11 @@ class Tokenizer:
     `decode(encode(text)) == text` for every text without U+2581 (`▁`), which the vocabulary cannot tell from a space.
     """
 
-    def __init__(self, vocabulary: Vocabulary):
+    spelled_control = False  # whether text that spells a control token is that token
+
+    def __init__(self, vocabulary: Vocabulary, settings: Settings | None = None):
         self.vocabulary = vocabulary
+        self.settings = Settings() if settings is None else settings
         self._ids = {piece: i for i, piece in enumerate(vocabulary.pieces)}
         self._control = frozenset(vocabulary.control_ids())
         self._byte = {
@@ -78,12 +84,19 @@ class Tokenizer:
         Raises:
             WeightsError: if these pieces are in other use.
         """
-        return Tokenizer(self.vocabulary.with_infill())
+        return Tokenizer(self.vocabulary.with_infill(), self.settings)
 
     def with_places(self) -> Tokenizer:
         """This tokenizer with PaliGemma's places, mask codes and `<image>`; for a member whose vocabulary is
         "paligemma"."""
-        return Tokenizer(self.vocabulary.with_places())
+        return Tokenizer(self.vocabulary.with_places(), self.settings)
+
+    def with_settings(self, settings: Settings) -> Tokenizer:
+        """This tokenizer, used as other settings say."""
+        made = copy.copy(self)
+        made.__dict__.pop("turn_end_ids", None)
+        made.settings = settings
+        return made
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.model`, with every piece typed as in the file that this tokenizer came from."""
@@ -132,8 +145,20 @@ class Tokenizer:
 
     @property
     def end_ids(self) -> frozenset[int]:
-        """Ids after which a model has nothing more to say: `<eos>`, and `<end_of_turn>` where there is one."""
-        return frozenset({self.eos} if self.end_of_turn is None else {self.eos, self.end_of_turn})
+        """Ids after which a model has nothing more to say: `<eos>`, `<end_of_turn>` where there is one, and those that
+        its files name."""
+        return self.settings.ends | ({self.eos} if self.end_of_turn is None else {self.eos, self.end_of_turn})
+
+    @cached_property
+    def turn_end_ids(self) -> frozenset[int]:
+        """Ids with which a foreign chat template ends an answer; none for the family's turns (`end_ids` has theirs)."""
+        template = self.settings.chat_template
+        return frozenset() if template is None else template.turn_ends(self)
+
+    @cached_property
+    def control_table(self) -> ControlTable:
+        """The spellings of the control tokens."""
+        return ControlTable(self.vocabulary.pieces[i] for i in self._control)
 
     # encoding
 

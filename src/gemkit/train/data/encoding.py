@@ -15,7 +15,7 @@ would be: no piece reaches over the border between them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
@@ -34,6 +34,8 @@ Messages = Sequence[Mapping[str, Any]]
 class ControlTokenizer(Tokenizer):
     """A tokenizer to which control tokens that are spelled in text are these tokens: for data that another tool has
     rendered already, as Transformers reads it."""
+
+    spelled_control = True
 
     def __init__(self, tokenizer: Tokenizer):
         self.__dict__.update(tokenizer.__dict__)
@@ -76,7 +78,8 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | Messages) -> list[int]:
 def encode_answer(
     tokenizer: Tokenizer, prompt: str | Messages, answer: str, *, context: int | None = None, learn_prompt: bool = False
 ) -> Example:
-    """An answer to a prompt. The answer to messages ends with `<end_of_turn>`, that to a text with `<eos>`.
+    """An answer to a prompt. The answer to messages ends as the model's turns do, with `<end_of_turn>` or what its own
+    chat template puts there; that to a text ends with `<eos>`.
 
     Args:
         context: tokens that the model sees. A sequence that is longer is refused: cut, it would teach not to stop.
@@ -90,6 +93,10 @@ def encode_answer(
     if isinstance(prompt, str):
         said = tokenizer.encode(answer)
         said += [tokenizer.eos] if said[-1:] != [tokenizer.eos] else []  # it may be spelled, see `ControlTokenizer`
+    elif (template := tokenizer.settings.chat_template) is not None:
+        spans = template.training(tokenizer, [*prompt, {"role": "assistant", "content": answer}]).spans
+        last = max(i for i, (a, b) in enumerate(pairwise(spans)) if b.learned and not a.learned)
+        said = [i for span in spans[last + 1 :] if span.learned for i in span.ids]
     else:
         said = [*tokenizer.encode(answer.strip()), tokenizer.id(prompts.END_OF_TURN)]
     _fits(len(before) + len(said), context, "prompt and answer")
@@ -97,8 +104,9 @@ def encode_answer(
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Messages, *, context: int | None = None) -> Example:
-    """A conversation; every answer of the assistant is learned, with the `<end_of_turn>` that ends it. It counts what
-    the `weight` of its message says, 1 where it has none.
+    """A conversation; every answer of the assistant is learned, with the `<end_of_turn>` that ends it, or with what the
+    model's own chat template ends it with (`ChatTemplate.training`). It counts what the `weight` of its message says, 1
+    where it has none.
 
     A system message goes before the first user message, as in `prompts.chat`. What the user says last, without an
     answer, is left out, for nothing is to be learned of it.
@@ -114,22 +122,25 @@ def encode_chat(tokenizer: Tokenizer, messages: Messages, *, context: int | None
     last = max((i for i, m in enumerate(messages) if prompts.ROLES.get(m.get("role", "")) == "model"), default=-1)
     if last < 0:
         raise TextError("no message is by the assistant, so there is nothing to learn")
-    prompt = prompts.chat(tokenizer, messages[: last + 1], answer=False)
-    spans = prompt.spans
+    finished = messages[: last + 1]
+    template = tokenizer.settings.chat_template
+    if template is None:
+        spans = prompts.chat(tokenizer, finished, answer=False).spans
+    else:
+        spans = template.training(tokenizer, finished).spans
     ids = np.fromiter(chain.from_iterable(span.ids for span in spans), np.int64)
-    said = _said(spans, [message.get("weight", 1.0) for message in messages if message["role"] != "system"])
+    answers = [i for i, message in enumerate(finished) if prompts.ROLES.get(message["role"]) == "model"]
+    said, ends = _said(spans, [finished[i].get("weight", 1.0) for i in answers])
     weights = np.repeat(np.array(said, np.float32), [len(span.ids) for span in spans])
     if context is None or len(ids) <= context:
         return Example(ids, weights)
-    answers = np.repeat([span.role == "model" for span in spans], [len(span.ids) for span in spans])
-    ends = np.flatnonzero((ids == tokenizer.id(prompts.END_OF_TURN)) & answers) + 2  # with the line break
-    fitting = ends[ends <= context]
-    if not len(fitting):
+    fitting = [end for end in ends if end <= context]
+    if not fitting:
         raise ContextError(
             f"a conversation of {len(ids)} tokens, {ends[0]} to the end of its first answer, and context={context}"
         )
-    # between two answers is one message by the user
-    return Example(ids[: fitting[-1]], weights[: fitting[-1]], extra={"turns_left_out": 2 * (len(ends) - len(fitting))})
+    left_out = last - answers[len(fitting) - 1]
+    return Example(ids[: fitting[-1]], weights[: fitting[-1]], extra={"turns_left_out": left_out})
 
 
 def encode_image(
@@ -174,14 +185,21 @@ def encode_image(
     )
 
 
-def _said(spans: Sequence[prompts.Span], weights: Sequence[float]) -> list[float]:
-    """What the tokens of each span count, by the weights of the turns."""
-    turn, said = -1, []
-    for span in spans:
-        turn += span.kind == "control" and span.text == prompts.START_OF_TURN
-        learned = span.role == "model" and (span.kind == "content" or span.text == prompts.END_OF_TURN)
-        said.append(weights[turn] if learned else 0.0)
-    return said
+def _said(spans: Sequence[prompts.Span], weights: Sequence[float]) -> tuple[list[float], list[int]]:
+    """What the tokens of each span count, by the weights of the answers; and how many ids there are up to the end of
+    each answer, with the white space of the format after it."""
+    said, ends, at, answer = [], [], 0, -1
+    for i, span in enumerate(spans):
+        at += len(span.ids)
+        answer += span.learned and (i == 0 or not spans[i - 1].learned)
+        said.append(weights[min(answer, len(weights) - 1)] if span.learned else 0.0)
+        after = spans[i + 1] if i + 1 < len(spans) else None
+        if span.learned and (after is None or not after.learned):
+            space = after is not None and after.kind == "template" and after.text.isspace()
+            ends.append(at + len(after.ids) if space and after is not None else at)
+    if answer + 1 != len(weights):
+        raise TextError(f"the chat template has {answer + 1} answers where the conversation has {len(weights)}")
+    return said, ends
 
 
 def _learned(before: Sequence[int], said: Sequence[int], *, weight: float = 1.0, **parts) -> Example:
