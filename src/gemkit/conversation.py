@@ -19,7 +19,7 @@ from gemkit import generate as loop
 from gemkit import text as formats
 from gemkit.errors import StateError
 from gemkit.files import atomic_folder
-from gemkit.generate import GREEDY, INSTRUCTION_TUNED, Event, Options, Request, Result, Sampling, StopFlag
+from gemkit.generate import Defaults, Event, Options, Request, Result, Sampling, StopFlag
 from gemkit.text import Prompt, Tokenizer
 
 
@@ -110,20 +110,26 @@ class Completer:
     Args:
         runtime: asked for the executor once before each answer.
         unused: ids that no answer holds (`generate.unused_ids`).
+        defaults: where the options of an answer say nothing.
     """
 
-    def __init__(self, runtime: Runtime, tokenizer: Tokenizer, unused: Collection[int] = ()):
+    def __init__(
+        self, runtime: Runtime, tokenizer: Tokenizer, unused: Collection[int] = (), defaults: Defaults | None = None
+    ):
         self.runtime, self.tokenizer, self.unused = runtime, tokenizer, unused
+        self.defaults = Defaults() if defaults is None else defaults
 
-    def request(self, prompt: Prompt, options: Options, defaults: Sampling = GREEDY, **more: Any) -> Request:
-        """The request that `generate.Request.from_prompt` makes of a prompt, options and default sampling."""
-        return Request.from_prompt(prompt, options, defaults, banned=self.unused, **more)
+    def request(self, prompt: Prompt, options: Options, defaults: Sampling | None = None, **more: Any) -> Request:
+        """The request that `generate.Request.from_prompt` makes of a prompt, options and default sampling: None is that
+        of `defaults.plain`."""
+        sampling = self.defaults.plain if defaults is None else defaults
+        return Request.from_prompt(prompt, options, sampling, banned=self.unused, stop=self.defaults.stop, **more)
 
     def complete(
         self,
         prompts: Sequence[Prompt],
         options: Options,
-        defaults: Sampling = GREEDY,
+        defaults: Sampling | None = None,
         images: Sequence[Sequence[np.ndarray]] | None = None,
     ) -> list[Result]:
         """The answers to all prompts, computed as one batch; `images` are those of each, preprocessed."""
@@ -132,7 +138,7 @@ class Completer:
         return loop.complete(self.runtime.sync(), requests, **loop.loop_options(options, self.tokenizer.stream))
 
     def stream(
-        self, prompt: Prompt, options: Options, defaults: Sampling = GREEDY, images: Sequence[np.ndarray] = ()
+        self, prompt: Prompt, options: Options, defaults: Sampling | None = None, images: Sequence[np.ndarray] = ()
     ) -> Stream:
         """The answer to a prompt as it comes."""
         request = self.request(prompt, options, defaults, images=images)
@@ -142,8 +148,9 @@ class Completer:
 
 
 class _Past(NamedTuple):
-    """The turns that count: all ids, and a snapshot of a beginning of them."""
+    """The turns that count: as messages, as ids, and a snapshot of a beginning of these."""
 
+    messages: list[dict[str, str]]
     ids: list[int]
     snapshot: Any
 
@@ -170,7 +177,7 @@ class Conversation:
         self._options: Options = {} if options is None else options
         self._executor: Any = None
         self._state: Any = None
-        self._past = _Past([], None)
+        self._past = _Past(self._preamble(), [], None)
         self._earlier: list[_Past] = []  # before each turn; the newest alone with its snapshot
         self._turn: Stream | None = None
         self._lock = threading.RLock()
@@ -195,17 +202,20 @@ class Conversation:
         with self._lock:
             if self._turn is not None:
                 self._turn.close()
-            prompt = self._prompt(words)
+            asked = [*self._past.messages, {"role": "user", "content": words}]
+            prompt, goes_on = self._prompt(asked)
+            history = self.ids if goes_on else []
             executor = self.completer.runtime.sync()
-            if executor is not self._executor:  # its past is computed anew
-                self._begin(executor, self.ids)
+            if executor is not self._executor or not goes_on:  # its past is computed anew
+                self._renew(executor)
             elif self._turn is not None and self._turn.result is None:
                 self._state.restore(self._past.snapshot, 0)
-            request = self.completer.request(prompt, self._options, INSTRUCTION_TUNED, history=self.ids, slot=0)
+            sampling = self.completer.defaults.chat
+            request = self.completer.request(prompt, self._options, sampling, history=history, slot=0)
             options = loop.loop_options(self._options, self.completer.tokenizer.stream)
             stop = StopFlag()
             events = loop.generate(executor, [request], state=self._state, stop=stop, **options)
-            self._turn = Stream(prompt, events, stop, lambda result: self._remember(request, result))
+            self._turn = Stream(prompt, events, stop, lambda result: self._remember(asked, request, result))
             return self._turn
 
     def undo(self) -> bool:
@@ -238,7 +248,7 @@ class Conversation:
         options: dict[str, Any] = dict(self._options)
         if "logit_bias" in options:  # JSON has no numbers as keys
             options["logit_bias"] = list(options["logit_bias"].items())
-        record = {"version": _VERSION, "ids": past.ids, "system": self._system, "options": options}
+        record = {"version": _VERSION, "ids": past.ids, "messages": past.messages, "options": options}
         try:
             with atomic_folder(folder) as work:
                 past.snapshot.save(work / _STATE)
@@ -255,40 +265,52 @@ class Conversation:
             StateError: if it is damaged, or of another architecture or executor.
         """
         folder = Path(path).expanduser()
-        ids, system, options = _read(folder / _RECORD, len(completer.tokenizer))
+        ids, messages, options = _read(folder / _RECORD, len(completer.tokenizer))
+        system = messages[0]["content"] if messages[0]["role"] == "system" else None
         talk, executor = cls(completer, system, options), completer.runtime.sync()
-        state = talk._begin(executor, ids)
-        snapshot = state.load(folder / _STATE)
+        talk._renew(executor)
+        snapshot = talk._state.load(folder / _STATE)
         if snapshot.length > len(ids):
             raise StateError(f"{folder} is damaged: its state has {snapshot.length} tokens, its turns {len(ids)}")
-        state.restore(snapshot, 0)
-        talk._past = _Past(ids, snapshot)
+        talk._state.restore(snapshot, 0)
+        talk._past = _Past(messages, ids, snapshot)
         return talk
 
-    def _begin(self, executor: Any, ids: list[int]) -> Any:
-        """A state that has seen nothing of these ids."""
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The turns so far, as they are given to `Gemma.chat`."""
+        return [dict(message) for message in self._past.messages]
+
+    def _preamble(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self._system}] if self._system else []
+
+    def _renew(self, executor: Any) -> None:
+        """A state that has seen nothing of the turns so far."""
         self._executor, self._state = executor, executor.new_state(1)
-        self._past = _Past(ids, self._state.snapshot(0))
-        return self._state
+        self._past = self._past._replace(snapshot=self._state.snapshot(0))
 
-    def _prompt(self, words: str) -> Prompt:
-        if self.ids:
-            return formats.next_turn(self.completer.tokenizer, self.ids, words)
-        messages = [{"role": "user", "content": words}]
-        if self._system:
-            messages.insert(0, {"role": "system", "content": self._system})
-        return formats.chat(self.completer.tokenizer, messages)
+    def _prompt(self, messages: list[dict[str, str]]) -> tuple[Prompt, bool]:
+        """What the model is shown of the last message, and whether that carries on what it has seen."""
+        tokenizer, ids = self.completer.tokenizer, self.ids
+        if not ids:
+            return formats.chat(tokenizer, messages), True
+        if (template := tokenizer.settings.chat_template) is None:
+            return formats.next_turn(tokenizer, ids, messages[-1]["content"]), True
+        added = template.continued(tokenizer, ids, messages)
+        return (formats.chat(tokenizer, messages), False) if added is None else (added, True)
 
-    def _remember(self, request: Request, result: Result) -> None:
+    def _remember(self, asked: list[dict[str, str]], request: Request, result: Result) -> None:
         """Add a turn; called by the thread that reads its end, before the next turn can begin (`Stream.close`)."""
-        ids = [*request.ids, *result.ids]
-        if ids[-1] == self.completer.tokenizer.eos:  # ends the answer, but not the conversation
+        tokenizer, ids = self.completer.tokenizer, [*request.ids, *result.ids]
+        # the family's <eos> ends the answer, but not the conversation; a template of its own may write it
+        if ids[-1] == tokenizer.eos and tokenizer.settings.chat_template is None:
             ids.pop()  # it was drawn last, so the state has not seen it
+        answered = [*asked, {"role": "assistant", "content": result.text}]
         self._earlier = [*(past._replace(snapshot=None) for past in self._earlier), self._past]
-        self._past = _Past(ids, self._state.snapshot(0))
+        self._past = _Past(answered, ids, self._state.snapshot(0))
 
 
-_RECORD, _STATE, _VERSION = "conversation.json", "state.safetensors", 1
+_RECORD, _STATE, _VERSION = "conversation.json", "state.safetensors", 2
 
 
 def _number(value: Any) -> Any:
@@ -298,20 +320,26 @@ def _number(value: Any) -> Any:
     raise TypeError(f"an option of the type {type(value).__name__}")
 
 
-def _read(path: Path, vocab_size: int) -> tuple[list[int], str | None, Options]:
-    """Ids, system and options of a saved conversation."""
+def _read(path: Path, vocab_size: int) -> tuple[list[int], list[dict[str, str]], Options]:
+    """Ids, messages and options of a saved conversation."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        version, ids, system, options = (record[key] for key in ("version", "ids", "system", "options"))
+        version = record["version"]
         if version != _VERSION:
             raise StateError(f"{path} is of version {version!r}; this version of gemkit reads {_VERSION}")
+        ids, messages, options = (record[key] for key in ("ids", "messages", "options"))
         if "logit_bias" in options:
             options["logit_bias"] = {int(token): float(bias) for token, bias in options["logit_bias"]}
-        known = set(options) <= set(Options.__annotations__) and (system is None or isinstance(system, str))
-        if not (ids and known and all(type(i) is int and 0 <= i < vocab_size for i in ids)):
-            raise ValueError("unknown options, or ids that the vocabulary does not have")
+        if not set(options) <= set(Options.__annotations__):
+            raise ValueError("unknown options")
+        if not (
+            messages and all(set(m) == {"role", "content"} and set(map(type, m.values())) == {str} for m in messages)
+        ):
+            raise ValueError("messages without role and content")
+        if not (ids and all(type(i) is int and 0 <= i < vocab_size for i in ids)):
+            raise ValueError("ids that the vocabulary does not have")
     except OSError as error:
         raise StateError(f"{path} cannot be read: {error.strerror or error}: Conversation.save writes it") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise StateError(f"{path} is no conversation, or damaged: {error}") from None
-    return ids, system, Options(**options)
+    return ids, messages, Options(**options)

@@ -14,6 +14,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
@@ -22,15 +23,16 @@ from gemkit import text as formats
 from gemkit.adapters.resolve import find
 from gemkit.conversation import Completer, Conversation, Stream
 from gemkit.errors import ConfigError, ModelError
-from gemkit.generate import INSTRUCTION_TUNED, MAX_TOKENS, Options, Result, Score, unused_ids
+from gemkit.generate import GREEDY, INSTRUCTION_TUNED, MAX_TOKENS, Defaults, Options, Result, Score, unused_ids
 from gemkit.image_tasks import ImageTasks, Shown
 from gemkit.runtime.open import Runtime, open_runtime
 from gemkit.runtime.options import ExecutorName, LoadOptions
 from gemkit.text import Tokenizer
 from gemkit.weights import hub
 from gemkit.weights.checkpoint import Checkpoint
-from gemkit.weights.describe import with_adapters
+from gemkit.weights.describe import with_adapter_turns, with_adapters
 from gemkit.weights.fit import SCORE
+from gemkit.weights.generation import FILE, Generation
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +95,10 @@ class Gemma(ImageTasks):
         self.prompts = checkpoint.prompts  # what it was trained to answer: complete, chat, infill, image
         self.runtime, self.report = runtime, runtime.report
         image_token = None if self.vision is None else self.vision.placeholder
-        self.completer = Completer(runtime, self.tokenizer, unused_ids(self.config, len(self.tokenizer), image_token))
+        unused = unused_ids(self.config, len(self.tokenizer), image_token)
+        self.completer = Completer(runtime, self.tokenizer, unused, _defaults(checkpoint.generation))
+        self._generation = checkpoint.generation
+        self.report.notes += [*self.tokenizer.settings.notes, *self._generation.notes]
         self._source, self._display_name = checkpoint.place.name, checkpoint.display_name
         self._scored = SCORE in checkpoint.reader.entries
 
@@ -192,6 +197,7 @@ class Gemma(ImageTasks):
         with self.runtime.lock:
             told = saved.attach(self.module, path, name, trainable=trainable)
             self.prompts = with_adapters(self.prompts, [path])
+            self.tokenizer = self.completer.tokenizer = with_adapter_turns(self.tokenizer, [path])
         return told
 
     def save_adapter(
@@ -206,7 +212,14 @@ class Gemma(ImageTasks):
         from gemkit.adapters import saved
 
         return saved.save(
-            self.module, folder, name, base=self._source, named=self._display_name, prompts=self.prompts, data=data
+            self.module,
+            folder,
+            name,
+            base=self._source,
+            named=self._display_name,
+            prompts=self.prompts,
+            templates=formats.templates_of(self.tokenizer),
+            data=data,
         )
 
     def adapters(self) -> list[str]:
@@ -279,7 +292,9 @@ class Gemma(ImageTasks):
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         self.warn_if_not_tuned_for_chat()
-        return self.completer.complete([formats.chat(self.tokenizer, messages)], options, INSTRUCTION_TUNED)[0]
+        return self.completer.complete([formats.chat(self.tokenizer, messages)], options, self.completer.defaults.chat)[
+            0
+        ]
 
     def conversation(self, system: str | None = None, **options: Unpack[Options]) -> Conversation:
         """A conversation that remembers: each turn continues from the state that the turns before left."""
@@ -397,7 +412,10 @@ class Gemma(ImageTasks):
             f"loaded in {self.report.seconds:.1f} s",
             f"context    {self.config.max_context:,} tokens",
             f"trained to {', '.join(self.prompts)}",
+            f"sampling   {self.completer.defaults}",
         ]
+        if (template := self.tokenizer.settings.chat_template) is not None:
+            lines.append(f"turns      {template.name}")
         if self.vision is not None:
             size = self.vision.tower.image_size
             lines.append(f"images     {size} x {size} pixels, {self.vision.tokens:,} tokens each")
@@ -444,6 +462,7 @@ class Gemma(ImageTasks):
             folder,
             tokenizer=self.tokenizer,
             prompts=self.prompts,
+            generation=self._generation.given,
             dtype=dtype,
             quantized=quantized,
             card=card,
@@ -453,6 +472,15 @@ class Gemma(ImageTasks):
         """Say once per call site that a pretrained model only continues text."""
         if "chat" not in self.prompts:
             warnings.warn(not_tuned_for_chat(self.label), stacklevel=3)
+
+
+def _defaults(found: Generation) -> Defaults:
+    """Defaults of answers, from what the model's files say."""
+    plain = replace(GREEDY, **found.always)
+    if found.sampling is None:
+        source = f"{FILE}, with gemkit's own sampling" if found.always or found.stop else "gemkit's own"
+        return Defaults(plain, replace(INSTRUCTION_TUNED, **found.always), found.stop, source)
+    return Defaults(plain, replace(plain, **found.sampling), found.stop, FILE)
 
 
 def not_tuned_for_chat(label: str) -> str:

@@ -54,7 +54,7 @@ def test_what_cannot_be_saved_or_loaded_is_told(models, tmp_path):
             other.load_conversation(saved)
     file = saved / "conversation.json"
     record = json.loads(file.read_text())
-    for damage in ({"ids": [10**9]}, {"ids": [2]}, {"options": {"colour": 1}}, {"version": 2}, {"system": 3}):
+    for damage in ({"ids": [10**9]}, {"ids": [2]}, {"options": {"colour": 1}}, {"version": 1}, {"messages": 3}):
         file.write_text(json.dumps({**record, **damage}))
-        with pytest.raises(StateError, match=r"damaged|version 2"):
+        with pytest.raises(StateError, match=r"damaged|version 1"):
             model.load_conversation(saved)

@@ -13,6 +13,7 @@ import transformers
 
 from gemkit import family
 from gemkit.text import Tokenizer
+from gemkit.text.prompts import CHAT_TEMPLATE
 from gemkit.text.vocabulary import BYTES, IMAGE, INFILL, PieceType
 from support.tiny import TOWER, reference, save_reference, tiny
 
@@ -65,7 +66,7 @@ def write(
     save_reference(model, folder)
     vocabulary.save(folder / "tokenizer.model")
     if chat:
-        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return model
 
 

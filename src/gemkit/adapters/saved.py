@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,7 @@ def save(
     base: str | None,
     named: str,
     prompts: Collection[Prompt] = (),
+    templates: Mapping[str, str] | None = None,
     data: Sequence[str] = (),
 ) -> Path:
     """Write an adapter as PEFT does, with a model card. The folder appears under its name only when it is complete.
@@ -196,6 +197,7 @@ def save(
         base: what the model is opened by again; None is the starter model.
         named: what others know it by: a hub id, or a folder.
         prompts: what the model answers with it: "chat" leaves a chat template beside it.
+        templates: the "default" one, and others by their names (`prompts.templates_of`); None: the family's.
         data: what it was trained on, for the card.
 
     Raises:
@@ -209,7 +211,11 @@ def save(
         text = card(Path(folder).expanduser().resolve().name, named, lines, adapter=True, data=data)
         (work / "README.md").write_text(text, encoding="utf-8")
         if "chat" in prompts:
-            (work / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+            for label, text in (templates or {"default": CHAT_TEMPLATE}).items():
+                more = work / "additional_chat_templates"
+                path = work / "chat_template.jinja" if label == "default" else more / f"{label}.jinja"
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text, encoding="utf-8")
     return Path(folder).expanduser()
 
 

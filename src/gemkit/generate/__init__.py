@@ -5,7 +5,7 @@ from gemkit.generate.loop import complete, generate, reward, score, step
 from gemkit.generate.policy import Mixed, Plan, Policy, PromptsFirst
 from gemkit.generate.request import MAX_TOKENS, Options, Request, TextStream, loop_options, unused_ids
 from gemkit.generate.result import Event, FinishReason, Result, Score, Timings, TokenLogprob
-from gemkit.generate.sampler import GREEDY, INSTRUCTION_TUNED, Sampling, sample
+from gemkit.generate.sampler import GREEDY, INSTRUCTION_TUNED, Defaults, Sampling, sample
 from gemkit.generate.sequence import Sequence
 from gemkit.generate.speculate import SpeculationController
 from gemkit.generate.stops import StopStrings
@@ -15,6 +15,7 @@ __all__ = [
     "INSTRUCTION_TUNED",
     "MAX_TOKENS",
     "Chunk",
+    "Defaults",
     "Event",
     "Executor",
     "FinishReason",

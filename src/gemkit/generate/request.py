@@ -30,8 +30,9 @@ class TextStream(Protocol):
 class Options(TypedDict, total=False):
     """How an answer is made; every field may be left out.
 
-    Sampling fields that are left out are greedy for `generate` and `infill`, and for `chat` those that the
-    instruction-tuned models are published with (temperature 1, top-k 64, top-p 0.95).
+    Sampling fields that are left out are greedy for `generate` and `infill`; for `chat` they are those of the model's
+    generation_config.json, or those that the instruction-tuned models are published with (temperature 1, top-k 64,
+    top-p 0.95). Its repetition penalty, banned tokens and stop strings count everywhere (`Defaults`).
     """
 
     max_tokens: int | None  # to generate at most (256); None: until a stop or the end of the context
@@ -91,6 +92,7 @@ class Request:
         history: Sequence[int] = (),
         slot: int | None = None,
         images: Sequence[np.ndarray] = (),
+        stop: Sequence[str] = (),
     ) -> Request:
         """A prompt and options as a request.
 
@@ -99,6 +101,7 @@ class Request:
             banned: ids that are never drawn, unless `logit_bias` says otherwise: `unused_ids`.
             history: ids that the prompt continues.
             images: preprocessed, for the placeholders of the prompt.
+            stop: texts that end the answer where the options say nothing.
 
         Raises:
             ConfigError: an option that does not exist, is out of its range, or cannot take effect.
@@ -107,7 +110,7 @@ class Request:
         if unknown := sorted(set(options) - set(Options.__annotations__)):
             raise ConfigError(f"unknown option {unknown[0]!r}; options are {', '.join(Options.__annotations__)}")
         if known.get("temperature") == 0:  # greedy, whatever was published
-            defaults = GREEDY
+            defaults = replace(defaults, temperature=0.0, top_k=None, top_p=1.0, min_p=0.0)
         sampling = replace(defaults, **known)
         if sampling.temperature == 0 and (idle := [f"{f}={known[f]}" for f in _FILTERS if f in known]):
             raise ConfigError(
@@ -120,7 +123,7 @@ class Request:
             sampling=sampling,
             max_tokens=options.get("max_tokens", MAX_TOKENS),
             stop_ids=prompt.stop_ids,
-            stop_strings=options.get("stop", ()),
+            stop_strings=options.get("stop", stop),
             logprobs=options.get("logprobs"),
             slot=slot,
             spans=[(len(history), len(history) + prompt.prefix)] if prompt.prefix else (),

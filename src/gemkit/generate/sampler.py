@@ -113,6 +113,26 @@ GREEDY = Sampling()
 INSTRUCTION_TUNED = Sampling(temperature=1.0, top_k=64, top_p=0.95)
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """How a model's answers are made where the options say nothing."""
+
+    plain: Sampling = GREEDY  # of everything but conversations
+    chat: Sampling = INSTRUCTION_TUNED
+    stop: tuple[str, ...] = ()  # texts that end an answer
+    source: str = "gemkit's own"  # where they come from, for people
+
+    def __str__(self) -> str:
+        parts = [f"{field}={value}" for field, value in self._shown().items()]
+        return f"{', '.join(parts) or 'greedy'} ({self.source})"
+
+    def _shown(self) -> dict[str, object]:
+        names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        shown = {name: getattr(self.chat, name) for name in names if getattr(self.chat, name) != getattr(GREEDY, name)}
+        banned = {"banned": f"{len(self.chat.logit_bias)} tokens"} if self.chat.logit_bias else {}
+        return {**shown, **banned, **({"stop": list(self.stop)} if self.stop else {})}
+
+
 class Candidates(NamedTuple):
     """The tokens that the filters left, and how likely each is relative to the others."""
 

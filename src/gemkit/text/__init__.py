@@ -2,7 +2,18 @@
 
 from gemkit.text import tasks
 from gemkit.text.places import Box, Place
-from gemkit.text.prompts import Prompt, Span, chat, complete, image, infill, infill_at, next_turn, stop_ids
+from gemkit.text.prompts import (
+    Prompt,
+    Span,
+    chat,
+    complete,
+    image,
+    infill,
+    infill_at,
+    next_turn,
+    stop_ids,
+    templates_of,
+)
 from gemkit.text.tokenizer import StreamDecoder, Tokenizer
 from gemkit.text.vocabulary import PieceType, Vocabulary
 
@@ -23,4 +34,5 @@ __all__ = [
     "next_turn",
     "stop_ids",
     "tasks",
+    "templates_of",
 ]

@@ -26,7 +26,7 @@ from typing import Any
 from gemkit.errors import TextError
 from gemkit.text.control import Breaker
 from gemkit.text.sandbox import TemplateProcess
-from gemkit.text.spans import Prompt, Span, encode_spans
+from gemkit.text.spans import Prompt, Span, encode_spans, stop_ids
 from gemkit.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -189,9 +189,7 @@ class _Rendering:
             raise TextError("messages is empty; a conversation begins with a message")
         self.source = template.tool_use if tools and template.tool_use is not None else template.source
         self.marks = _Marks.beside(self.source, self.messages, tools)
-        self.breaker = safe = Breaker(
-            tokenizer.control_table, "" if tokenizer.spelled_control else self.marks.broken
-        )
+        self.breaker = safe = Breaker(tokenizer.control_table, "" if tokenizer.spelled_control else self.marks.broken)
         self.safe = [_map_content(safe.values(m), lambda _, text: safe.content(text), 0) for m in self.messages]
         self.tools = None if tools is None else [safe.values(tool) for tool in tools]
 
@@ -280,8 +278,7 @@ class _Rendering:
 
     def prompt(self, text: str, learned: Sequence[tuple[int, int]] = (), start: int = 0) -> Prompt:
         """The text from `start` on as a prompt."""
-        stops = self.tokenizer.end_ids | self.tokenizer.turn_end_ids
-        return Prompt("chat", tuple(self.spans(text, learned, start)), stops)
+        return Prompt("chat", tuple(self.spans(text, learned, start)), stop_ids(self.tokenizer, "chat"))
 
     def spans(self, text: str, learned: Sequence[tuple[int, int]] = (), start: int = 0) -> list[Span]:
         """The text as spans: control tokens where they stand unbroken, contents where they can be told."""

@@ -44,7 +44,8 @@ def complete(tokenizer: Tokenizer, text: str, *, control: bool = False) -> Promp
     """
     if control:
         spans: list[Span] = []
-        ids = tokenizer.with_bos(tokenizer.encode(text, control=True))
+        ids = tokenizer.encode(text, control=True)
+        ids = tokenizer.with_bos(ids) if tokenizer.settings.add_bos else ids
         for is_control, group in groupby(ids, key=tokenizer.is_control):
             if is_control:
                 spans += [Span("control", tokenizer.piece(i), (i,)) for i in group]
@@ -54,7 +55,8 @@ def complete(tokenizer: Tokenizer, text: str, *, control: bool = False) -> Promp
         marks = {span.text for span in spans if span.kind == "control"}
         shown = "infill" if FIM_PREFIX in marks else "chat" if START_OF_TURN in marks else "complete"
         return Prompt(shown, tuple(spans), stop_ids(tokenizer, shown))
-    return make_prompt(tokenizer, "complete", [control_span(tokenizer, BOS), Span("content", text)])
+    opening = [control_span(tokenizer, BOS)] if tokenizer.settings.add_bos else []
+    return make_prompt(tokenizer, "complete", [*opening, Span("content", text)])
 
 
 def chat(
@@ -144,6 +146,15 @@ CHAT_TEMPLATE = """\
 {{- '<start_of_turn>model\\n' -}}
 {%- endif -%}
 """
+
+
+def templates_of(tokenizer: Tokenizer) -> dict[str, str]:
+    """The chat template of a tokenizer's turns, as "default", and the one for tools where it has its own."""
+    template = tokenizer.settings.chat_template
+    if template is None:
+        return {"default": CHAT_TEMPLATE}
+    tools = {} if template.tool_use is None else {"tool_use": template.tool_use}
+    return {"default": template.source, **tools}
 
 
 def next_turn(tokenizer: Tokenizer, history: Sequence[int], content: str) -> Prompt:

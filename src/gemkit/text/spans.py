@@ -79,7 +79,7 @@ def stop_ids(tokenizer: Tokenizer, format: Format) -> frozenset[int]:
     infilling ends its middle with `<|file_separator|>`; neither is sure to say `<eos>`.
     """
     if format != "infill":
-        return tokenizer.end_ids
+        return tokenizer.end_ids | (tokenizer.turn_end_ids if format == "chat" else frozenset())
     return tokenizer.end_ids | {i for piece in INFILL.values() for i in control_span(tokenizer, piece).ids}
 
 

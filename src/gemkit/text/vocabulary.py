@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,27 @@ class PieceType(IntEnum):
     USER_DEFINED = 4  # matched in text before anything is merged
     UNUSED = 5
     BYTE = 6
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token that a file adds to a vocabulary, or whose name it changes."""
+
+    id: int
+    piece: str
+    special: bool  # steers the model; others are text that is always one token
+
+    @classmethod
+    def from_json(cls, id: int, given: Mapping[str, Any]) -> AddedToken:
+        """A token as tokenizer.json and `added_tokens_decoder` write it.
+
+        Raises:
+            WeightsError: for one that takes in the space beside it, or is found in whole words only.
+        """
+        for key in ("lstrip", "rstrip", "single_word"):
+            if given.get(key):
+                raise WeightsError(f"the added token {given['content']!r} has {key}, which is not implemented")
+        return cls(id, str(given["content"]), bool(given.get("special", False)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +178,34 @@ class Vocabulary:
         scores = np.zeros(len(pieces), dtype=np.float32)
         scores[normal] = normal[:1] - normal
         return cls.from_pieces(pieces, scores, types, source=source)
+
+    def with_added(self, tokens: Sequence[AddedToken], *, source: str = "vocabulary") -> Vocabulary:
+        """The vocabulary with tokens that were added or renamed, in ascending order of their ids.
+
+        Files of one model repeat its own added tokens, so nearly all are there already and stay as they are.
+
+        Raises:
+            WeightsError: if there is a gap before an id, or a piece would be there twice.
+        """
+        pieces, types = list(self.pieces), self.types.tolist()
+        for token in tokens:
+            spelled = token.piece.replace(" ", SPACE)
+            if token.id < len(pieces):
+                if pieces[token.id] == spelled or types[token.id] == PieceType.BYTE:
+                    continue
+                pieces[token.id] = spelled
+            elif token.id == len(pieces):
+                pieces.append(spelled)
+                types.append(PieceType.NORMAL)
+            else:
+                raise WeightsError(
+                    f"{source}: the added token {spelled!r} has the id {token.id} of {len(pieces)} pieces"
+                )
+            types[token.id] = PieceType.CONTROL if token.special else PieceType.USER_DEFINED
+        if pieces == self.pieces:
+            return self
+        scores = np.concatenate([self.scores, np.zeros(len(pieces) - len(self.scores), np.float32)])
+        return Vocabulary.from_pieces(pieces, scores, np.array(types), specs=self.specs, source=source)
 
     def with_infill(self) -> Vocabulary:
         """The CodeGemma vocabulary: unused pieces 67 to 70 renamed to the infilling tokens, if they are not already.

@@ -363,6 +363,7 @@ class Run:
         return {
             "the model": fingerprint(self.decoder, self.vision, self.checkpoint),
             "the tokenizer": digest(self.tokenizer.vocabulary.pieces),
+            "the turns": digest([*formats.templates_of(self.tokenizer).values()]),
             "the data": self.data.fingerprint,
             "model.freeze": list(self.experiment.model.freeze),
             "model.dtype": str(self.dtype),
@@ -383,11 +384,17 @@ class Run:
         if self.experiment.lora.rank:
             assert self.checkpoint is not None
             saved.save(
-                module, work, base=self.checkpoint.place.name, named=self.checkpoint.display_name, prompts=self.prompts
+                module,
+                work,
+                base=self.checkpoint.place.name,
+                named=self.checkpoint.display_name,
+                prompts=self.prompts,
+                templates=formats.templates_of(self.tokenizer),
             )
         else:
             dtype = _DTYPES[self.experiment.save.dtype]
-            save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype)
+            said = {} if self.checkpoint is None else self.checkpoint.generation.given
+            save_hf(module, work, tokenizer=self.tokenizer, prompts=self.prompts, dtype=dtype, generation=said)
         (work / "README.md").write_text(self._card(outcome, folder.name), encoding="utf-8")
         last = ("config.json", "adapter_config.json")
         for path in sorted(work.iterdir(), key=lambda path: (path.name in last, path.name)):

@@ -16,10 +16,12 @@ from functools import cached_property
 
 from gemkit.family import DecoderConfig, Member, Modality, Prompt
 from gemkit.text import Tokenizer
+from gemkit.weights import generation
 from gemkit.weights.describe import Description, describe, prompts_of, read_tokenizer
 from gemkit.weights.fit import fit
 from gemkit.weights.formats.base import Reader
 from gemkit.weights.formats.sniff import open_reader
+from gemkit.weights.generation import Generation
 from gemkit.weights.maps import Part
 from gemkit.weights.resolve import Place, resolve
 
@@ -71,6 +73,11 @@ class Checkpoint:
             WeightsError: if there is none, or if it is another model's.
         """
         return read_tokenizer(self.reader, self.place, self.description)
+
+    @cached_property
+    def generation(self) -> Generation:
+        """How the model is meant to be asked, by the folder that it came in."""
+        return Generation() if self.reader.format == "gguf" else generation.read(self.place.folder)
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:

@@ -6,9 +6,8 @@ Nothing here imports torch: printing or comparing a checkpoint costs reading its
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from gemkit.errors import WeightsError
 from gemkit.family import DecoderConfig, Member, Modality, Prompt
@@ -17,9 +16,10 @@ from gemkit.text.prompts import FIM_PREFIX
 from gemkit.text.vocabulary import IMAGE
 from gemkit.weights import config_gguf, config_hf, config_vision, vocabulary_gguf
 from gemkit.weights.fit import TIED_HEADS, member_of
-from gemkit.weights.formats.base import MAX_HEADER, Reader, parse_json
+from gemkit.weights.formats.base import Reader
 from gemkit.weights.formats.safetensors import INDEX, SINGLE, SafetensorsReader
 from gemkit.weights.resolve import Place
+from gemkit.weights.tokenizer_files import chat_template, read_json, with_files, with_metadata
 
 # Tables are padded past the tokenizer's pieces: 128 rows in Gemma's original, 64 in Gemma 3's image checkpoints.
 _PADDING_ROWS = 128
@@ -104,6 +104,7 @@ def read_tokenizer(reader: Reader, place: Place, description: Description) -> To
     """
     if reader.format == "gguf":
         tokenizer = vocabulary_gguf.from_metadata(reader.metadata, place.label)
+        tokenizer = with_metadata(tokenizer, reader.metadata, place.label)
     else:
         tokenizer = _tokenizer_in(place.folder, description.member)
     vision = description.vision
@@ -120,7 +121,7 @@ def read_tokenizer(reader: Reader, place: Place, description: Description) -> To
             f"{place.label}: the tokenizer has {pieces} pieces and the embedding {rows} rows: "
             "they belong to different models"
         )
-    return tokenizer
+    return with_adapter_turns(tokenizer, place.adapters)
 
 
 def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:
@@ -128,8 +129,10 @@ def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:
         if (folder / name).is_file():
             tokenizer = read(folder / name)
             if _shows_images(folder, member):
-                return tokenizer.with_places()
-            return tokenizer.with_infill() if _names_infilling(folder, member) else tokenizer
+                tokenizer = tokenizer.with_places()
+            elif _names_infilling(folder, member):
+                tokenizer = tokenizer.with_infill()
+            return with_files(tokenizer, folder)
     raise WeightsError(
         f"there is no tokenizer.model or tokenizer.json in {folder}: copy one from where the weights come from"
     )
@@ -169,7 +172,7 @@ def vocabulary_of(place: Place) -> tuple[Tokenizer, tuple[Prompt, ...]]:
     Raises:
         WeightsError: if there is no tokenizer.
     """
-    tokenizer = _tokenizer_in(place.folder, place.member)
+    tokenizer = with_adapter_turns(_tokenizer_in(place.folder, place.member), place.adapters)
     found = _prompts_in(place.folder, place.member, tokenizer, _shows_images(place.folder, place.member))
     return tokenizer, with_adapters(found, place.adapters)
 
@@ -177,7 +180,7 @@ def vocabulary_of(place: Place) -> tuple[Tokenizer, tuple[Prompt, ...]]:
 def _prompts_in(folder: Path, member: Member | None, tokenizer: Tokenizer, images: bool) -> tuple[Prompt, ...]:
     if member is not None:
         return member.prompts
-    return ("image",) if images else _prompts(tokenizer, _has_chat_template(folder))
+    return ("image",) if images else _prompts(tokenizer, chat_template(folder)[0])
 
 
 def _prompts(tokenizer: Tokenizer, has_chat_template: bool) -> tuple[Prompt, ...]:
@@ -191,27 +194,15 @@ def _prompts(tokenizer: Tokenizer, has_chat_template: bool) -> tuple[Prompt, ...
 
 def with_adapters(prompts: tuple[Prompt, ...], folders: Iterable[Path]) -> tuple[Prompt, ...]:
     """The prompt formats of a model with adapters: one that was tuned for chat has a chat template in its folder."""
-    if "chat" not in prompts and any(map(_has_chat_template, folders)):
+    if "chat" not in prompts and any(chat_template(folder)[0] for folder in folders):
         return (*prompts, "chat")
     return prompts
 
 
-def _has_chat_template(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
-        return True
-    settings = folder / "tokenizer_config.json"
-    return settings.is_file() and "chat_template" in read_json(settings)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file.
-
-    Raises:
-        WeightsError: if it is something else.
-    """
-    try:
-        if path.stat().st_size > MAX_HEADER:
-            raise WeightsError(f"{path}: {path.stat().st_size:,} bytes is too large for a configuration")
-        return parse_json(path.read_bytes(), str(path))
-    except OSError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror}") from error
+def with_adapter_turns(tokenizer: Tokenizer, folders: Iterable[Path]) -> Tokenizer:
+    """The tokenizer of a model with adapters, with the turns of the last one that has a chat template."""
+    for folder in folders:
+        there, template = chat_template(folder)
+        if there and template != tokenizer.settings.chat_template:
+            tokenizer = tokenizer.with_settings(replace(tokenizer.settings, chat_template=template))
+    return tokenizer

@@ -20,7 +20,7 @@ from gemkit.files import DTYPES, atomic_file
 from gemkit.nn import LanguageModel
 from gemkit.ops import Quantized
 from gemkit.text import Tokenizer
-from gemkit.text.prompts import CHAT_TEMPLATE
+from gemkit.text.prompts import templates_of
 from gemkit.text.vocabulary import UNK
 from gemkit.weights import config_gguf
 from gemkit.weights.export.tensors import file_parts, file_tensors
@@ -88,12 +88,16 @@ def _vocabulary(tokenizer: Tokenizer, prompts: Collection[Prompt]) -> dict[str, 
         "scores": np.asarray(vocabulary.scores, np.float32),
         "token_type": np.asarray(vocabulary.types, np.int32),
         "bos_token_id": tokenizer.bos,
-        "eos_token_id": tokenizer.eos,
+        "eos_token_id": tokenizer.id(tokenizer.settings.special["eos_token"]),
         "padding_token_id": tokenizer.pad,
         "unknown_token_id": tokenizer.id(UNK),
-        "add_bos_token": True,
+        "add_bos_token": tokenizer.settings.add_bos,
         "add_eos_token": False,
         "add_space_prefix": False,
     }
     metadata = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-    return metadata | ({"tokenizer.chat_template": CHAT_TEMPLATE} if "chat" in prompts else {})
+    if "chat" not in prompts:
+        return metadata
+    templates = templates_of(tokenizer)
+    metadata["tokenizer.chat_template"] = templates.pop("default")
+    return metadata | {f"tokenizer.chat_template.{name}": text for name, text in templates.items()}

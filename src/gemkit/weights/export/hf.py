@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,7 @@ from gemkit.files import atomic_folder, refuse_existing, write_safetensors
 from gemkit.nn import LanguageModel
 from gemkit.ops import Quantized
 from gemkit.text import Tokenizer
-from gemkit.text.prompts import CHAT_TEMPLATE
-from gemkit.text.vocabulary import UNK
+from gemkit.text.prompts import stop_ids, templates_of
 from gemkit.weights import config_hf, config_vision
 from gemkit.weights.export.tensors import file_tensors
 from gemkit.weights.fit import SCORE
@@ -35,6 +34,7 @@ def save_hf(
     prompts: Collection[Prompt] = ("complete",),
     dtype: torch.dtype | None = None,
     quantized: bool = False,
+    generation: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
     card: str | None = None,
 ) -> Path:
@@ -48,6 +48,7 @@ def save_hf(
         dtype: of the written weights. None: as they are; quantized ones are made dense in float32, exactly.
         quantized: write quantized weights as they are, each plane as a tensor `<weight>.<plane>`, their block types in
             the configuration. Such a folder is for gemkit alone.
+        generation: what the model's generation_config.json says, to be kept; None: it has none.
         shard_bytes: a file is closed before it grows beyond this.
         card: the README.md (`weights.model_card`); None: there is none.
 
@@ -64,7 +65,7 @@ def save_hf(
         quantization = config_hf.quantization_to_hf(kinds or {})
         _write_json(work / "config.json", {**config, "dtype": saved_as, **quantization})
         if tokenizer is not None:
-            _write_vocabulary(tokenizer, prompts, work)
+            _write_vocabulary(tokenizer, prompts, generation or {}, work)
         if module.vision is not None:
             _write_json(work / "preprocessor_config.json", config_vision.preprocessor_to_hf(module.vision))
         if card is not None:
@@ -101,17 +102,25 @@ def new_folder(folder: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _write_vocabulary(tokenizer: Tokenizer, prompts: Collection[Prompt], folder: Path) -> None:
+def _write_vocabulary(
+    tokenizer: Tokenizer, prompts: Collection[Prompt], generation: Mapping[str, Any], folder: Path
+) -> None:
     tokenizer.save(folder / "tokenizer.model")
-    names = {f"{role}_token": tokenizer.piece(getattr(tokenizer, role)) for role in ("bos", "eos", "pad")}
-    settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "unk_token": UNK, **names}
-    ends = {tokenizer.eos}
+    names = {name: piece for name, piece in tokenizer.settings.special.items() if piece in tokenizer}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "GemmaTokenizer",
+        "add_bos_token": tokenizer.settings.add_bos,
+        **names,
+    }
+    ends = {tokenizer.eos} | tokenizer.settings.ends
     if "chat" in prompts:
-        settings["chat_template"] = CHAT_TEMPLATE
-        ends = tokenizer.end_ids
+        templates = templates_of(tokenizer)
+        named = [{"name": name, "template": text} for name, text in templates.items()]
+        settings["chat_template"] = named if len(named) > 1 else templates["default"]
+        ends = stop_ids(tokenizer, "chat")
     stops = {"bos_token_id": tokenizer.bos, "eos_token_id": sorted(ends), "pad_token_id": tokenizer.pad}
     _write_json(folder / "tokenizer_config.json", settings)
-    _write_json(folder / "generation_config.json", stops)
+    _write_json(folder / "generation_config.json", {**generation, **stops})
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
