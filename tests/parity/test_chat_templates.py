@@ -80,8 +80,10 @@ def test_answers_are_learned_after_what_asks_for_them(pair):
     example = encode_chat(ours, finished)
     assert example.ids.tolist() == rendered(theirs, finished)
     learned = ours.decode(example.ids[example.weights > 0], control=True)
-    assert "Twice a day." in learned and "The moon." in learned
-    assert "tide" not in learned and "often" not in learned
+    assert "Twice a day." in learned
+    assert "The moon." in learned
+    assert "tide" not in learned
+    assert "often" not in learned
     if name == "generation-tags":
         masked = theirs.apply_chat_template(finished, return_dict=True, return_assistant_tokens_mask=True)
         assert np.array_equal(example.weights, masked["assistant_masks"])

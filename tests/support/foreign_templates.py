@@ -18,7 +18,8 @@ TEMPLATES = {
     "chatml": CHATML,
     "chatml-bos": "{{ bos_token }}" + CHATML,
     "chatml-default-system": (
-        "{{ bos_token }}{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}" + CHATML
+        "{{ bos_token }}{% if messages[0].role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}"
+        + CHATML
     ),
     "llama": (
         "{{- bos_token }}\n{%- for message in messages %}\n"
@@ -26,9 +27,11 @@ TEMPLATES = {
         "{%- if add_generation_prompt %}\n    {{- '<|head|>assistant<|/head|>\\n\\n' }}\n{%- endif %}\n"
     ),
     "zephyr": (
-        "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
+        "{% for message in messages %}\n"
+        "{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
         "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-        "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n' + message['content'] + eos_token }}\n{% endif %}\n"
+        "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n' + message['content'] + eos_token }}\n"
+        "{% endif %}\n"
         "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
     ),
     "alpaca": (
@@ -40,7 +43,8 @@ TEMPLATES = {
     ),
     "vicuna": (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }} {% elif m.role == 'user' %}"
-        "USER: {{ m.content.strip() }} {% else %}ASSISTANT: {{ m.content.strip() }}{{ eos_token }}{% endif %}{% endfor %}"
+        "USER: {{ m.content.strip() }} {% else %}ASSISTANT: {{ m.content.strip() }}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
         "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
     ),
     "gemma-system-turn": (
@@ -49,7 +53,8 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     ),
     "gemma-eos": (
-        "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + m.role + '\n' + m.content + '<end_of_turn><eos>\n' }}"
+        "{{ bos_token }}{% for m in messages %}"
+        "{{ '<start_of_turn>' + m.role + '\n' + m.content + '<end_of_turn><eos>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
     ),
     "generation-tags": (
@@ -69,7 +74,8 @@ TEMPLATES = {
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
     ),
     "no-system": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + CHATML
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+        + CHATML
     ),
     "dated": "{{ bos_token }}{{ strftime_now('%Y') }}\n" + CHATML,
 }
@@ -81,7 +87,6 @@ HOSTILE = {
     "range": "{% for i in range(10**9) %}x{% endfor %}",
     "class": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "globals": "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "format": "{{ '{0.__class__.__init__}'.format(messages) }}",
     "text": "{{ 'a' * 10**10 }}",
     "folded": "{{ ('a' * 100000) * 100000 }}",
     "power": "{{ 10**(10**9) }}",

@@ -79,7 +79,7 @@ def problem(name: str) -> str | None:
     return None
 
 
-FILES = r"[\w-]+\.(json|jsonl|model|safetensors|gguf|ckpt|svg|toml)"
+FILES = r"[\w-]+\.(json|jsonl|model|safetensors|gguf|ckpt|svg|toml|jinja)"
 
 
 def _fields(tables: dict, path: str = "") -> Iterator[str]:

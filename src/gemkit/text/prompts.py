@@ -284,11 +284,12 @@ def image(tokenizer: Tokenizer, text: str, *, patches: int, images: int = 1) -> 
     The line break that ends the text is a token of its own and never part of a longer run of them, as in training.
 
     Args:
-        text: the task. Line breaks at its end are dropped.
+        text: the task. Line breaks at its end are dropped, and so are the placeholders that Transformers' processor
+            asks for: `<image>` once for each image at its head, and a `<bos>` after them.
         patches: placeholders of each image.
 
     Raises:
-        TextError: if `text` cannot be encoded.
+        TextError: if `text` cannot be encoded, or spells `<image>` for other images than these or at another place.
         ModelError: if the vocabulary is not PaliGemma's.
     """
     if IMAGE not in tokenizer:
@@ -296,10 +297,24 @@ def image(tokenizer: Tokenizer, text: str, *, patches: int, images: int = 1) -> 
     if not isinstance(text, str):
         raise TextError(f"text of a prompt must be str, not {type(text).__name__}")
     shown = [Span("control", IMAGE * patches, (tokenizer.id(IMAGE),) * patches)] * images
-    task = encode_spans(tokenizer, [Span("content", text.rstrip("\n"))])
+    task = encode_spans(tokenizer, [Span("content", _without_placeholders(text.rstrip("\n"), images))])
     separator = encode_spans(tokenizer, [Span("template", "\n")])
     spans = [*shown, control_span(tokenizer, BOS), *(span for span in task if span.text), *separator]
     return Prompt("image", tuple(spans), stop_ids(tokenizer, "image"))
+
+
+def _without_placeholders(text: str, images: int) -> str:
+    """A task without the `<image>` of each image, and the `<bos>`, that it may begin with."""
+    number = text.count(IMAGE)
+    if number == 0:
+        return text
+    head = IMAGE * number
+    if number != images or not text.startswith(head):
+        raise TextError(
+            f"the prompt spells {IMAGE} {number} times with {images} images: leave it out, or put it once for each at "
+            "the head of the prompt, as Transformers' processor takes it"
+        )
+    return text.removeprefix(head).removeprefix(BOS)
 
 
 def _open_turn(tokenizer: Tokenizer, role: str) -> list[Span]:

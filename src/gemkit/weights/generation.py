@@ -116,7 +116,8 @@ def _banned(given: Mapping[str, Any], path: Path) -> tuple[list[int], list[str]]
     """Ids that are never drawn, and notes of words of several tokens that are."""
     suppressed, words = given.get("suppress_tokens", []), given.get("bad_words_ids", [])
     try:
-        if not all(type(id) is int and id >= 0 for id in (*suppressed, *(id for word in words for id in word))):
+        ids = [*suppressed, *(id for word in words for id in word)]
+        if not all(type(id) is int and id >= 0 for id in ids) or not all(isinstance(word, list) for word in words):
             raise TypeError
     except TypeError:
         raise WeightsError(f"{path}: suppress_tokens and bad_words_ids must be ids and lists of ids") from None

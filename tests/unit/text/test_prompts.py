@@ -393,3 +393,14 @@ def test_tasks_are_worded_as_in_training():
 def test_tasks_that_are_none(ask, error, message):
     with pytest.raises(error, match=message):
         ask()
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_placeholders_that_transformers_asks_for_are_those_of_the_images(images):
+    ours = tokenizer("paligemma")
+    expected = image(ours, "caption en", patches=4, images=images).ids
+    for head in ("<image>" * images, "<image>" * images + "<bos>"):
+        assert image(ours, head + "caption en\n", patches=4, images=images).ids == expected
+    for text in ("<image>" * (images + 1) + "caption en", "caption <image>en", "<image><bos>" * images + "x<image>"):
+        with pytest.raises(TextError, match="spells <image>"):
+            image(ours, text, patches=4, images=images)
