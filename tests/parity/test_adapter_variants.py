@@ -5,19 +5,22 @@ import json
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemkit.adapters import registry, saved
+from gemkit.adapters import peft_config, registry, saved
+from gemkit.errors import ConfigError, WeightsError
 from gemkit.executors.interface import Chunk
 from gemkit.executors.native import library
 from gemkit.executors.native.packer import pack
 from gemkit.nn import Batch
 from gemkit.runtime.native import executor_of
+from gemkit.weights.maps import name_map
+from support.native_models import q8_0
 from support.outputs import dense
 from support.tiny import TOWER, VOCAB, as_trained, assert_close, load, reference, save_reference, tiny, tokens
 
@@ -292,3 +295,139 @@ def test_both_executors_compute_what_peft_does_and_save_it_back(variant, bases, 
         assert torch.equal(our_logits(ours), plain)
         saved.attach(ours, tmp_path / "again", "y")
         assert_close(our_logits(ours), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("member", "settings"),
+    [
+        ("gemma-2-2b", {"use_dora": True, "trainable_token_indices": [3, 31, 200]}),
+        ("gemma-2-2b", {"modules_to_save": ["model.norm", "mlp"], "lora_bias": True}),
+        ("gemma-2b", {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+        ("recurrentgemma-2b", {"bias": "lora_only", "use_dora": True, "target_modules": ["linear_x", "o_proj"]}),
+    ],
+    ids=["dora and tokens", "whole and bias of B", "one table", "biases"],
+)
+def test_they_are_trained_further_with_the_gradients_of_peft(member, settings, bases, tmp_path):
+    """2e-4 of the largest of each: a gradient is a longer chain of float32 sums than a logit."""
+    ours, theirs = bases(member)
+    wrapped = with_peft(theirs, settings)
+    saved.attach(ours, stored(wrapped, tmp_path / "adapter"), "x", trainable=True)
+    targets = torch.cat([asked(ours)[0][1:], torch.tensor([3])])
+    for logits in (our_logits(ours), their_logits(wrapped, ours)):
+        torch.nn.functional.cross_entropy(logits, targets).backward()
+    theirs_by_end = {}
+    for name, weight in wrapped.named_parameters():
+        if weight.requires_grad:
+            end = re.sub(r"\.(modules_to_save\.)?default|base_layer\.|token_adapter\.", "", name)
+            theirs_by_end[end.removeprefix("base_model.model.")] = weight.grad
+    table, seen = name_map("safetensors", ours.config, ours.vision), 0
+    for name, weight in ours.named_parameters():
+        if not weight.requires_grad:
+            continue
+        module, _, leaf = name.partition(".adapters.x.")
+        leaf = leaf.replace("magnitude", "lora_magnitude_vector.weight").replace("rows", "trainable_tokens_delta")
+        end = f"{table.module(module)}.{leaf}" if leaf else table.params(name)[0]
+        assert_close(weight.grad, theirs_by_end[end], 2e-4)
+        seen += 1
+    assert seen == len(theirs_by_end)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.5])
+def test_strengths_and_several_at_once_on_both_executors(strength, bases, tmp_path):
+    """Of one adapter of each kind the strength is changed, and the native executor follows the modules; at 0 nothing is
+    left of it."""
+    ours, theirs = bases("gemma-2-2b")
+    for number, settings in enumerate(
+        [{}, {"use_dora": True, "trainable_token_indices": [31, 3]}, {"modules_to_save": ["model.norm"]}]
+    ):
+        folder = stored(with_peft(copy.deepcopy(theirs), settings), tmp_path / str(number))
+        if number == 1:
+            without = our_logits(ours).detach()
+        saved.attach(ours, folder, f"a{number}")
+    with torch.inference_mode():
+        whole = our_logits(ours)
+        for name in ("a1", "a2"):
+            registry.set_strength(ours, strength, name)
+        turned = our_logits(ours)
+        assert_close(native_logits(ours), turned, NATIVE)
+        assert (turned - whole).abs().max() > 0.01 * whole.abs().max()
+        if strength == 0:
+            assert_close(turned, without, 1e-6)
+        for name in ("a1", "a2"):
+            registry.set_strength(ours, 1.0, name)
+        assert torch.equal(our_logits(ours), whole)
+
+
+def test_several_apply_one_after_another_as_in_peft(bases, tmp_path):
+    ours, theirs = bases("gemma-2-2b")
+    both = [{}, {"use_dora": True}]
+    folders = [stored(with_peft(copy.deepcopy(theirs), s), tmp_path / str(i)) for i, s in enumerate(both)]
+    wrapped = opened(theirs, folders[0], adapter_name="one")
+    wrapped.load_adapter(folders[1], "two")
+    wrapped.base_model.set_adapter(["one", "two"])
+    for folder in folders:
+        saved.attach(ours, folder)
+    with torch.inference_mode():
+        assert_close(our_logits(ours), their_logits(wrapped, ours), TOLERANCE)
+
+
+def test_both_of_a_weight_or_a_token_are_refused(bases, tmp_path):
+    ours, theirs = bases("gemma-2-2b")
+    for number, settings in enumerate([{"modules_to_save": ["model.norm"]}, {"trainable_token_indices": [3, 5]}]):
+        folder = stored(with_peft(copy.deepcopy(theirs), settings), tmp_path / str(number))
+        saved.attach(ours, folder, f"first{number}")
+        with pytest.raises(ConfigError, match=r"each (bring a norm\.weight|have rows) of their own"):
+            saved.attach(ours, folder, f"second{number}")
+        assert f"second{number}" not in registry.names(ours)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.LoHaConfig(target_modules=QV), "peft_type='LOHA'; only LORA is read here: merge it into the model"),
+        (peft.IA3Config(target_modules=QV, feedforward_modules=[]), "peft_type='IA3'"),
+        (peft.VeraConfig(target_modules=["q_proj"]), "peft_type='VERA'"),
+        (peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "peft_type='PROMPT_TUNING'"),
+    ],
+    ids=["loha", "ia3", "vera", "prompts"],
+)
+def test_other_methods_are_refused_by_name(config, message, bases, tmp_path):
+    ours, theirs = bases("gemma-2b")
+    stored(peft.get_peft_model(theirs, config), tmp_path / "adapter")
+    with pytest.raises(WeightsError, match=message):
+        saved.attach(ours, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"init_lora_weights": "pissa_niter_4"}, "drawn anew each time"),
+        ({"init_lora_weights": "loftq"}, "quantized in its own way"),
+        ({"init_lora_weights": "lora_ga"}, "path_initial_model_for_weight_conversion"),
+        ({"alora_invocation_tokens": [3]}, "changes only the tokens after its invocation"),
+        ({"use_qalora": True}, "use_qalora=True is not done here"),
+        ({"a_newer_setting": 0.5}, "a_newer_setting=0.5 is not done here: a setting of a newer PEFT"),
+        ({"use_dora": True}, "no lora_magnitude_vector to go with it"),
+    ],
+)
+def test_settings_that_compute_something_else_are_refused_by_name(keys, message, bases, tmp_path):
+    ours, theirs = bases("gemma-2b")
+    folder = stored(with_peft(theirs, {}), tmp_path / "adapter", told(**keys))
+    with pytest.raises(WeightsError, match=message):
+        saved.attach(ours, folder)
+    assert registry.names(ours) == []
+
+
+def test_every_key_of_peft_has_its_place_in_the_table():
+    known = {*peft_config.USED, *peft_config.IGNORED, *peft_config.REFUSED}
+    assert {one.name for one in fields(peft.LoraConfig)} - known == set()
+
+
+def test_a_part_of_a_quantized_weight_is_not_taken_out(bases, tmp_path):
+    ours, theirs = bases("gemma-2b")
+    folder = stored(with_peft(theirs, {"init_lora_weights": "pissa"}), tmp_path / "adapter")
+    for i in range(len(ours.layers)):
+        weight = ours.layers[i].self_attn.q_proj.weight.detach()
+        ours.set_param(f"layers.{i}.self_attn.q_proj.weight", q8_0(weight))
+    with pytest.raises(WeightsError, match=r"is quantized .*: load the model dense"):
+        saved.attach(ours, folder)
