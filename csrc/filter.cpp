@@ -32,7 +32,7 @@ void Executor::filter(Run &run) {
             float *row = logits[thread].data() + r * columns;
             if (cap() != 0) kernels_->softcap(row, cap(), n);
             if (full[r] < 0)
-                selectors[thread * rows + r].take(call.filters[r], call.always, row, first, n);
+                selectors[thread * rows + r].take(*kernels_, call.filters[r], call.always, row, first, n);
             else
                 std::memcpy(call.out + full[r] * shape_.width + first, row, n * sizeof(float));
         }

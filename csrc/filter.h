@@ -15,15 +15,12 @@ namespace gk {
 class Selector {
 public:
     // n logits of the rows of the table from `first` on
-    void take(const LogitsFilter &filter, const int64_t *always, const float *logits, int64_t first, int64_t n) {
-        for (int64_t i = 0; i < n; i += TILE) {
-            const int64_t count = std::min<int64_t>(TILE, n - i);
-            bool any = false;
-            for (int64_t k = 0; k < count; k++) any |= !(logits[i + k] < floor_);
-            if (!any) continue;
-            for (int64_t k = 0; k < count; k++)
-                if (!(logits[i + k] < floor_)) meet(filter, always, logits[i + k], first + i + k);
-        }
+    void take(const Kernels &kernels, const LogitsFilter &filter, const int64_t *always, const float *logits, int64_t first,
+              int64_t n) {
+        int64_t i = 0;
+        while ((i += kernels.below(logits + i, floor_, n - i)) < n)
+            for (const int64_t end = std::min<int64_t>(i + 64, n); i < end; i++)
+                if (!(logits[i] < floor_)) meet(filter, always, logits[i], first + i);
         const int64_t *end = always + filter.always1, *at = std::lower_bound(always + filter.always0, end, first);
         for (; at < end && *at < first + n; at++) always_.push_back({logits[*at - first], *at});
     }

@@ -127,7 +127,7 @@ bool Executor::screen(Run &run, const Step &s) {
     for (size_t i = 0; i < picked_.size(); i++) {
         const int64_t row = picked_[i] * TILE, n = std::min<int64_t>(TILE, t.rows - row);
         if (most != 0) kernels_->softcap(found_.data() + i * TILE, most, n);
-        selector.take(filter, call.always, found_.data() + i * TILE, row, n);
+        selector.take(*kernels_, filter, call.always, found_.data() + i * TILE, row, n);
     }
     candidates_[0] = Selector::merge(filter, &selector, 1, 1);
     if (call.computed) call.computed[0] = (int64_t)picked_.size() * TILE;

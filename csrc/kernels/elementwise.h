@@ -89,5 +89,18 @@ inline float magnitude(const float *x, int64_t n) {
     return sum(spoilt) == 0 ? largest(most) : INFINITY;
 }
 
+// How many numbers from the start on are below `least`, by 64: n, or where the first 64 begin that are not all below it, or
+// fewer than 64.
+inline int64_t below(const float *x, float least, int64_t n) {
+    const F16 floor = all(least), one = all(1.0f);
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n; i += 4 * LANES) {
+        F16 met = zero();
+        for (int k = 0; k < 4; k++) met = choose(less(load(x + i + k * LANES), floor), met, one);  // what is no number is met
+        if (largest(met) != 0) break;
+    }
+    return i;
+}
+
 }  // namespace GK_ISA
 }  // namespace gk

@@ -29,6 +29,7 @@ inline Kernels kernels(const char *name) {
     k.add = add;
     k.mul = mul;
     k.magnitude = magnitude;
+    k.below = below;
     k.put_key = put_key;
     k.put_value = put_value;
     k.attend = attend;

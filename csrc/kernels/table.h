@@ -128,6 +128,7 @@ struct Kernels {
     void (*mul)(const float *a, const float *b, int64_t n, float *y);
     // largest absolute value, for range checks: infinite or not a number comes back as infinite
     float (*magnitude)(const float *x, int64_t n);
+    int64_t (*below)(const float *x, float least, int64_t n);  // how many at the start are below `least`, by 64
 
     // attention.h
     void (*put_key)(const float *k, int64_t head_dim, int64_t slot, uint16_t *page);  // slot: position in the page

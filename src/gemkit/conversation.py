@@ -314,7 +314,7 @@ _RECORD, _STATE, _VERSION = "conversation.json", "state.safetensors", 2
 
 
 def _number(value: Any) -> Any:
-    """What JSON makes of a number of NumPy's."""
+    """JSON's form of a number of NumPy's."""
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"an option of the type {type(value).__name__}")

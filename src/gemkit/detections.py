@@ -1,4 +1,4 @@
-"""What a model saw in a picture: its answer, read as things with boxes and masks in the picture's own pixels.
+"""Detections: an answer about a picture read as things with boxes and masks, in the picture's own pixels.
 
 `text.places` reads the tokens, `nn.mask_decoder` turns codes into masks, `images` draws and writes what was found.
 """

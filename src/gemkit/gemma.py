@@ -318,7 +318,7 @@ class Gemma(ImageTasks):
         files: Sequence[tuple[str, str]] = (),
         **options: Unpack[Options],
     ) -> Result:
-        """What belongs between a prefix and a suffix, for models that were trained to fill in (CodeGemma).
+        """Fill-in-the-middle: the text between a prefix and a suffix, by models that were trained for it (CodeGemma).
 
         Args:
             path: of the file that is being completed.
@@ -378,7 +378,7 @@ class Gemma(ImageTasks):
         )
 
     def reward(self, answer: str, prompt: str = "") -> float:
-        """What a reward model makes of an answer to a prompt, in the format that it was trained on: turns, if the model
+        """Reward of an answer to a prompt by a reward model, in the format that it was trained on: turns, if the model
         was tuned for chat and there is a prompt, else text.
 
         Raises:
@@ -400,7 +400,7 @@ class Gemma(ImageTasks):
     # ── showing, keeping ────────────────────────────────────────────────────────────────────────────────────────────
 
     def summary(self) -> str:
-        """What was loaded, how large it is, what computes it and why."""
+        """Description of the loaded model: its size, its context, its executor and the reason for it."""
         from gemkit.inspect import cost
 
         executor = self.sync()
@@ -484,7 +484,7 @@ def _defaults(found: Generation) -> Defaults:
 
 
 def not_tuned_for_chat(label: str) -> str:
-    """What to know before chatting with a pretrained model."""
+    """Warning about chatting with a pretrained model."""
     return (
         f"{label} is a pretrained model: it continues text and was not taught to answer. For conversations load an "
         "instruction-tuned one, such as gemma-3-270m-it, gemma-3-1b-it or gemma-2-2b-it (`gemkit doctor` tells how to "

@@ -193,7 +193,7 @@ class ImageTasks:
 
 
 def no_image_tower(label: str) -> ModelError:
-    """What a model that reads text alone cannot do, and which can."""
+    """Error for a model without an image tower; it names members that have one."""
     return ModelError(
         f"{label} has no image tower and cannot see an image: use a PaliGemma, such as paligemma-3b-mix-224 or "
         "paligemma2-3b-mix-448"

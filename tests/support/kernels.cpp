@@ -29,6 +29,7 @@ void t_softcap(float *x, float cap, int64_t n) { softcap(x, cap, n); }
 void t_add(const float *a, const float *b, int64_t n, float *y) { add(a, b, n, y); }
 void t_mul(const float *a, const float *b, int64_t n, float *y) { mul(a, b, n, y); }
 float t_magnitude(const float *x, int64_t n) { return magnitude(x, n); }
+int64_t t_below(const float *x, float least, int64_t n) { return below(x, least, n); }
 
 void t_put_key(const float *k, int64_t head_dim, int64_t slot, uint16_t *page) { put_key(k, head_dim, slot, page); }
 void t_put_value(const float *v, int64_t head_dim, int64_t slot, uint16_t *page) { put_value(v, head_dim, slot, page); }

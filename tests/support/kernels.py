@@ -81,6 +81,7 @@ class Kernels:
         subprocess.run([*command, "-o", str(library)], check=True)
         self.lib = ctypes.CDLL(str(library))
         self.lib.t_magnitude.restype = F32
+        self.lib.t_below.restype = ctypes.c_int64
         self.lib.t_scratch_bytes.restype = ctypes.c_size_t
 
     def call(self, name: str, *args):

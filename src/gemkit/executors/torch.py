@@ -129,7 +129,7 @@ def _stopped_by(stop: StopFlag | None, module: LanguageModel) -> Iterator[None]:
 
 
 def _filtered(logits_V: np.ndarray, chunk: Chunk) -> np.ndarray | SparseLogits:
-    """What the chunk's filter leaves of a row, if it has one; a row with NaN whole, for the sampler to refuse."""
+    """A row through the chunk's filter, if it has one; a row with NaN whole, for the sampler to refuse."""
     if (some := chunk.filter) is None or np.isnan(logits_V).any():
         return logits_V
     counted = logits_V.copy()

@@ -1,4 +1,4 @@
-"""What generating and scoring give back."""
+"""Results of generation and scoring."""
 
 from __future__ import annotations
 

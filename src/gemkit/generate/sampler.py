@@ -109,7 +109,7 @@ class Sampling:
 
 GREEDY = Sampling()
 
-# What the released generation configurations of the instruction-tuned Gemma 2 and 3 say.
+# The released generation configurations of the instruction-tuned Gemma 2 and 3.
 INSTRUCTION_TUNED = Sampling(temperature=1.0, top_k=64, top_p=0.95)
 
 
@@ -165,7 +165,7 @@ def sample(row: Row, sampling: Sampling, history: Sequence[int] = ()) -> int:
 
 
 def candidates(row: Row, sampling: Sampling, history: Sequence[int] = ()) -> Candidates:
-    """What a draw chooses among. Shapes, errors and order of filters: see `sample` and the head of this file."""
+    """Candidates of a draw. Shapes, errors and order of filters: see `sample` and the head of this file."""
     scores = _adjusted(row, sampling, history)
     best = _best_index(scores)
     if sampling.temperature == 0:

@@ -185,7 +185,7 @@ _MAGIC = {
     "BMP": rb"BM",
 }
 
-# What is mistaken for one of them, and the way out.
+# Files that are mistaken for one of them, and the way out.
 _FOREIGN = {
     rb"$": "empty (0 bytes): an interrupted download? Fetch it again.",
     rb"version https://git-lfs": "a Git LFS pointer, not the picture itself: run `git lfs pull` in its folder.",

@@ -13,7 +13,7 @@ from gemkit.errors import UnknownModelError
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at: a member of the family, or a checkpoint of the user's own (then `member` is None)."""
+    """Subject of an inspection: a member of the family, or a checkpoint of the user's own (then `member` is None)."""
 
     label: str
     decoder: family.DecoderConfig

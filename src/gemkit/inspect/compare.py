@@ -36,7 +36,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Delta:
-    """What one step from a member towards another adds."""
+    """Difference that one step from a member towards another adds."""
 
     parameters: int
     cache: int  # bytes a token
@@ -117,7 +117,7 @@ _STEPS = (
 
 
 def walk(a: Subject, b: Subject) -> dict[str, Delta | None]:
-    """What each difference in shape adds on the way from `a` to `b`, by the key of its row; the sums are exact.
+    """Contribution of each difference in shape on the way from `a` to `b`, by the key of its row; the sums are exact.
 
     The first step gives `a` the layers of `b`, with the numbers of heads and feed-forwards that `a` has. A step that no
     decoder can take alone (8 heads on 16 key/value heads) is None, and taken with the next.
@@ -182,7 +182,7 @@ def _cache(decoder: DecoderConfig) -> int:
 
 
 def _confusions(key: str, subjects: Sequence[Subject]) -> tuple[str, ...]:
-    """What is commonly mistaken, with the name of the model that it is about where it is not all of them."""
+    """Common mistakes, each with the name of the model that it is about where it is not all of them."""
     about: dict[str, list[str]] = {}
     for subject in subjects:
         for note in confusions(key, subject.decoder, subject.vision):

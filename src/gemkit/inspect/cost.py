@@ -1,4 +1,4 @@
-"""What a member costs: parameters, bytes and arithmetic, from its data alone.
+"""Costs of a member: parameters, bytes and arithmetic, from its data alone.
 
 Pure functions of a `DecoderConfig` (and a `Modality`), exact by the lists that `family.parameters` gives. Bytes of a
 state count what must be remembered, not what an implementation reserves. A context is a number of tokens, the one being
@@ -165,7 +165,7 @@ RESOLUTIONS = (224, 448, 896)  # that members with an image tower are released f
 
 @dataclass(frozen=True)
 class Image:
-    """What one image costs at a resolution."""
+    """Cost of one image at a resolution."""
 
     size: int  # pixels on a side
     tokens: int  # of the context
@@ -174,7 +174,7 @@ class Image:
 
 
 def images(decoder: DecoderConfig, vision: Modality) -> list[Image]:
-    """What an image costs at the resolution of this tower, and then at the other published ones, for comparison.
+    """Cost of an image at the resolution of this tower, and then at the other published ones, for comparison.
 
     Each resolution is a member of its own, with its own table of positions; all else of the tower is the same.
     """

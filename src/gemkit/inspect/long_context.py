@@ -171,7 +171,7 @@ class Worker:
         self._label, self._pipe, self.process = label, pipe, process
 
     def ask(self, method: str, *args: Any) -> Any:
-        """What `Depths.method(*args)` returns there.
+        """Result of `Depths.method(*args)` there.
 
         Raises:
             ConfigError: if the process has died.

@@ -71,7 +71,7 @@ class _KeysValues:
 class KVCache:
     """The KV cache of one attention layer: every position, or those that the window of a coming token can reach.
 
-    A sliding layer keeps `window - 1` positions when it moves to a new buffer. That copies so many rows once every
+    A sliding layer keeps `window - 1` positions when it moves to a new buffer. That copies this many rows once every
     `window` tokens or so, and in between a read is a view: the rows are always in the order of their positions.
     """
 

@@ -43,7 +43,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds."""
+    """The contents of a checkpoint."""
 
     step: int  # steps that were taken
     weights: Mapping[str, Tensor]

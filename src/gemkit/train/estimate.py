@@ -1,4 +1,4 @@
-"""What a run will need, before anything of the model is loaded: parameters, memory at its highest, time of a step.
+"""Estimate of a run before its model is loaded: parameters, peak memory, time of a step.
 
 Nothing is estimated by formula that can be computed: the model is built of tensors that have a shape and no content
 (torch's `FakeTensorMode`), one part of a step goes forward and back through the real modules, and what would be in
@@ -84,7 +84,7 @@ class Plan:
         return int((held + working) * _SLACK) + self.process
 
     def seconds(self, rate: float) -> float:
-        """Of a step, on a machine of so many operations a second."""
+        """Of a step, on a machine of this many operations a second."""
         return self.flops / rate * _OVERHEAD
 
     def lines(self, rate: float, available: int | None) -> list[str]:
@@ -116,13 +116,13 @@ def predict(
     checkpointing: bool = False,
     models: int = 1,
 ) -> Plan:
-    """What a run needs at most: parts of sequences of `data.max_length`, with every token in the loss.
+    """Upper bound of a run's needs: parts of sequences of `data.max_length`, with every token in the loss.
 
     Args:
         prepare: what is done to the module before it is trained.
         stored: bytes of the weights, if they are quantized. None: all are dense.
         checkpointing: whether blocks are computed again.
-        models: so many of that size are in memory: a teacher, a reference.
+        models: how many of that size are in memory: a teacher, a reference.
     """
     longest = min(experiment.data.max_length, decoder.max_context)
     sequences = max(1, experiment.step.microbatch_tokens // longest)
@@ -211,7 +211,7 @@ def _ways_out(experiment: Experiment, quantizes: bool) -> Iterator[tuple[str, Ca
 
 
 def flops_per_second(decoder: family.DecoderConfig, tokens: int, dtype: torch.dtype, device: str = "cpu") -> float:
-    """What this machine does: a product of the shape that most of the model's have, measured for a moment."""
+    """Operations a second of this machine, measured on a product of the shape that most of the model's have."""
     widest = max(layer.ffw.width for layer in decoder.layers)
     rows, depth, columns = min(tokens, 512), min(decoder.width, 2048), min(widest, 4096)
     a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, depth), (depth, columns)))

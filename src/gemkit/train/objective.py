@@ -1,4 +1,4 @@
-"""What can be learned, as the trainer sees it: an objective makes examples of records, and a loss of examples."""
+"""Training objectives as the trainer sees them: examples made of records, and a loss of examples."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Objective(Protocol):
     def needs(self) -> AbstractSet[Need]: ...
 
     def encode(self, record: Mapping[str, Any], rng: np.random.Generator) -> list[ExampleGroup]:
-        """What there is to learn of one record; an empty list if nothing. It depends on its arguments alone."""
+        """Examples of one record; an empty list if it teaches nothing. They depend on the arguments alone."""
         ...
 
     def prepare(
@@ -50,7 +50,7 @@ class Objective(Protocol):
         ...
 
     def size(self, units: Sequence[ExampleGroup]) -> float:
-        """What the losses of a whole step are divided by: the weights of its tokens, or the number of its pairs."""
+        """Denominator of a whole step's loss: the weights of its tokens, or the number of its pairs."""
         ...
 
     def loss(self, model: LanguageModel, units: Sequence[ExampleGroup]) -> Loss:

@@ -159,7 +159,7 @@ class Run:
     # ── before ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def plan(self) -> Plan:
-        """What it will take.
+        """The estimate of its cost.
 
         Raises:
             ConfigError: if it cannot fit, with the setting that would.
@@ -357,7 +357,7 @@ class Run:
     # ── what it is made of, and what becomes of it ──────────────────────────────────────────────────────────────────
 
     def origin(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to go on from it: other numbers would come of anything else."""
+        """Settings that a checkpoint must agree with to be continued: others would give other numbers."""
         asked = to_tables(self.experiment)
         kept = ("objective", "steps", "seed", "lora", "optimizer", "options")
         return {
@@ -449,7 +449,7 @@ def _prepare(module: LanguageModel, experiment: Experiment) -> lora.Account | No
 
 
 def _answers(prompts: tuple[Prompt, ...], objective: Objective, data: Data) -> tuple[Prompt, ...]:
-    """What the model answers after it has learned from this."""
+    """Prompt formats that the model answers after it has learned from this data."""
     learned: Prompt | None = None
     record: Mapping[str, Any] = data[0]
     if "chat" in data.forms or isinstance(record.get("prompt"), list):

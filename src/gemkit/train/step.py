@@ -106,7 +106,7 @@ def evaluate(
 
 
 def split_microbatches(units: Sequence[ExampleGroup], tokens: int) -> Iterator[list[ExampleGroup]]:
-    """A step in parts of at most so many tokens, in its order; a unit that alone has more is a part by itself."""
+    """Micro-batches of a step in its order, each of at most this many tokens; a longer unit is one by itself."""
     part: list[ExampleGroup] = []
     held = 0
     for unit in units:

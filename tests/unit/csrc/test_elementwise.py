@@ -143,6 +143,18 @@ def test_softcap_add_mul_and_magnitude(kernel, n):
     assert capped[n] == 7
 
 
+def test_numbers_below_a_bound_are_counted_by_64(kernel):
+    for n in (0, 1, 63, 64, 65, 200, 256):
+        x = np.full(n, -1, np.float32)
+        assert kernel.call("below", x, 0.0, n) == n // 64 * 64
+        for place in {0, n // 2, n - 1} if n else ():
+            for met in (0.0, 1.0, np.inf, np.nan):
+                x[place] = met
+                assert kernel.call("below", x, 0.0, n) == min(place, n) // 64 * 64
+            x[place] = -1
+    assert kernel.call("below", np.full(64, -np.inf, np.float32), -np.inf, 64) == 0
+
+
 def test_magnitude_of_what_is_not_finite(kernel):
     for n in SIZES:
         for bad in (np.nan, np.inf, -np.inf):

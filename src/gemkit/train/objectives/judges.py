@@ -1,4 +1,4 @@
-"""What says how good an answer is: a reward model, or somebody's function, whose mistakes must not end a run."""
+"""Rewards of answers: by a reward model, or by a user's function, whose mistakes must not end a run."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Pretrain(NextToken):
     """Every token of a text is learned, and the `<eos>` at its end.
 
     Args:
-        context: longer texts are cut into pieces of so many tokens.
+        context: longer texts are cut into pieces of this many tokens.
     """
 
     @dataclass(frozen=True)

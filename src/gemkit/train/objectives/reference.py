@@ -1,4 +1,4 @@
-"""What a model is kept near to: itself as it was before training began."""
+"""The reference model of DPO and of RL's KL penalty: the policy as it was before training began."""
 
 from __future__ import annotations
 
