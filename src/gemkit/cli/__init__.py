@@ -20,6 +20,7 @@ from gemkit.cli import (
     caption,
     chat,
     compare,
+    completion,
     detect,
     doctor,
     explain_prompt,
@@ -60,6 +61,7 @@ _VERBS = (
     bench,
     cache,
     doctor,
+    completion,
 )
 
 
@@ -68,6 +70,8 @@ _MAKERS = ("tune", "quantize", "merge")  # verbs whose result is a folder: what 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code."""
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+        completion.complete(parser())
     given = [*(sys.argv[1:] if argv is None else argv)]
     if not _open_streams() and given[:1] and given[0] not in _MAKERS:
         say("ConfigError: stdout is closed: there is no place for the answer; give it one, as with > FILE")

@@ -33,7 +33,8 @@ def add_model(parser: argparse.ArgumentParser, *, runs: bool = True, images: boo
     group = parser.add_argument_group("model")
     what = "a PaliGemma: a member" if images else "a member"
     of = "hub id or folder" if images else "hub id, folder, .gguf or .ckpt (default: the starter model)"
-    group.add_argument("-m", "--model", metavar="MODEL", help=f"{what}, {of}")
+    named = group.add_argument("-m", "--model", metavar="MODEL", help=f"{what}, {of}")
+    named.completer = _members  # type: ignore[attr-defined]  # asked by argcomplete
     if runs:
         group.add_argument("--dtype", metavar="TYPE", help="run dtype: bfloat16 or float32 (default: the file's own)")
         group.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
@@ -58,6 +59,13 @@ def add_model(parser: argparse.ArgumentParser, *, runs: bool = True, images: boo
             metavar="DIR",
             help="a LoRA in PEFT's layout beside the model, a folder or hub id (repeatable); -m opens it with its base",
         )
+
+
+def _members(prefix: str, **_: Any) -> list[str]:
+    """Names of members, for a shell that completes one."""
+    from gemkit.family import members
+
+    return [member.name for member in members() if member.name.startswith(prefix)]
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int = 256) -> None:
