@@ -20,7 +20,7 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from argcomplete.shell_integration import shellcode  # pyright: ignore[reportMissingImports]
+    from argcomplete.shell_integration import shellcode
 
     print(shellcode(["gemkit"], shell=args.shell))
     return 0
@@ -28,6 +28,6 @@ def run(args: argparse.Namespace) -> int:
 
 def complete(parser: argparse.ArgumentParser) -> None:
     """Answer a shell that asks, by the environment, what could come next; the process ends."""
-    import argcomplete  # pyright: ignore[reportMissingImports]
+    import argcomplete
 
     argcomplete.autocomplete(parser)
