@@ -62,7 +62,7 @@ def locate(name: str) -> tuple[Path | str, Member | None]:
             raise UnknownModelError(f"{name} is no link to a model, or to a file of one, on the hub") from None
         if not names_file and (blob := ollama.find(name)) is not None:
             return blob, None
-        if ":" in name and "/" not in name and " " not in name:
+        if ":" in name and "/" not in name and ollama.is_name(name):
             raise UnknownModelError(f"Ollama has not pulled {name} (looked in {ollama.store()})") from None
         if names_file or name.startswith((".", "~")) or "/" in name or "\\" in name:
             raise UnknownModelError(f"there is no file or folder {name}") from None

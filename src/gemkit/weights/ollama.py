@@ -21,7 +21,12 @@ _MODEL, _ADAPTER = "application/vnd.ollama.image.model", "application/vnd.ollama
 
 def store() -> Path:
     """The folder of Ollama's models."""
-    return Path(os.environ.get("OLLAMA_MODELS") or Path.home() / ".ollama" / "models")
+    return Path(os.environ.get("OLLAMA_MODELS") or os.path.expanduser("~/.ollama/models"))  # without a home too
+
+
+def is_name(name: str) -> bool:
+    """Whether Ollama could have a model of this name."""
+    return _NAME.fullmatch(name) is not None
 
 
 def find(name: str) -> Path | None:
