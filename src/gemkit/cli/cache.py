@@ -62,7 +62,6 @@ def _record(file: Any) -> dict[str, Any]:
 
 
 def _print(action: str, report: dict[str, Any]) -> None:
-    from gemkit.cli.tables import print_table
     from gemkit.inspect import units
 
     folder, models = report["folder"] or "there is no home folder, and GEMKIT_CACHE names none", report["models"]
@@ -71,10 +70,9 @@ def _print(action: str, report: dict[str, Any]) -> None:
         freed = units.memory(sum(record["bytes"] for record in removed))
         print(f"{folder}: {count(len(removed), 'packed model')} removed, {freed}")
         return
-    columns = [("packed model of", "left"), ("size", "right"), ("used", "left"), ("", "left")]
-    rows = [[_of(record), units.memory(record["bytes"]), record["used"], _state(record)] for record in models]
-    print_table(columns, [(folder, rows)])
-    for record in models:
+    print(folder)
+    for record in models:  # the path last, and whole however long it is
+        print(f"{units.memory(record['bytes']):>9}  used {record['used']}  {_state(record)}{_of(record)}")
         if record.get("damage"):
             print(f"{record['path']}: {record['damage']}")
     total, limit = sum(record["bytes"] for record in models), report["limit_bytes"]

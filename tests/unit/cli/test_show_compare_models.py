@@ -89,7 +89,7 @@ def test_show_json(run):
         "head_dim": 256,
         "scale": 1 / 16,
         "window": 4096,
-        "rope": {"base": 10000.0, "factor": 1.0, "fraction": 1.0},
+        "rope": {"base": 10000.0, "factor": 1.0, "fraction": 1.0, "yarn": None, "dynamic": None},
         "reach": "past",
         "softcap": 50.0,
         "qk_norm": False,

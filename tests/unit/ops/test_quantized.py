@@ -42,7 +42,8 @@ def defined_value(weight, row, column):
         value = np.float32(planes[name][column // kind.group])
         return np.float32(planes["super_" + name][column // kind.superblock]) * value if kind.superblock else value
 
-    value = of_group("scales") * np.float32(code - kind.zero)
+    number = code - kind.zero if kind.values is None else kind.values[code]
+    value = of_group("scales") * np.float32(kind.unit) * np.float32(number)
     return value - of_group("mins") if kind.minima else value
 
 
