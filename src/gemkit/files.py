@@ -18,9 +18,12 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from gemkit.errors import TextError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # Dense dtypes by their name in safetensors headers: bytes of an element, name in torch (and, but for those that it
 # lacks, in NumPy).
@@ -129,6 +132,26 @@ def decode_text(data: bytes) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{data[error.start]:02X} in line {line} is not UTF-8"
         raise TextError(f"{found} (is it Latin-1 or Windows-1252?); save it as UTF-8") from None
+
+
+def decode_strings(data: bytes, starts: np.ndarray, ends: np.ndarray) -> list[str] | None:
+    """The UTF-8 strings at these places of `data`, decoded at once: a vocabulary has 262,144 of them.
+
+    None if one is not UTF-8 or holds a NUL: what is wrong with it is found by looking at them one by one.
+    """
+    import numpy as np
+
+    sizes = ends - starts + 1  # with a NUL after each
+    after = np.cumsum(sizes)
+    index = np.repeat(starts - (after - sizes), sizes) + np.arange(sizes.sum())
+    index[after - 1] = 0
+    text = np.frombuffer(data, np.uint8)[index]
+    text[after - 1] = 0
+    try:
+        strings = text.tobytes().decode().split("\0")[:-1]
+    except UnicodeDecodeError:
+        return None
+    return strings if len(strings) == len(sizes) else None
 
 
 def refuse_existing(path: Path) -> None:

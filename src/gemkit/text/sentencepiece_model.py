@@ -11,12 +11,13 @@ and the bytes (2), or 4 bytes (5). A varint holds 7 bits a byte, lowest first; t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from gemkit.errors import WeightsError
+from gemkit.files import decode_strings
 from gemkit.text.vocabulary import BOS, EOS, PAD, UNK, PieceType, Vocabulary
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
@@ -40,53 +41,81 @@ def read(data: bytes, *, source: str = "tokenizer.model") -> Vocabulary:
     Raises:
         WeightsError: if the bytes are truncated or corrupt, or hold another kind of tokenizer than this family's.
     """
-    pieces: list[str] = []
-    scores: list[bytes] = []
-    types: list[int] = []
+    starts: list[int] = []  # of the pieces' messages
+    ends: list[int] = []
     specs: list[bytes] = []
     settings: dict[tuple[int, int], int | bytes] = {}
+    at, size = 0, len(data)
     try:
-        for number, wire, value, raw in _fields(data):
-            if (number, wire) == (1, _BYTES):
-                piece, score, kind = _read_piece(value)
-                pieces.append(piece)
-                scores.append(score)
-                types.append(kind)
+        while at < size:
+            # nearly all are short pieces; only their places are found one by one
+            if data[at] == 0x0A and at + 1 < size and data[at + 1] < 0x80 and (end := at + 2 + data[at + 1]) <= size:
+                starts.append(at + 2)
+                ends.append(at := end)
                 continue
-            specs.append(raw)
+            start = at
+            number, wire, value, at = _read_field(data, start)
+            if (number, wire) == (1, _BYTES):
+                starts.append(at - len(value))
+                ends.append(at)
+                continue
+            specs.append(data[start:at])
             if wire == _BYTES and number in (2, 3):
-                settings |= {(number, inner): setting for inner, _, setting, _ in _fields(value)}
+                settings |= {(number, inner): setting for inner, _, setting in _fields(value)}
     except ValueError as error:
-        raise WeightsError(f"{source}: corrupt after {len(pieces)} pieces: {error}") from None
-    if not pieces:
-        raise WeightsError(f"{source}: {len(data)} bytes without a single piece: not a SentencePiece model")
+        raise WeightsError(f"{source}: corrupt after {len(starts)} pieces: {error}") from None
+    if not starts:
+        raise WeightsError(f"{source}: {size} bytes without a single piece: not a SentencePiece model")
+    pieces, score_V, type_V = _read_pieces(data, np.array(starts), np.array(ends), source)
     for name, spec, number, default, wanted in _REQUIRED:
         found = settings.get((spec, number), default)
         if found != wanted:
             shown = f"{len(found)} bytes" if isinstance(found, bytes) else found
             raise WeightsError(f"{source}: {name} is {shown}, not {wanted!r}: a tokenizer of another family")
-    score_V = np.frombuffer(b"".join(scores), dtype="<f4")
-    return Vocabulary.from_pieces(pieces, score_V, np.asarray(types), specs=b"".join(specs), source=source)
+    return Vocabulary.from_pieces(pieces, score_V, type_V, specs=b"".join(specs), source=source)
 
 
 def write(vocabulary: Vocabulary) -> bytes:
     """The bytes of a tokenizer.model; of one that was read and not changed, the same bytes again."""
-    parts: list[bytes] = []
-    around: dict[tuple[int, int], tuple[bytes, bytes]] = {}  # what stands before text and after score, by size and type
-    scores = vocabulary.scores.astype("<f4").tobytes()
-    for i, (piece, kind) in enumerate(zip(vocabulary.pieces, vocabulary.types.tolist(), strict=True)):
-        text = piece.encode()
-        if (len(text), kind) not in around:
-            type_field = _field(3, kind) if kind != PieceType.NORMAL else b""
-            text_header = b"\n" + _varint(len(text))
-            size = len(text_header) + len(text) + 5 + len(type_field)
-            around[len(text), kind] = b"\n" + _varint(size) + text_header, type_field
-        header, type_field = around[len(text), kind]
-        parts.append(header)
-        parts.append(text)
-        parts.append(b"\x15" + scores[4 * i : 4 * i + 4] + type_field)
-    parts.append(vocabulary.specs or _family_specs(len(vocabulary.pieces)))
-    return b"".join(parts)
+    text = np.frombuffer("\0".join([*vocabulary.pieces, ""]).encode(), np.uint8)  # no piece holds a NUL
+    text_sizes = np.diff(np.flatnonzero(text == 0), prepend=-1) - 1
+    typed = vocabulary.types != PieceType.NORMAL
+    scores = np.full((len(text_sizes), 5), 0x15, np.uint8)
+    scores[:, 1:] = vocabulary.scores.astype("<f4").view(np.uint8).reshape(-1, 4)
+    types = np.stack([np.full_like(vocabulary.types, 0x18), vocabulary.types], axis=1)[typed]
+    message = [
+        _header(text_sizes),
+        (text[text != 0], text_sizes),
+        (scores.ravel(), np.full_like(text_sizes, 5)),
+        (types.ravel(), 2 * typed),
+    ]
+    pieces = _interleave([_header(np.sum([sizes for _, sizes in message], axis=0)), *message])
+    return pieces + (vocabulary.specs or _family_specs(len(text_sizes)))
+
+
+# One field of many messages: the bytes of all of them end to end, and how many each has. A vocabulary is written at
+# every start of a program, and 262,144 pieces one by one are a quarter of a second.
+_Column = tuple[np.ndarray, np.ndarray]
+
+
+def _header(sizes: np.ndarray) -> _Column:
+    """What stands before field 1 of each message, of so many bytes: its key, and its size as a varint."""
+    limits = 1 << np.arange(7, max(8, int(sizes.max(initial=0)).bit_length() + 1), 7)
+    bytes_each = 1 + np.searchsorted(limits, sizes, side="right")
+    place = np.arange(bytes_each.max(initial=1))
+    varints = sizes[:, None] >> 7 * place & 0x7F | np.where(place < bytes_each[:, None] - 1, 0x80, 0)
+    headers = np.insert(varints.astype(np.uint8), 0, 1 << 3 | _BYTES, axis=1)
+    return headers[np.arange(len(place) + 1) <= bytes_each[:, None]], 1 + bytes_each
+
+
+def _interleave(columns: Sequence[_Column]) -> bytes:
+    """The columns row by row."""
+    sizes = np.stack([sizes for _, sizes in columns], axis=1)
+    starts = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)
+    out = np.empty(int(sizes.sum()), np.uint8)
+    for start, (data, size) in zip(starts.T, columns, strict=True):
+        out[np.repeat(start - (np.cumsum(size) - size), size) + np.arange(len(data))] = data
+    return out.tobytes()
 
 
 def _family_specs(size: int) -> bytes:
@@ -106,44 +135,66 @@ def _family_specs(size: int) -> bytes:
     return _field(2, trainer) + _field(3, normalizer)
 
 
-def _read_piece(message: bytes) -> tuple[str, bytes, int]:
-    """Text, score (4 bytes, little-endian) and type of one SentencePiece message."""
-    # nearly every piece is a short string and a score, nothing else: taken apart in place, a file reads twice as fast
-    size = len(message) - 7
-    if 0 < size < 128 and message[0] == 0x0A and message[1] == size and message[-5] == 0x15:
-        return message[2:-5].decode(), message[-4:], PieceType.NORMAL
-    fields = {(number, wire): value for number, wire, value, _ in _fields(message)}
-    piece = fields.get((1, _BYTES), b"").decode()
-    return piece, fields.get((2, _FIXED32), bytes(4)), fields.get((3, _VARINT), PieceType.NORMAL)
+def _read_pieces(
+    data: bytes, starts: np.ndarray, ends: np.ndarray, source: str
+) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """Texts, scores (V,) and types (V,) of the SentencePiece messages at these places."""
+    array, sizes = np.frombuffer(data, np.uint8), ends - starts
+    # of a text and a score alone, as nearly all are: key, size, text, key, 4 bytes. Those are read at once
+    is_plain = (sizes > 7) & (sizes < 128)
+    is_plain[is_plain] = (
+        (array[starts[is_plain]] == 0x0A)
+        & (array[starts[is_plain] + 1] == sizes[is_plain] - 7)
+        & (array[ends[is_plain] - 5] == 0x15)
+    )
+    texts = decode_strings(data, starts[is_plain] + 2, ends[is_plain] - 5)
+    if texts is None:
+        texts, is_plain = [], np.zeros_like(is_plain)
+    pieces: dict[int, str] = dict(zip(np.flatnonzero(is_plain).tolist(), texts, strict=True))
+    scores = np.zeros((len(starts), 4), np.uint8)
+    scores[is_plain] = array[ends[is_plain, None] - np.array([4, 3, 2, 1])]
+    types = np.full(len(starts), PieceType.NORMAL, np.int64)
+    i = 0
+    try:
+        for i in np.flatnonzero(~is_plain).tolist():
+            fields = {(number, wire): value for number, wire, value in _fields(data[starts[i] : ends[i]])}
+            pieces[i] = fields.get((1, _BYTES), b"").decode()
+            scores[i] = np.frombuffer(fields.get((2, _FIXED32), bytes(4)), np.uint8)
+            types[i] = fields.get((3, _VARINT), PieceType.NORMAL)
+    except ValueError as error:
+        raise WeightsError(f"{source}: corrupt after {i} pieces: {error}") from None
+    return [pieces[i] for i in range(len(starts))], scores.view("<f4").ravel(), types
 
 
-def _fields(message: bytes) -> Iterator[tuple[int, int, Any, bytes]]:
-    """Number, wire type, value (an int for a varint, else bytes) and raw bytes of each field of a message.
+def _fields(message: bytes) -> Iterator[tuple[int, int, Any]]:
+    """Number, wire type and value (an int for a varint, else bytes) of each field of a message.
 
     Raises:
         ValueError: where the bytes stop being a message; says at which offset.
     """
     at = 0
     while at < len(message):
-        start = at
-        key, at = _read_varint(message, at)
-        number, wire = key >> 3, key & 7
-        if number == 0:
-            raise ValueError(f"field number 0 at byte {start}")
-        if wire == _VARINT:
-            value, at = _read_varint(message, at)
-        else:
-            if wire == _BYTES:
-                size, at = _read_varint(message, at)
-            elif wire in (_FIXED32, _FIXED64):
-                size = 4 if wire == _FIXED32 else 8
-            else:
-                raise ValueError(f"wire type {wire} at byte {start}")
-            if size > len(message) - at:
-                raise ValueError(f"field {number} at byte {start} needs {size} bytes, {len(message) - at} are left")
-            value = message[at : at + size]
-            at += size
-        yield number, wire, value, message[start:at]
+        number, wire, value, at = _read_field(message, at)
+        yield number, wire, value
+
+
+def _read_field(message: bytes, start: int) -> tuple[int, int, Any, int]:
+    """Number, wire type and value of the field at offset `start`, and the offset after it."""
+    key, at = _read_varint(message, start)
+    number, wire = key >> 3, key & 7
+    if number == 0:
+        raise ValueError(f"field number 0 at byte {start}")
+    if wire == _VARINT:
+        return number, wire, *_read_varint(message, at)
+    if wire == _BYTES:
+        size, at = _read_varint(message, at)
+    elif wire in (_FIXED32, _FIXED64):
+        size = 4 if wire == _FIXED32 else 8
+    else:
+        raise ValueError(f"wire type {wire} at byte {start}")
+    if size > len(message) - at:
+        raise ValueError(f"field {number} at byte {start} needs {size} bytes, {len(message) - at} are left")
+    return number, wire, message[at : at + size], at + size
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:

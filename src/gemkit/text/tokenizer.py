@@ -41,7 +41,6 @@ class Tokenizer:
     def __init__(self, vocabulary: Vocabulary, settings: Settings | None = None):
         self.vocabulary = vocabulary
         self.settings = Settings() if settings is None else settings
-        self._ids = {piece: i for i, piece in enumerate(vocabulary.pieces)}
         self._control = frozenset(vocabulary.control_ids())
         self._byte = {
             int(i): bytes([BYTES[vocabulary.pieces[i]]]) for i in np.flatnonzero(vocabulary.types == PieceType.BYTE)
@@ -111,7 +110,7 @@ class Tokenizer:
     # ids and pieces
 
     def __contains__(self, piece: str) -> bool:
-        return piece in self._ids
+        return piece in self.vocabulary.ids
 
     def id(self, piece: str) -> int:
         """The id of a piece by its exact spelling: `<bos>`, `▁the`, `<0x0A>`.
@@ -119,9 +118,9 @@ class Tokenizer:
         Raises:
             TextError: if the vocabulary has no such piece.
         """
-        if piece not in self._ids:
+        if piece not in self:
             raise TextError(f"no piece {piece!r} in this vocabulary of {len(self)} (a space in a piece is {SPACE})")
-        return self._ids[piece]
+        return self.vocabulary.ids[piece]
 
     def piece(self, id: SupportsIndex) -> str:
         """The spelling of an id.

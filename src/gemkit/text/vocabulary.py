@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -81,6 +82,11 @@ class Vocabulary:
     types: np.ndarray  # (V,) uint8 of PieceType
     specs: bytes = b""
 
+    @cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of each piece."""
+        return dict(zip(self.pieces, range(len(self.pieces)), strict=True))
+
     @classmethod
     def from_pieces(
         cls,
@@ -110,17 +116,23 @@ class Vocabulary:
             raise WeightsError(
                 f"{source}: {len(pieces)} pieces, {len(score_V)} scores, {len(type_V)} types; every piece has one each"
             )
-        spelled = _spell(pieces, source)
-        score_V = score_V.astype(np.float32)
+        spelled, score_V = _spell(pieces, source), score_V.astype(np.float32)
         for i in np.flatnonzero(~np.isfinite(score_V)):
             raise WeightsError(f"{source}: piece {i}, {spelled[i]!r}, has the score {score_V[i]}")
         for i in np.flatnonzero((type_V < min(PieceType)) | (type_V > max(PieceType))):
             raise WeightsError(f"{source}: piece {i}, {spelled[i]!r}, has the type {type_V[i]}; types are 1 to 6")
         type_V = type_V.astype(np.uint8)
+        vocabulary = cls(spelled, score_V, type_V, specs)
+        ids = vocabulary.ids
+        if len(ids) < len(spelled):
+            i, piece = next((i, piece) for i, piece in enumerate(spelled) if ids[piece] != i)
+            raise WeightsError(f"{source}: pieces {i} and {ids[piece]} are both {piece!r}")
+        if "" in ids:
+            raise WeightsError(f"{source}: piece {ids['']} is empty")
         for piece in (BOS, EOS, PAD, UNK):
-            if piece not in spelled:
-                raise WeightsError(f"{source}: no piece {piece} among {len(spelled)}: not a vocabulary of this family")
-        type_V[spelled.index(UNK)] = PieceType.UNKNOWN
+            if piece not in ids:
+                raise WeightsError(f"{source}: no piece {piece} among {len(ids)}: not a vocabulary of this family")
+        type_V[ids[UNK]] = PieceType.UNKNOWN
         for i in np.flatnonzero(type_V == PieceType.UNKNOWN):
             if spelled[i] != UNK:
                 raise WeightsError(f"{source}: piece {i}, {spelled[i]!r}, has the type UNKNOWN, as only {UNK} may")
@@ -131,7 +143,7 @@ class Vocabulary:
         if len(byte_ids) < len(BYTES):
             missing = min(BYTES.keys() - {spelled[i] for i in byte_ids})
             raise WeightsError(f"{source}: no byte piece {missing}; characters without a piece need all 256")
-        return cls(spelled, score_V, type_V, specs)
+        return vocabulary
 
     @classmethod
     def from_json(cls, data: bytes, *, source: str = "tokenizer.json") -> Vocabulary:
@@ -226,11 +238,10 @@ class Vocabulary:
 
         Files of the vocabulary hold all of them, or the first two, or are Gemma's own.
         """
-        ids = {piece: i for i, piece in enumerate(self.pieces)}
-        pieces, added = list(self.pieces), [piece for piece in (*PLACES, IMAGE) if piece not in ids]
+        pieces, added = list(self.pieces), [piece for piece in (*PLACES, IMAGE) if piece not in self.ids]
         types = np.concatenate([self.types, np.full(len(added), PieceType.USER_DEFINED, dtype=np.uint8)])
         pieces += added
-        ids |= {piece: i for i, piece in enumerate(pieces)}
+        ids = self.ids | {piece: len(self.pieces) + i for i, piece in enumerate(added)}
         types[[ids[piece] for piece in PLACES]] = PieceType.USER_DEFINED  # found in text
         types[ids[IMAGE]] = PieceType.CONTROL
         scores = np.concatenate([self.scores, np.zeros(len(added), np.float32)])
@@ -254,16 +265,10 @@ class Vocabulary:
 
 def _spell(pieces: Sequence[str], source: str) -> list[str]:
     """Pieces with spaces written as `▁`, after checking that SentencePiece can hold each."""
-    for i, piece in enumerate(pieces):
-        if not isinstance(piece, str):
-            raise WeightsError(f"{source}: piece {i} is of type {type(piece).__name__}, not str")
+    if {*map(type, pieces)} - {str}:
+        i, piece = next((i, piece) for i, piece in enumerate(pieces) if type(piece) is not str)
+        raise WeightsError(f"{source}: piece {i} is of type {type(piece).__name__}, not str")
     spelled = [piece.replace(" ", SPACE) if " " in piece else piece for piece in pieces]
-    ids = dict(zip(spelled, range(len(spelled)), strict=True))
-    if len(ids) < len(spelled):
-        i, piece = next((i, piece) for i, piece in enumerate(spelled) if ids[piece] != i)
-        raise WeightsError(f"{source}: pieces {i} and {ids[piece]} are both {piece!r}")
-    if "" in ids:
-        raise WeightsError(f"{source}: piece {ids['']} is empty")
     try:
         text = "".join(spelled).encode()
     except UnicodeEncodeError:

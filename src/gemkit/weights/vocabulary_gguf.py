@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from gemkit.errors import WeightsError
 from gemkit.text import Tokenizer
@@ -43,8 +41,10 @@ def from_metadata(metadata: Mapping[str, Any], label: str) -> Tokenizer:
             f"{label}: the GGUF has no tokenizer.ggml.scores, without which pieces are merged in another order than in "
             "training: convert the model again"
         )
-    types = _types(pieces, metadata.get("tokenizer.ggml.token_type"))
-    return Tokenizer(_with_infill(Vocabulary.from_pieces(pieces, scores, types, source=label), metadata, label))
+    types = metadata.get("tokenizer.ggml.token_type")
+    vocabulary = Vocabulary.from_pieces(pieces, scores, _spelled(pieces) if types is None else types, source=label)
+    _type_control(vocabulary)
+    return Tokenizer(_with_infill(vocabulary, metadata, label))
 
 
 # Pieces that steer the model, in any vocabulary of the family; the rest in brackets is text, such as `<td>`.
@@ -55,21 +55,19 @@ _CONTROL = {
 }  # fmt: skip
 
 
-def _types(pieces: Any, given: Any) -> np.ndarray:
-    """The types of a file; control pieces that it calls normal are control, as llama.cpp has it for ends of turns.
+def _spelled(pieces: Iterable[str]) -> list[int]:
+    """The types of pieces by their spelling, for a file without types."""
+    return [PieceType.BYTE if piece in BYTES else PieceType.NORMAL for piece in pieces]
 
-    Typed NORMAL, an `<end_of_turn>` in a user's text would end the turn, and in an answer it would be shown. Without
-    types the spelling decides.
+
+def _type_control(vocabulary: Vocabulary) -> None:
+    """Control pieces that a file calls normal are made control, as llama.cpp has it for ends of turns.
+
+    Typed NORMAL, an `<end_of_turn>` in a user's text would end the turn, and in an answer it would be shown.
     """
-    types = np.full(len(pieces), PieceType.NORMAL, np.int32) if given is None else np.array(given)
-    if types.shape != (len(pieces),):
-        return types  # which the vocabulary refuses, with both numbers
-    for i in [i for i, piece in enumerate(pieces) if piece in _CONTROL]:
-        if types[i] == PieceType.NORMAL:
-            types[i] = PieceType.CONTROL
-    if given is None:
-        types[[i for i, piece in enumerate(pieces) if piece in BYTES]] = PieceType.BYTE
-    return types
+    for i in [vocabulary.ids[piece] for piece in _CONTROL if piece in vocabulary.ids]:
+        if vocabulary.types[i] == PieceType.NORMAL:
+            vocabulary.types[i] = PieceType.CONTROL
 
 
 def _with_infill(vocabulary: Vocabulary, metadata: Mapping[str, Any], label: str) -> Vocabulary:
@@ -77,7 +75,7 @@ def _with_infill(vocabulary: Vocabulary, metadata: Mapping[str, Any], label: str
 
     llama.cpp's converter writes three of the four. Where these are CodeGemma's the fourth is too.
     """
-    pieces, infill = list(vocabulary.pieces), {}
+    pieces, renamed, infill = vocabulary.pieces, {}, {}
     for name, keys in _INFILL_KEYS.items():
         key = next((f"tokenizer.ggml.{key}" for key in keys if f"tokenizer.ggml.{key}" in metadata), None)
         if key is None:
@@ -88,8 +86,10 @@ def _with_infill(vocabulary: Vocabulary, metadata: Mapping[str, Any], label: str
         infill[i] = name
         if pieces[i] == name:
             continue
-        if not pieces[i].startswith("<unused") or name in vocabulary.pieces:
+        if not pieces[i].startswith("<unused") or name in vocabulary.ids:
             raise WeightsError(f"{label}: {key}={i}, and that piece is {pieces[i]!r}: no infilling token")
-        pieces[i] = name
-    named = replace(vocabulary, pieces=pieces)
+        renamed[i] = name
+    named = vocabulary
+    if renamed:
+        named = replace(vocabulary, pieces=[renamed.get(i, piece) for i, piece in enumerate(pieces)])
     return named.with_infill() if len(infill) >= 3 and infill.items() <= INFILL.items() else named

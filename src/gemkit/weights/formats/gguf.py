@@ -13,12 +13,13 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from gemkit.errors import WeightsError
-from gemkit.files import DTYPES
+from gemkit.files import DTYPES, decode_strings
 from gemkit.weights.formats import gguf_parts
 from gemkit.weights.formats.base import File, Reader, TensorInfo, count_elements
 
@@ -79,40 +80,39 @@ _CHUNK = 4 << 20  # bytes of blocks repacked at a time, so that they stay in a c
 class Strings(Sequence[str]):
     """A string array of the metadata, decoded when first asked for: vocabularies have 262,144 of them."""
 
-    def __init__(self, data: bytes, count: int, where: str):
-        """`data` is `count` lengths and strings end to end, already checked to be complete."""
-        self._data, self._count, self._where = data, count, where
-        self._list: list[str] | None = None
+    def __init__(self, data: bytes, ends: np.ndarray, where: str):
+        """`data` is lengths of 8 bytes and strings end to end, checked to be complete; `ends` are the strings'."""
+        self._data, self._ends, self._where = data, ends, where
 
-    def _decoded(self) -> list[str]:
-        if self._list is None:
-            data, at, strings = self._data, 0, []
-            unpack = struct.Struct("<Q").unpack_from
-            try:
-                for _ in range(self._count):
-                    start = at + 8
-                    at = start + unpack(data, at)[0]
-                    strings.append(data[start:at].decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise WeightsError(f"{self._where}[{len(strings)}] is not UTF-8: {error}") from None
-            self._list, self._data = strings, b""
-        return self._list
+    @cached_property
+    def _list(self) -> list[str]:
+        starts = 8 + np.concatenate([[0], self._ends])[:-1]
+        strings = decode_strings(self._data, starts, self._ends)
+        if strings is not None:
+            return strings
+        strings = []
+        try:
+            for start, end in zip(starts.tolist(), self._ends.tolist(), strict=True):
+                strings.append(self._data[start:end].decode())
+        except UnicodeDecodeError as error:
+            raise WeightsError(f"{self._where}[{len(strings)}] is not UTF-8: {error}") from None
+        return strings
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._ends)
 
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
     def __getitem__(self, index: slice) -> list[str]: ...
     def __getitem__(self, index: int | slice) -> str | list[str]:
-        return self._decoded()[index]
+        return self._list[index]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._decoded())
+        return iter(self._list)
 
     def __repr__(self) -> str:
-        return f"<{self._count:,} strings>"
+        return f"<{len(self):,} strings>"
 
 
 class GGUFReader(Reader):
@@ -245,18 +245,19 @@ class _Cursor:
             raise WeightsError(f"{self.path}: {what} is {count:,}, but only {self.left:,} bytes follow")
         return count
 
-    def skip_strings(self, count: int, what: str) -> None:
+    def skip_strings(self, count: int, what: str) -> np.ndarray:
+        """Step over lengths and strings; where each ends, from here."""
         # the vocabulary's 262,144 lengths stand between us and the next key: the one loop here that must be quick
-        data, size, at = self.data, self.size, self.at
+        data, size, start = self.data, self.size, self.at
+        at, ends = start, []
         unpack = struct.Struct("<Q").unpack_from
         for _ in range(count):
             if at + 8 > size:
-                break
+                self.take(at + 8 - start, what)
             at += 8 + unpack(data, at)[0]
-        else:
-            self.take(at - self.at, what)
-            return
-        self.take(at + 8 - self.at, what)
+            ends.append(at)
+        self.take(at - start, what)
+        return np.array(ends, np.int64) - start
 
 
 def _read_prologue(cursor: _Cursor) -> tuple[int, int, int]:
@@ -289,8 +290,8 @@ def _read_value(cursor: _Cursor, key: str) -> Any:
     if element == _STRING:
         count = cursor.count(f"the length of {what}", 8)
         start = cursor.at
-        cursor.skip_strings(count, what)
-        return Strings(cursor.data[start : cursor.at], count, f"{cursor.path}: {what}")
+        ends = cursor.skip_strings(count, what)
+        return Strings(cursor.data[start : cursor.at], ends, f"{cursor.path}: {what}")
     if element not in _NUMBERS:
         raise WeightsError(f"{cursor.path}: {what} is an array of the type {element}; numbers and strings are read")
     dtype = np.dtype(_NUMBERS[element])
