@@ -115,6 +115,7 @@ def run_all(folder: Path, kind: str) -> None:
         exercise(NativeExecutor(decoder, Pack(path)), 1 if kind == "memory" and why != "portable" else 4)
         if kind == "memory":
             damage(decoder, path)
+    pack_random()
     assert "torch" not in sys.modules
 
 
@@ -149,6 +150,69 @@ def exercise(executor, less: int) -> None:
     assert state.nbytes > state.unique(before)
     executor.run([Chunk(state.add(), ids[: 400 // less])], state)
     together(executor, ids[: 40 // less])
+
+
+def pack_random() -> None:
+    """Weights of every kind, of any bits, from files and memory to both, with sketches; files that are cut."""
+    import ctypes
+
+    from gemkit.block_types import KINDS as BLOCK_TYPES
+    from gemkit.executors.native import screening
+    from gemkit.executors.native.library import library
+    from gemkit.executors.native.packfile import KINDS
+    from gemkit.executors.native.writer import Source, Target
+
+    rng, native = np.random.default_rng(2), library(free=True)
+
+    def pack(kind: str, rows: int, cols: int, source: Source, sketched: bool) -> int:
+        signs = screening.signs(cols)
+        number = KINDS.index(kind)
+        nbytes = native.gk_packed_bytes(number, rows, cols)
+        sums, error, results = (ctypes.c_uint64 * 2)(), ctypes.c_int32(), set()
+        packed = np.empty(nbytes + screening.nbytes(rows, cols), np.uint8)
+        with tempfile.TemporaryFile() as file:
+            for place, memory in ((file.fileno(), None), (-1, packed.ctypes.data)):
+                target = Target(memory, 0, nbytes, signs.ctypes.data if sketched else None, place)
+                to = ctypes.byref(source), ctypes.byref(target)
+                cut = rows // 32 * 16
+                for first, last in ((0, cut), (cut, rows)):
+                    given = 3, number, rows, cols, *to, first, last, sums, ctypes.byref(error)
+                    results.add(native.gk_pack(*given))
+        return max(results)
+
+    for kind in KINDS:
+        block_type = BLOCK_TYPES.get(kind)
+        for rows in (1, 16, 53):
+            cols = 512 if block_type else 70
+            names = block_type.layout(rows, cols) if block_type else {"dense": ((rows, cols), kind)}
+            dtypes = {"bfloat16": "uint16"}
+            planes = {
+                name: rng.integers(0, 16 if name in ("scales", "mins") else 256, size, np.uint8)  # some have 4 bits
+                for name, (shape, dtype) in names.items()
+                for size in [shape[0] * shape[1] * np.dtype(dtypes.get(dtype, dtype)).itemsize]
+            }
+            sketched = cols % 32 == 0  # as heads have it
+            stored = {"bfloat16": "BF16"}.get(kind, "F32")
+            in_memory = Source.memory({name: plane.ctypes.data for name, plane in planes.items()}, planes, stored)
+            assert pack(kind, rows, cols, in_memory, sketched) == 0, kind
+            with tempfile.TemporaryFile() as file:
+                places, at = {}, 0
+                for name, plane in planes.items():
+                    places[name] = file.fileno(), at
+                    at += file.write(plane.tobytes())
+                file.flush()
+                assert pack(kind, rows, cols, Source.of_files(places, stored), sketched) == 0, kind
+                file.truncate(at - 1)
+                assert pack(kind, rows, cols, Source.of_files(places, stored), sketched) == 2, kind
+            block_bytes = native.gk_block_bytes(KINDS.index(kind))
+            if block_bytes:
+                with tempfile.TemporaryFile() as file:
+                    blocks = rows * cols // block_type.row_multiple * block_bytes
+                    file.write(rng.bytes(blocks))
+                    file.flush()
+                    assert pack(kind, rows, cols, Source.blocks(file.fileno(), 0), sketched) == 0, kind
+                    file.truncate(blocks - 1)
+                    assert pack(kind, rows, cols, Source.blocks(file.fileno(), 0), sketched) == 2, kind
 
 
 def together(executor, ids: list[int]) -> None:
