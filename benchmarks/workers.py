@@ -39,6 +39,7 @@ class Worker:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "OPENBLAS", "MKL")}
         environment["GEMKIT_THREADS"] = str(threads)
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are compiled; so is what is measured
         command = [python, HERE / script, name, str(threads)]
         self.started = time.perf_counter()
         try:
