@@ -12,10 +12,14 @@ from itertools import groupby
 from pathlib import Path
 
 from gemkit import cli
+from gemkit.adapters.peft_config import ADAPTER
 from gemkit.family import DecoderConfig, Member, members
 from gemkit.inspect import cost, units
 from gemkit.inspect.compare import each, ffw_widths, heads, pattern, ropes, scale, shared
-from gemkit.weights.known_keys import CONFIGS
+from gemkit.weights.keys_beside import GENERATION, PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_JSON
+from gemkit.weights.keys_config import CONFIGS
+from gemkit.weights.keys_gguf import GGUF
+from gemkit.weights.known_keys import Table
 
 PAGES = Path(__file__).parent
 _MADE = re.compile(r"(<!-- made: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -210,7 +214,7 @@ def _help(action: argparse.Action) -> str:
 
 
 def keys() -> str:
-    """The effect of each key of a published configuration, a table for each model type."""
+    """The effect of each key of a `config.json`, a table for each model type."""
     parts = []
     for kind, known in CONFIGS.items():
         own = (
@@ -218,10 +222,28 @@ def keys() -> str:
             if kind == "gemma"
             else {name: key for name, key in known.items() if CONFIGS["gemma"].get(name) != key}
         )
-        rows = [[f"`{name}`", key.effect, key.why] for name, key in sorted(own.items())]
         rest = "" if kind == "gemma" else ": keys that `gemma` lacks, or has otherwise"
-        parts.append(f"### `{kind}`{rest}\n\n" + table(("key", "here", "reason"), rows))
+        parts.append(f"### `{kind}`{rest}\n\n{_effects(own)}")
     return "\n\n".join(parts)
+
+
+def keys_beside() -> str:
+    """The effect of each key of the other files of a model."""
+    files = {
+        "generation_config.json": GENERATION,
+        "tokenizer_config.json": TOKENIZER,
+        "tokenizer.json": TOKENIZER_JSON,
+        "processor_config.json": PROCESSOR,
+        "preprocessor_config.json": PREPROCESSOR,
+        "adapter_config.json": ADAPTER,
+    }
+    parts = [f"## Keys of `{file}`\n\n{_effects(known)}" for file, known in files.items()]
+    return "\n\n".join([*parts, f"## Metadata of a GGUF\n\n{_effects(GGUF)}"])
+
+
+def _effects(known: Table) -> str:
+    rows = [[f"`{name}`", key.effect, key.why.replace("<", r"\<")] for name, key in sorted(known.items())]
+    return table(("key", "here", "reason"), rows)
 
 
 MAKERS = {
@@ -232,6 +254,7 @@ MAKERS = {
     "images": images,
     "verbs": verbs,
     "keys": keys,
+    "keys_beside": keys_beside,
 }
 
 

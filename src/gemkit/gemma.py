@@ -32,7 +32,7 @@ from gemkit.weights import hub
 from gemkit.weights.checkpoint import Checkpoint
 from gemkit.weights.describe import with_adapter_turns, with_adapters
 from gemkit.weights.fit import SCORE
-from gemkit.weights.generation import FILE, Generation
+from gemkit.weights.generation import Generation
 
 if TYPE_CHECKING:
     import torch
@@ -478,9 +478,9 @@ def _defaults(found: Generation) -> Defaults:
     """Defaults of answers, from what the model's files say."""
     plain = replace(GREEDY, **found.always)
     if found.sampling is None:
-        source = f"{FILE}, with gemkit's own sampling" if found.always or found.stop else "gemkit's own"
+        source = f"{found.source}, with gemkit's own sampling" if found.always or found.stop else "gemkit's own"
         return Defaults(plain, replace(INSTRUCTION_TUNED, **found.always), found.stop, source)
-    return Defaults(plain, replace(plain, **found.sampling), found.stop, FILE)
+    return Defaults(plain, replace(plain, **found.sampling), found.stop, found.source)
 
 
 def not_tuned_for_chat(label: str) -> str:

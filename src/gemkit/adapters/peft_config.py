@@ -16,52 +16,47 @@ from typing import Any
 
 from gemkit.errors import WeightsError
 from gemkit.weights.formats.base import MAX_HEADER, parse_json
+from gemkit.weights.known_keys import Key, Table, check_keys, ignored, refused, used
 
 CONFIG = "adapter_config.json"
 
-USED = {
-    "peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern",
-    "use_rslora", "use_dora", "lora_bias", "init_lora_weights", "modules_to_save", "trainable_token_indices",
-    "ensure_weight_tying", "target_parameters",
-}  # fmt: skip
 _FROM_TENSORS = "the file's own tensors say which modules it changes"
 _BEFORE = "it is how an adapter began, which its tensors no longer tell"
-_TRAINING = "it changes gradients alone"
 _PLACE = "it says where and by which program the adapter was made"
-IGNORED = {
-    "target_modules": _FROM_TENSORS,
-    "exclude_modules": _FROM_TENSORS,
-    "layers_to_transform": _FROM_TENSORS,
-    "layers_pattern": _FROM_TENSORS,
-    "bias": _FROM_TENSORS,
-    "fan_in_fan_out": "it turns the weights of GPT-2's Conv1D; PEFT sets it back for a Linear",
-    "loftq_config": _BEFORE,
-    "eva_config": _BEFORE,
-    "corda_config": _BEFORE,
-    "lora_ga_config": _BEFORE,
-    "velora_config": _TRAINING,
-    "qalora_group_size": "it belongs to use_qalora",
-    "inference_mode": "an adapter is frozen unless it is loaded to be trained",
-    "runtime_config": "PEFT ignores it in a file too",
-    "megatron_core": "it belongs to megatron_config",
-    "task_type": _PLACE,
-    "auto_mapping": _PLACE,
-    "peft_version": _PLACE,
-    "revision": "the base is opened by its name, and -m BASE --adapter FOLDER opens another",
-}
 _MERGE = "merge it into the model with PEFT (merge_and_unload, save_pretrained) and open that"
-_OTHER_FORWARD = f"which computes something else than a LoRA; {_MERGE}"
-REFUSED = {
-    "alora_invocation_tokens": "an activated LoRA changes only the tokens after its invocation, and cannot be merged",
-    "arrow_config": "a router chooses among several adapters for each token; load one of them",
-    "kasa_config": _OTHER_FORWARD,
-    "layer_replication": "which makes a deeper model; PEFT writes it with merge_and_unload and save_pretrained",
-    "megatron_config": "it was trained on modules of Megatron; save it from the model that Transformers loads",
-    "monteclora_config": _OTHER_FORWARD,
-    "use_bdlora": _OTHER_FORWARD,
-    "use_qalora": _OTHER_FORWARD,
-}
-_NEUTRAL = (None, False, "", [], {})
+_OTHER_FORWARD = f"it computes something else than a LoRA; {_MERGE}"
+_NEUTRAL = (False, "", [], {})
+ADAPTER: Table = {
+    **used("LORA; other kinds are refused", "peft_type"),
+    **used("the model that it was trained on", "base_model_name_or_path"),
+    **used("rank and strength", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    **used("while it is trained further", "lora_dropout"),
+    **used("the kind of change", "use_dora", "lora_bias"),
+    **used("PiSSA and OLoRA take a part out of the base; starts that cannot be repeated are refused",
+           "init_lora_weights"),
+    **used("modules and rows that it brings whole", "modules_to_save", "trainable_token_indices"),
+    **used("table and head change alike", "ensure_weight_tying"),
+    **ignored(_FROM_TENSORS, "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "bias"),
+    **ignored(_FROM_TENSORS, "target_parameters"),
+    **ignored("it turns the weights of GPT-2's Conv1D; PEFT sets it back for a Linear", "fan_in_fan_out"),
+    **ignored(_BEFORE, "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    **ignored("it changes gradients alone", "velora_config"),
+    **ignored("it belongs to use_qalora", "qalora_group_size"),
+    **ignored("an adapter is frozen unless it is loaded to be trained", "inference_mode"),
+    **ignored("PEFT ignores it in a file too", "runtime_config"),
+    **ignored("it belongs to megatron_config", "megatron_core"),
+    **ignored(_PLACE, "task_type", "auto_mapping", "peft_version"),
+    **ignored("the base is opened by its name, and -m BASE --adapter FOLDER opens another", "revision"),
+    **refused("an activated LoRA changes only the tokens after its invocation, and cannot be merged",
+              ["alora_invocation_tokens"], *_NEUTRAL),
+    **refused("a router chooses among several adapters for each token; load one of them", ["arrow_config"], *_NEUTRAL),
+    **refused("it makes a deeper model; PEFT writes it with merge_and_unload and save_pretrained",
+              ["layer_replication"], *_NEUTRAL),
+    **refused("it was trained on modules of Megatron; save it from the model that Transformers loads",
+              ["megatron_config"], *_NEUTRAL),
+    **refused(_OTHER_FORWARD, ["kasa_config", "monteclora_config", "use_bdlora", "use_qalora"], *_NEUTRAL),
+}  # fmt: skip
+_NEWER = Key("refused", "a setting of a newer PEFT, and the adapter might not compute the same without it", _NEUTRAL)
 
 # Ways to begin (`init_lora_weights`) that leave the base as it is.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
@@ -103,7 +98,7 @@ class Settings:
         """Those of a folder.
 
         Raises:
-            WeightsError: if there are none, or they say something that is not done here; names it.
+            WeightsError: if there are none, or they say something that is not implemented; names it.
         """
         where = folder / CONFIG
         try:
@@ -162,11 +157,7 @@ def _refuse(config: Mapping[str, Any], where: Path) -> None:
     if known not in _PLAIN_STARTS and known not in TAKEN_OUT:
         why = next((why for name, why in _LOST_STARTS.items() if str(known).startswith(name)), "it is not known here")
         raise WeightsError(f"{where}: init_lora_weights={start!r}: {why}; {_CONVERT}")
-    for name, value in config.items():
-        if name in USED or name in IGNORED or value in _NEUTRAL:
-            continue
-        why = REFUSED.get(name, "a setting of a newer PEFT, and the adapter might not compute the same without it")
-        raise WeightsError(f"{where}: {name}={value!r} is not done here: {why}")
+    check_keys(config, ADAPTER, str(where), unknown=_NEWER, error=WeightsError)
 
 
 def _whole(value: Any, where: Path, name: str) -> int:

@@ -77,7 +77,9 @@ class Checkpoint:
     @cached_property
     def generation(self) -> Generation:
         """How the model is meant to be asked, by the folder that it came in."""
-        return Generation() if self.reader.format == "gguf" else generation.read(self.place.folder)
+        if self.reader.format == "gguf":
+            return generation.from_gguf(self.reader.metadata, self.label)
+        return generation.read(self.place.folder)
 
     @cached_property
     def prompts(self) -> tuple[Prompt, ...]:

@@ -9,9 +9,10 @@ import numpy as np
 
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.family import DecoderConfig, Global, Layer, Mlp, Rope, Sliding, Yarn
-from gemkit.weights import keys_gguf
 from gemkit.weights.config_keys import Keys, refuse_differences
 from gemkit.weights.config_rope import yarn_attention_factor
+from gemkit.weights.keys_gguf import GGUF
+from gemkit.weights.known_keys import check_keys
 
 # What a GGUF may hold beside models, by its `general.type`.
 _OTHER_KINDS = {
@@ -52,7 +53,7 @@ def from_gguf(
         raise WeightsError(f"{where}: architecture {kind!r} is not one that is read here: gemma, gemma2, gemma3")
     values = {k.removeprefix(f"{kind}."): v for k, v in metadata.items() if k.startswith(f"{kind}.")}
     keys = Keys(values, where, notes)
-    keys_gguf.check(metadata, kind, keys)
+    keys.notes += check_keys(metadata, GGUF, where, prefix=f"{kind}.")
     width, heads = keys.whole("embedding_length"), keys.whole("attention.head_count")
     depth, head_dim = keys.whole("block_count"), keys.whole("attention.key_length", width // heads)
     if keys.whole("attention.value_length", head_dim) != head_dim:

@@ -27,7 +27,7 @@ from gemkit.family import (
 from gemkit.weights.config_keys import Keys, refuse_differences, section
 from gemkit.weights.config_rope import flat_rope, rope_keys, rope_to_hf, ropes_from_hf
 from gemkit.weights.config_vision import paligemma_to_hf
-from gemkit.weights.known_keys import check_config
+from gemkit.weights.keys_config import check_config
 
 # Published defaults of the configuration classes, for keys that files omit (the text configuration of gemma-3-4b-pt
 # names five keys only). Transformers 5.23, models/*gemma*/configuration_*.py

@@ -8,40 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from gemkit.errors import WeightsError
+from gemkit.weights.keys_beside import GENERATION
+from gemkit.weights.known_keys import check_keys
 from gemkit.weights.tokenizer_files import read_json
 
 FILE = "generation_config.json"
 
 # Keys that choose among tokens when `do_sample` is true, under the same names here.
 SAMPLED = ("temperature", "top_k", "top_p", "min_p")
-# Keys that count with and without sampling.
-ALWAYS = ("repetition_penalty", "suppress_tokens", "bad_words_ids", "stop_strings")
-
-# Keys that say nothing about which tokens an answer has, and why not.
-NO_EFFECT = {
-    **dict.fromkeys(("bos_token_id", "pad_token_id", "decoder_start_token_id"), "the tokenizer has them"),
-    "eos_token_id": "used: the ends of answers",
-    **dict.fromkeys(("_from_model_config", "transformers_version", "generation_kwargs"), "about the file"),
-    **dict.fromkeys(("use_cache", "cache_implementation", "cache_config", "max_cache_len"), "how it is computed"),
-    **dict.fromkeys(("prefill_chunk_size", "compile_config", "disable_compile", "low_memory"), "how it is computed"),
-    **dict.fromkeys(("return_dict_in_generate", "output_scores", "output_logits"), "what is given back"),
-    **dict.fromkeys(("output_attentions", "output_hidden_states"), "what is given back"),
-    **dict.fromkeys(("assistant_confidence_threshold", "num_assistant_tokens"), "speculation, same answer"),
-    **dict.fromkeys(("num_assistant_tokens_schedule", "prompt_lookup_num_tokens"), "speculation, same answer"),
-    **dict.fromkeys(("assistant_early_exit", "assistant_lookbehind", "target_lookbehind"), "speculation, same answer"),
-    **dict.fromkeys(("max_matching_ngram_size", "is_assistant", "use_mtp"), "speculation, same answer"),
-    **dict.fromkeys(("early_stopping", "length_penalty"), "of beams alone"),
-    **dict.fromkeys(("renormalize_logits", "remove_invalid_values"), "the order of tokens stays"),
-    **dict.fromkeys(("max_length", "max_new_tokens"), "the caller says how long an answer may be (max_tokens)"),
-}
-
-# Keys that change answers and are not implemented, with the value at which they do nothing.
-NEUTRAL = {
-    **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), 1),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), 0),
-    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "guidance_scale"), 1.0),
-    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"), 0.0),
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +29,7 @@ class Generation:
         stop: strings that end an answer.
         notes: for the user: what the file asks for and is not done.
         given: the file as it is.
+        source: where they come from, for people.
     """
 
     sampling: Mapping[str, Any] | None = None
@@ -62,6 +37,7 @@ class Generation:
     stop: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     given: Mapping[str, Any] = field(default_factory=dict)
+    source: str = FILE
 
 
 def read(folder: Path) -> Generation:
@@ -84,15 +60,30 @@ def read(folder: Path) -> Generation:
     if penalty not in (None, 1):
         always["repetition_penalty"] = penalty
     sampling, more = _sampling(given, path)
-    unused = [
-        f"{key}={value!r}"
-        for key, value in given.items()
-        if key not in (*SAMPLED, *ALWAYS, "do_sample", *NO_EFFECT) and NEUTRAL.get(key) != value
-    ]
-    unused += [f"{key}={given[key]!r}" for key in ("max_length", "max_new_tokens") if key in given]
-    if unused:
-        notes.append(f"{FILE} asks for {', '.join(unused)}, which is not used")
-    return Generation(sampling, always, tuple(stop), (*notes, *more), given)
+    return Generation(sampling, always, tuple(stop), (*check_keys(given, GENERATION, FILE), *notes, *more), given)
+
+
+# Of llama.cpp (common.h), where a GGUF names some and not others; by the fields of `Sampling`.
+_LLAMA_CPP = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+
+
+def from_gguf(metadata: Mapping[str, Any], label: str) -> Generation:
+    """The defaults in the metadata of a GGUF, as llama.cpp uses them, but for conversations alone.
+
+    Raises:
+        WeightsError: for a value that its key cannot have.
+    """
+    named = {"temperature": "temp", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+    keys = {name: f"general.sampling.{key}" for name, key in named.items()}
+    found = {name: _number(metadata, key, label) for name, key in keys.items() if key in metadata}
+    banned, _ = _banned(
+        {"suppress_tokens": [int(token) for token in metadata.get("tokenizer.ggml.suppress_tokens", ())]}, label
+    )
+    sampling = {**_LLAMA_CPP, **found} if found else None
+    if sampling is not None:
+        sampling = {**sampling, "top_k": int(sampling["top_k"]) or None} if sampling["temperature"] > 0 else {}
+    always = {"logit_bias": dict.fromkeys(banned, float("-inf"))} if banned else {}
+    return Generation(sampling, always, source="the GGUF's general.sampling")
 
 
 def _sampling(given: Mapping[str, Any], path: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -112,7 +103,7 @@ def _sampling(given: Mapping[str, Any], path: Path) -> tuple[dict[str, Any] | No
     return made, []
 
 
-def _banned(given: Mapping[str, Any], path: Path) -> tuple[list[int], list[str]]:
+def _banned(given: Mapping[str, Any], path: Path | str) -> tuple[list[int], list[str]]:
     """Ids that are never drawn, and notes of words of several tokens that are."""
     suppressed, words = given.get("suppress_tokens", []), given.get("bad_words_ids", [])
     try:
@@ -126,7 +117,7 @@ def _banned(given: Mapping[str, Any], path: Path) -> tuple[list[int], list[str]]
     return [*suppressed, *(word[0] for word in words if len(word) == 1)], notes
 
 
-def _number(given: Mapping[str, Any], key: str, path: Path) -> float | None:
+def _number(given: Mapping[str, Any], key: str, path: Path | str) -> float | None:
     value = given.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise WeightsError(f"{path}: {key}={value!r} must be a number")

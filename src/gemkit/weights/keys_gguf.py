@@ -1,98 +1,78 @@
-"""The metadata keys of GGUF files of the family, and the effect of each: used, ignored and why, or refused.
+"""The metadata keys of GGUF files of the family, and the effect of each here (form: `weights.known_keys`).
 
 Keys of the architecture stand here without its name in front. Sources: gguf-py's constants and llama.cpp's
-`llama-arch.cpp` and models; Ollama's `convert_gemma3.go`. A key that is in none of the tables is noted.
+`llama-arch.cpp`, `llama-vocab.cpp`, `common.cpp` and models; Ollama's `convert_gemma3.go`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from typing import Any
+from gemkit.weights.known_keys import Table, ignored, noted, refused, used
 
-from gemkit.errors import ConfigError
-from gemkit.weights.config_keys import Keys
-
-USED = {
-    "general.architecture", "general.type", "general.alignment", "split.no", "split.count", "split.tensors.count",
-    "context_length", "embedding_length", "block_count", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.sliding_window",
-    "attention.sliding_window_pattern", "attention.layer_norm_rms_epsilon", "attn_logit_softcapping",
-    "final_logit_softcapping", "rope.freq_base", "rope.freq_base_swa", "rope.global.freq_base", "rope.local.freq_base",
-    "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
-    "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-    "mm.tokens_per_image", "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.scores",
-    "tokenizer.ggml.token_type", "tokenizer.chat_template", "tokenizer.ggml.prefix_token_id",
-    "tokenizer.ggml.suffix_token_id", "tokenizer.ggml.middle_token_id", "tokenizer.ggml.fim_pre_token_id",
-    "tokenizer.ggml.fim_suf_token_id", "tokenizer.ggml.fim_mid_token_id", "tokenizer.ggml.fim_sep_token_id",
+_OTHERS = "of other architectures than the family's"
+GGUF: Table = {
+    **used("the kind of file and of model", "general.architecture", "general.type"),
+    **used("how its bytes lie", "general.alignment", "split.no", "split.count", "split.tensors.count"),
+    **refused("block types of another version", ["general.quantization_version"], 2),
+    **used(
+        "sampling of conversations; what is absent has llama.cpp's default",
+        "general.sampling.temp", "general.sampling.top_k", "general.sampling.top_p", "general.sampling.min_p",
+    ),
+    **noted("this way of sampling is not implemented", ["general.sampling.*"], 0),
+    **ignored("where the file came from", "general.*"),
+    **ignored("how the file was quantized", "quantize.imatrix.*"),
+    **used("widths and counts", "embedding_length", "block_count", "feed_forward_length", "attention.head_count"),
+    **used("widths and counts", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    **used("tokens in training", "context_length"),
+    **ignored("the rows of the embedding say it", "vocab_size"),
+    **used("visible tokens of sliding layers, and which these are", "attention.sliding_window"),
+    **used("visible tokens of sliding layers, and which these are", "attention.sliding_window_pattern"),
+    **used("added to the mean square of norms", "attention.layer_norm_rms_epsilon"),
+    **used("soft caps of Gemma 2", "attn_logit_softcapping", "final_logit_softcapping"),
+    **used("bases of the ropes", "rope.freq_base", "rope.freq_base_swa"),
+    **used("bases of the ropes, as Ollama's converter writes them", "rope.global.freq_base", "rope.local.freq_base"),
+    **used("must be the whole head", "rope.dimension_count"),
+    **used("stretching of the ropes", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear"),
+    **used("of yarn", "rope.scaling.original_context_length", "rope.scaling.yarn_beta_fast"),
+    **used("of yarn", "rope.scaling.yarn_beta_slow"),
+    **ignored("says how it was trained, not how it is computed", "rope.scaling.finetuned"),
+    **ignored("llama.cpp computes it from the factor", "rope.scaling.yarn_attn_factor"),
+    **used("by it Ollama's larger Gemma 3 is known, which lacks a factor", "mm.tokens_per_image"),
+    **ignored("of the image tower, which is left out with a note", "vision.*"),
+    **refused("text that sees what follows it is not implemented", ["attention.causal"], True),
+    **refused("the architecture implies it", ["attention.scale", "embedding_scale"]),
+    **refused(_OTHERS, ["logit_scale", "residual_scale"], 1),
+    **refused(_OTHERS, ["rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor"], 1),
+    **refused(_OTHERS, ["attention.clamp_kqv", "attention.max_alibi_bias", "attention.shared_kv_layers"], 0),
+    **refused(_OTHERS, ["rope.scaling.alpha", "rope.scaling.yarn_log_multiplier", "pooling_type"], 0),
+    **refused(_OTHERS, ["expert_count", "expert_used_count", "expert_shared_count", "use_parallel_residual"], 0),
+    **refused(_OTHERS, ["attention.key_length_swa", "attention.value_length_swa", "rope.dimension_count_swa"]),
+    **refused(_OTHERS, ["attention.temperature_scale", "attention.key_length_mla", "attention.value_length_mla"]),
+    **refused(_OTHERS, ["rope.dimension_sections", "embedding_length_per_layer_input", "tensor_data_layout"]),
+    **refused(_OTHERS, ["dense_2_feat_out", "dense_3_feat_in"]),
+    **used("the vocabulary", "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.scores"),
+    **used("the vocabulary", "tokenizer.ggml.token_type"),
+    **used("special tokens by their role", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.unknown_token_id"),
+    **used("special tokens by their role", "tokenizer.ggml.padding_token_id"),
+    **used("they end answers", "tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"),
+    **used("they end answers", "tokenizer.ggml.eom_token_id", "tokenizer.ggml.fim_pad_token_id"),
+    **used("they end answers", "tokenizer.ggml.fim_rep_token_id", "tokenizer.ggml.fim_sep_token_id"),
+    **used("infilling", "tokenizer.ggml.fim_pre_token_id", "tokenizer.ggml.fim_suf_token_id"),
+    **used("infilling", "tokenizer.ggml.fim_mid_token_id", "tokenizer.ggml.prefix_token_id"),
+    **used("infilling", "tokenizer.ggml.suffix_token_id", "tokenizer.ggml.middle_token_id"),
+    **used("whether <bos> is put before a text", "tokenizer.ggml.add_bos_token"),
+    **noted("a prompt that ends with <eos> has been answered", ["tokenizer.ggml.add_eos_token"], False),
+    **refused("this family was trained without a space in front", ["tokenizer.ggml.add_space_prefix"], False),
+    **ignored("of encoders", "tokenizer.ggml.mask_token_id", "tokenizer.ggml.cls_token_id"),
+    **ignored("of encoders", "tokenizer.ggml.seperator_token_id", "tokenizer.ggml.separator_token_id"),
+    **ignored("of encoders", "tokenizer.ggml.add_sep_token", "tokenizer.ggml.token_type_count"),
+    **ignored("of other tokenizers than the family's", "tokenizer.ggml.pre", "tokenizer.ggml.pretokenizer"),
+    **ignored("of other tokenizers than the family's", "tokenizer.ggml.remove_extra_whitespaces"),
+    **ignored("of other tokenizers than the family's", "tokenizer.ggml.precompiled_charsmap"),
+    **ignored("of other tokenizers than the family's", "tokenizer.ggml.normalizer.*", "tokenizer.rwkv.world"),
+    **ignored("scores rank the merges", "tokenizer.ggml.merges"),
+    **ignored("another tool's copy of the vocabulary", "tokenizer.huggingface.json"),
+    **used("ids that no answer holds", "tokenizer.ggml.suppress_tokens"),
+    **used("turns of a conversation", "tokenizer.chat_template", "tokenizer.chat_template.tool_use"),
+    **ignored("further templates, by name, which llama.cpp shows nowhere", "tokenizer.chat_templates"),
+    **ignored("further templates, by name, which llama.cpp shows nowhere", "tokenizer.chat_template.*"),
 }  # fmt: skip
-
-# Patterns of keys -> why they cannot change a result.
-IGNORED = {
-    r"general\..*": "where the file came from",
-    r"quantize\.imatrix\..*": "how the file was quantized",
-    r"vocab_size": "the rows of the embedding say it",
-    r"rope\.scaling\.finetuned": "says how it was trained, not how it is computed",
-    r"rope\.scaling\.yarn_attn_factor": "llama.cpp computes it from the factor",
-    r"vision\..*": "of the image tower, which is left out",
-    r"tokenizer\.ggml\.(bos|eos|unknown|padding|mask|seperator|separator|cls|eot|eom|fim_pad|fim_rep)_token_id": (
-        "the pieces have names: <bos>, <eos>, <end_of_turn>"
-    ),
-    r"tokenizer\.ggml\.(pre|pretokenizer)": "of other tokenizers than the family's",
-    r"tokenizer\.ggml\.merges": "scores rank the merges",
-    r"tokenizer\.ggml\.(add_(bos|eos|sep)_token|remove_extra_whitespaces|precompiled_charsmap)": (
-        "prompt formats put <bos> where it belongs"
-    ),
-    r"tokenizer\.chat_templates|tokenizer\.chat_template\..*": "further templates, by name",
-    r"tokenizer\.(huggingface\.json|rwkv\.world)": "another tool's copy of the vocabulary",
-}
-
-# Keys that change what is computed, and are not implemented here -> the value that changes nothing.
-REFUSED: dict[str, Any] = {
-    "attention.causal": True,
-    "attention.scale": None,
-    "attention.clamp_kqv": 0.0,
-    "attention.max_alibi_bias": 0.0,
-    "attention.key_length_swa": None,
-    "attention.value_length_swa": None,
-    "attention.temperature_scale": None,
-    "attention.shared_kv_layers": 0,
-    "rope.dimension_count_swa": None,
-    "rope.scaling.attn_factor": 1.0,
-    "rope.scaling.alpha": 0.0,
-    "rope.scaling.yarn_ext_factor": 1.0,
-    "rope.scaling.yarn_log_multiplier": 0.0,
-    "expert_count": 0,
-    "expert_used_count": 0,
-    "logit_scale": 1.0,
-    "residual_scale": 1.0,
-    "embedding_scale": None,
-    "embedding_length_per_layer_input": None,
-    "dense_2_feat_out": None,
-    "dense_3_feat_in": None,
-    "pooling_type": 0,
-    "use_parallel_residual": False,
-    "tensor_data_layout": None,
-    "general.quantization_version": 2,
-    "tokenizer.ggml.add_space_prefix": False,
-}
-
-
-def check(metadata: Mapping[str, Any], kind: str, keys: Keys) -> None:
-    """Note keys that nobody knows.
-
-    Raises:
-        ConfigError: for one that changes what is computed, at a value that is not implemented.
-    """
-    for full, value in metadata.items():
-        name = full.removeprefix(f"{kind}.")
-        if name in USED:
-            continue
-        if name in REFUSED:
-            neutral = REFUSED[name]
-            if value != neutral:
-                known = "" if neutral is None else f"; {neutral!r} is"
-                raise ConfigError(f"{keys.where}: {full}={value!r} is not implemented{known}")
-        elif not any(re.fullmatch(pattern, name) for pattern in IGNORED):
-            shown = repr(value) if len(repr(value)) < 60 else type(value).__name__
-            keys.note(full, f"is no key that is known here, and has no say ({shown})")

@@ -25,6 +25,8 @@ from gemkit.text.chat_template import ChatTemplate, is_family
 from gemkit.text.settings import SPECIAL, Settings
 from gemkit.text.vocabulary import AddedToken
 from gemkit.weights.formats.base import MAX_HEADER, parse_json
+from gemkit.weights.keys_beside import TOKENIZER
+from gemkit.weights.known_keys import check_keys
 
 _HEAD = 8 << 20  # bytes of a tokenizer.json that hold all but its pieces and merges; the family's longest take 1.5 MB
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
@@ -122,15 +124,15 @@ def with_files(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
     config, head = _if_there(folder / "tokenizer_config.json"), _json_head(folder / "tokenizer.json")
     tokenizer = Tokenizer(tokenizer.vocabulary.with_added(_added(config, head, folder), source=str(folder)))
     special, notes = _special(config, folder, tokenizer)
-    _refuse(config, folder)
+    notes += check_keys(config, TOKENIZER, "tokenizer_config.json", error=WeightsError)
     if head:
         add_bos, add_eos = _post_processor(head.get("post_processor"))
     else:
         add_bos, add_eos = (bool(config.get(f"add_{x}_token", x == "bos")) for x in ("bos", "eos"))
     if not add_bos:
         notes.append("its tokenizer puts no <bos> before a text (add_bos_token), so none is put there")
-    if add_eos:
-        notes.append("add_eos_token is not used: a prompt that ends with <eos> has been answered")
+    if add_eos and head:
+        notes.append("tokenizer.json puts <eos> after a text; it is not put there, since that ends an answer")
     _, template = chat_template(folder)
     ends = frozenset(eos_ids(folder, len(tokenizer)))
     if special["eos_token"] in tokenizer:
@@ -152,7 +154,7 @@ def with_metadata(tokenizer: Tokenizer, metadata: Mapping[str, Any], label: str)
             if not _is_id(token, len(tokenizer)):
                 raise WeightsError(f"{label}: {name}_id={token!r} is no piece of its {len(tokenizer)}")
             special[name] = tokenizer.piece(token)
-    ends = {keys[f"{end}_token_id"] for end in ("eos", "eot", "eom") if f"{end}_token_id" in keys}
+    ends = {keys[f"{end}_token_id"] for end in _ENDS if f"{end}_token_id" in keys}
     for end in ends:
         if not _is_id(end, len(tokenizer)):
             raise WeightsError(f"{label}: the end {end!r} of its metadata is no piece of its {len(tokenizer)}")
@@ -160,10 +162,6 @@ def with_metadata(tokenizer: Tokenizer, metadata: Mapping[str, Any], label: str)
     add_bos = bool(keys.get("add_bos_token", True))
     if not add_bos:
         notes.append("tokenizer.ggml.add_bos_token is false: no <bos> is put before a text")
-    if keys.get("add_eos_token"):
-        notes.append("tokenizer.ggml.add_eos_token is not used: a prompt that ends with <eos> has been answered")
-    if keys.get("add_space_prefix"):
-        notes.append("tokenizer.ggml.add_space_prefix is not used: this family was trained without")
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise WeightsError(f"{label}: tokenizer.chat_template is no text")
@@ -172,6 +170,7 @@ def with_metadata(tokenizer: Tokenizer, metadata: Mapping[str, Any], label: str)
     return tokenizer.with_settings(Settings(special, add_bos, frozenset(ends), own, tuple(notes)))
 
 
+_ENDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # llama.cpp ends an answer with any of them
 _ROLES = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
@@ -267,13 +266,3 @@ def _post_processor(given: Any) -> tuple[bool, bool]:
         return any(before for before, _ in each), any(after for _, after in each)
     kinds = ["Sequence" in part for part in given.get("single", ())]
     return (bool(kinds) and not kinds[0]), (bool(kinds) and not kinds[-1])
-
-
-def _refuse(config: Mapping[str, Any], folder: Path) -> None:
-    """Raise WeightsError for settings under which a text has other ids than here."""
-    for key, ours in (("split_special_tokens", False), ("add_prefix_space", False)):
-        if config.get(key) not in (None, ours):
-            raise WeightsError(
-                f"{folder / 'tokenizer_config.json'}: {key}={config[key]!r} is not implemented, and would change the "
-                f"ids of texts; with {ours} it can be opened"
-            )

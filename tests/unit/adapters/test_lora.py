@@ -441,7 +441,7 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
         ({"lora_dropout": 1.5}, "lora_dropout=1.5 must be from 0"),
         ({"peft_type": "IA3"}, "peft_type='IA3'; only LORA"),
         ({"use_dora": True}, "no lora_magnitude_vector to go with it"),
-        ({"something_new": 3}, "something_new=3 is not done here"),
+        ({"something_new": 3}, "something_new=3 is not implemented"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path=3 is no name"),
         ({"rank_pattern": {"(a+)+b": 2}}, "more than a pattern of a module's name"),
         ({"rank_pattern": {"(": 2}}, "is no regular expression"),

@@ -1,8 +1,8 @@
 """generation_config.json: what of it counts, and that the rest is named."""
 
-import inspect
 import json
 
+import numpy as np
 import pytest
 from transformers import GenerationConfig
 
@@ -47,8 +47,10 @@ def test_what_counts_always(tmp_path):
 def test_what_is_not_done_is_named_once(tmp_path):
     found = read(tmp_path, num_beams=4, no_repeat_ngram_size=0, forced_eos_token_id=1, max_length=20, novelty=3)
     assert found.notes == (
-        "generation_config.json asks for num_beams=4, forced_eos_token_id=1, novelty=3, max_length=20, "
-        "which is not used",
+        "generation_config.json: num_beams=4 is not used: an answer is one sequence",
+        "generation_config.json: forced_eos_token_id=1 is not used: it is not implemented",
+        "generation_config.json: max_length=20 is not used: the caller says how long an answer may be (max_tokens)",
+        "generation_config.json: not known here, and not used: novelty",
     )
 
 
@@ -65,9 +67,12 @@ def test_what_transformers_writes_by_default_says_nothing(tmp_path):
     assert all("max_length" in note or "do_sample" in note for note in generation.read(tmp_path).notes)
 
 
-def test_neutral_values_are_those_of_transformers():
-    defaults = GenerationConfig()._get_default_generation_params()
-    for key, value in generation.NEUTRAL.items():
-        if defaults.get(key) is not None:
-            assert defaults[key] == value, key
-    assert inspect.isfunction(generation.read)
+def test_the_metadata_of_a_gguf():
+    assert generation.from_gguf({"general.name": "x"}, "x").sampling is None
+    keys = {"general.sampling.top_k": 64, "tokenizer.ggml.suppress_tokens": np.array([5, 7], np.int32)}
+    found = generation.from_gguf(keys, "x")
+    assert found.sampling == {"temperature": 0.8, "top_k": 64, "top_p": 0.95, "min_p": 0.05}  # llama.cpp's defaults
+    assert found.always == {"logit_bias": {5: -float("inf"), 7: -float("inf")}}
+    assert generation.from_gguf({"general.sampling.temp": 0.0}, "x").sampling == {}
+    with pytest.raises(WeightsError, match=r"general\.sampling\.temp"):
+        generation.from_gguf({"general.sampling.temp": "hot"}, "x")

@@ -127,11 +127,18 @@ def test_ends_of_answers_are_those_of_the_files(folder):
         ours(folder)
 
 
-@pytest.mark.parametrize("key", ["split_special_tokens", "add_prefix_space"])
-def test_what_would_change_ids_is_refused(folder, key):
-    settings(folder, **{key: True})
-    with pytest.raises(WeightsError, match=key):
+def test_what_would_change_ids_is_refused(folder):
+    settings(folder, split_special_tokens=True)
+    with pytest.raises(WeightsError, match="split_special_tokens"):
         ours(folder)
+
+
+@pytest.mark.parametrize("key", ["add_prefix_space", "do_lower_case", "sp_model_kwargs"])
+def test_what_transformers_passes_over_is_noted(folder, key):
+    settings(folder, **{key: {"enable_sampling": True} if key == "sp_model_kwargs" else True})
+    found, theirs = ours(folder), AutoTokenizer.from_pretrained(folder)
+    assert prompts.complete(found, "Hi There").ids == theirs("Hi There")["input_ids"]
+    assert any(f"{key}=" in note for note in found.settings.notes)
 
 
 # chat templates
