@@ -109,6 +109,7 @@ class Head(Projection):
     """
 
     _embedding: Any
+    vocabulary: ops.Vocabulary = ops.WHOLE  # tensor parallelism: some of the rows are in other processes
 
     def __init__(self, embedding: Embedding, softcap: float | None = None):
         super().__init__()
@@ -131,13 +132,16 @@ class Head(Projection):
 
     def loss(self, x_TD, loss: ops.ChunkedLoss):
         """`loss` of the logits of some rows. Hooks on this module, if there are any, see the logits of each chunk."""
-        if self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks:
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if hooks and self.vocabulary is ops.WHOLE:  # those of a divided head are not there to look
             return ops.linear_cross_entropy(x_TD, loss, self._operands(self, None))
         return self(x_TD, loss)
 
     def _operands(self, project, table) -> ops.LogitsHead:
-        trained = [weight for _, weight in super().named_parameters() if weight.requires_grad]  # the table included
-        return ops.LogitsHead(project, self.weight.shape[0], trained, table, self.softcap)
+        beside = [] if self.adapters is None else [*self.adapters.parameters()]
+        own = [weight for weight in (self.weight, self.bias) if not isinstance(weight, ops.Quantized | None)]
+        trained = [weight for weight in (*own, *beside) if weight.requires_grad]
+        return ops.LogitsHead(project, self.weight.shape[0], trained, table, self.softcap, self.vocabulary)
 
     def extra_repr(self):
         out_features, in_features = self.weight.shape

@@ -38,14 +38,17 @@ from gemkit.ops.linear_cross_entropy import ChunkedLoss, LogitsHead, RowLoss, li
 from gemkit.ops.quantized import Quantized
 from gemkit.ops.recurrence import RecurrentState, block_linear, causal_conv1d, linear_scan, rg_lru
 from gemkit.ops.rope import rope, rope_frequencies, rope_table
+from gemkit.ops.vocabulary import WHOLE, Vocabulary
 
 __all__ = [
+    "WHOLE",
     "ChunkedLoss",
     "LogitsHead",
     "Memory",
     "Quantized",
     "RecurrentState",
     "RowLoss",
+    "Vocabulary",
     "add",
     "add_positions",
     "attention",

@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from gemkit.ops.basic import wide
 from gemkit.ops.quantized import Quantized
+from gemkit.ops.vocabulary import WHOLE, Vocabulary
 
 # Logits that are held at once: 256 rows of 262,144. Cross-entropy and gradient of 512 rows, with a frozen float32 table
 # of 640 channels, took 2,426 ms by 128 rows, 2,208 by 256 and 2,240 by 512, and the plain way 3,355 (two CPU cores).
@@ -44,13 +45,16 @@ _SLAB = 1 << 21
 class RowLoss(Protocol):
     """A function of each row of logits by itself."""
 
-    def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, /, *teacher_CV: Tensor) -> Tensor:
+    def __call__(
+        self, z_CV: Tensor, rows: slice, gradient: bool, vocabulary: Vocabulary, /, *teacher_CV: Tensor
+    ) -> Tensor:
         """The values of some rows, (C,) or (C, n).
 
         Args:
             z_CV: their logits, after the final soft cap, in float32 or wider, which may be overwritten. With `gradient`
                 they must be, by the derivative of the sum of the values (if there are n, of the first).
             rows: their place among the M rows.
+            vocabulary: how one number is had of a row, of which the V logits may be a part.
             teacher_CV: the logits of a teacher for them, if there is one; they may be overwritten.
         """
         ...
@@ -81,11 +85,12 @@ class LogitsHead:
 
     Attributes:
         project: (C, D) to (C, V), differentiable: the whole head, with adapters, hooks, a final soft cap.
-        vocab: V.
+        vocab: V; where the vocabulary is divided, the rows of the table that are here.
         trained: the weights of the head that take a gradient.
         table_VD: the table, if the head is a product with it and nothing else but the cap: then logits are made in
             place, in one buffer, in the table's dtype (a quantized one: in float32).
         softcap: the final soft cap.
+        vocabulary: the rows of the table, some of which may lie in other processes.
     """
 
     project: Callable[[Tensor], Tensor]
@@ -93,6 +98,7 @@ class LogitsHead:
     trained: Sequence[Tensor]
     table_VD: Tensor | Quantized | None = None
     softcap: float | None = None
+    vocabulary: Vocabulary = WHOLE
 
 
 def linear_cross_entropy(x_MD: Tensor, loss: ChunkedLoss, head: LogitsHead) -> Any:
@@ -255,13 +261,13 @@ def _over_chunks(
             chunk.read(x_MD[part.start : part.stop], gradient)
         rows = slice(place.start - part.start, place.stop - part.start)
         z_CV = chunk.logits(rows)
-        values.append(row(z_CV, place, gradient, *teacher_CV))
+        values.append(row(z_CV, place, gradient, head.vocabulary, *teacher_CV))
         if grad_MD is not None:
             chunk.hand_back(rows, z_CV)
             if place.stop == part.stop:
                 chunk.backward(grad_MD[part.start : part.stop])
 
-    def taught(z_CV: Tensor, place: slice, _: bool, *__: Tensor) -> Tensor:
+    def taught(z_CV: Tensor, place: slice, _: bool, *__: Any) -> Tensor:
         slab(place, z_CV)
         return z_CV[:, 0]
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemkit.errors import ConfigError
-from gemkit.ops import ChunkedLoss
+from gemkit.ops import ChunkedLoss, Vocabulary
 
 # ── of logits ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -97,12 +97,11 @@ def sample_teacher(
     """
     kept: list[Tensor] = []
 
-    def row(z_CV: Tensor, rows: slice, gradient: bool, *teacher_CV: Tensor) -> Tensor:
-        p_CV = torch.softmax(z_CV, -1)
-        noise_CV = torch.empty_like(p_CV).exponential_(generator=generator)
-        ids_CK = (p_CV / noise_CV).topk(min(count, p_CV.shape[1]), sorted=False).indices
+    def row(z_CV: Tensor, rows: slice, gradient: bool, vocabulary: Vocabulary, *teacher_CV: Tensor) -> Tensor:
+        vocabulary.softmax_(z_CV)
+        ids_CK = vocabulary.topk(z_CV / vocabulary.exponential(z_CV, generator), count)
         kept.append(ids_CK)
-        return F.normalize(p_CV.gather(1, ids_CK), p=1, dim=1)
+        return F.normalize(vocabulary.gather(z_CV, ids_CK), p=1, dim=1)
 
     probs_MK = read(ChunkedLoss(row, backward=lambda _: row))
     return torch.cat(kept), probs_MK
@@ -207,12 +206,14 @@ class _Targets:
         self.ids_MK, self.probs_MK, self.weights_M = ids_MK, probs_MK, weights_M
         self.smoothing, self.z_loss = smoothing, z_loss
 
-    def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, *teacher_CV: Tensor) -> Tensor:
+    def __call__(
+        self, z_CV: Tensor, rows: slice, gradient: bool, vocabulary: Vocabulary, *teacher_CV: Tensor
+    ) -> Tensor:
         ids_CK, q_CK, w_C = self.ids_MK[rows], self.probs_MK[rows].to(z_CV.dtype), self.weights_M[rows].to(z_CV.dtype)
         mass_C, e, c = q_CK.sum(-1), self.smoothing, self.z_loss
-        mean_C = z_CV.mean(-1) if e else 0.0
-        picked_CK = z_CV.gather(1, ids_CK)
-        lse_C = _softmax(z_CV)
+        mean_C = vocabulary.mean(z_CV) if e else 0.0
+        picked_CK = vocabulary.gather(z_CV, ids_CK)
+        lse_C = vocabulary.softmax_(z_CV)
         plain_C = (q_CK * (lse_C[:, None] - picked_CK)).sum(-1)
         loss_C = (1 - e) * plain_C + c * lse_C.square()
         if e:
@@ -222,8 +223,8 @@ class _Targets:
             if not bool((slope_C == 1).all()):  # what weighs 1 is most of what is learned, and spared a pass
                 z_CV *= slope_C[:, None]
             if e:
-                z_CV -= (e * w_C * mass_C / z_CV.shape[1])[:, None]
-            z_CV.scatter_add_(1, ids_CK, -(1 - e) * w_C[:, None] * q_CK)
+                z_CV -= (e * w_C * mass_C / vocabulary.size(z_CV))[:, None]
+            vocabulary.scatter_add_(z_CV, ids_CK, -(1 - e) * w_C[:, None] * q_CK)
         return torch.stack([w_C * loss_C, w_C * plain_C], -1)
 
 
@@ -233,24 +234,25 @@ class _Divergence:
     def __init__(self, weights_M: Tensor, beta: float, temperature: float):
         self.weights_M, self.beta, self.temperature = weights_M, beta, temperature
 
-    def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, *teacher_CV: Tensor) -> Tensor:
-        q_CV = teacher_CV[0].to(z_CV.dtype)
+    def __call__(
+        self, z_CV: Tensor, rows: slice, gradient: bool, vocabulary: Vocabulary, *teacher_CV: Tensor
+    ) -> Tensor:
+        log_q_CV = vocabulary.log_softmax_(teacher_CV[0].to(z_CV.dtype).div_(self.temperature))
         beta, w_C = self.beta, self.weights_M[rows].to(z_CV.dtype)
-        log_q_CV = torch.log_softmax(q_CV.div_(self.temperature), -1)
-        log_p_CV = torch.log_softmax(z_CV.div_(self.temperature), -1, out=z_CV)
+        log_p_CV = vocabulary.log_softmax_(z_CV.div_(self.temperature))
         if beta == 0:
-            q_CV = torch.exp(log_q_CV, out=q_CV)
-            value_C = _sum(q_CV, log_q_CV.sub_(log_p_CV))
+            q_CV = log_q_CV.exp()
+            value_C = vocabulary.dot(q_CV, log_q_CV.sub_(log_p_CV))
             if gradient:
                 torch.exp(z_CV, out=z_CV).sub_(q_CV).mul_(w_C[:, None] / self.temperature)
             return w_C * value_C
         mixed_CV = log_q_CV if beta == 1 else _log_mixture(log_q_CV, log_p_CV, beta)
         p_CV = log_p_CV.exp()
-        value_C = from_p_C = _sum(p_CV, log_p_CV - mixed_CV)
+        value_C = from_p_C = vocabulary.dot(p_CV, log_p_CV - mixed_CV)
         share = 1.0
         if beta < 1:
             share = 1 - beta
-            value_C = beta * _sum(log_q_CV.exp(), log_q_CV - mixed_CV) + share * from_p_C
+            value_C = beta * vocabulary.dot(log_q_CV.exp(), log_q_CV - mixed_CV) + share * from_p_C
         if gradient:
             z_CV.sub_(mixed_CV).sub_(from_p_C[:, None]).mul_(p_CV).mul_(w_C[:, None] * share / self.temperature)
         return w_C * value_C
@@ -269,16 +271,18 @@ class _Logprobs:
         grads = (grad_M[:, 0], grad_M[:, 1]) if self.entropy else (grad_M, None)
         return _Logprobs(self.targets_M, self.temperature, self.entropy, grads)
 
-    def __call__(self, z_CV: Tensor, rows: slice, gradient: bool, *teacher_CV: Tensor) -> Tensor:
+    def __call__(
+        self, z_CV: Tensor, rows: slice, gradient: bool, vocabulary: Vocabulary, *teacher_CV: Tensor
+    ) -> Tensor:
         if self.temperature != 1:
             z_CV /= self.temperature
         targets_C1 = self.targets_M[rows, None]
-        picked_C = z_CV.gather(1, targets_C1)[:, 0]
+        picked_C = vocabulary.gather(z_CV, targets_C1)[:, 0]
         logits_CV = z_CV.clone() if self.entropy else z_CV
-        lse_C = _softmax(z_CV)
+        lse_C = vocabulary.softmax_(z_CV)
         values = [picked_C - lse_C]
         if self.entropy:
-            values.append(lse_C - _sum(z_CV, logits_CV))
+            values.append(lse_C - vocabulary.dot(z_CV, logits_CV))
         if gradient:
             assert self.grads is not None
             of_logprob_C = self.grads[0][rows].to(z_CV.dtype)
@@ -286,26 +290,10 @@ class _Logprobs:
             if self.grads[1] is not None:
                 log_p_CV = logits_CV.sub_(lse_C[:, None])
                 slope = slope - log_p_CV.add_(values[1][:, None]).mul_(self.grads[1][rows, None])
-            z_CV.mul_(slope).scatter_add_(1, targets_C1, of_logprob_C[:, None])
+            vocabulary.scatter_add_(z_CV.mul_(slope), targets_C1, of_logprob_C[:, None])
             if self.temperature != 1:
                 z_CV /= self.temperature
         return torch.stack(values, -1) if self.entropy else values[0]
-
-
-def _softmax(z_CV: Tensor) -> Tensor:
-    """Probabilities in place of logits, and the log of the sum of exp of each row, (C,).
-
-    The sum is had from the largest logit and its probability, which is at least 1 / V: two passes for a maximum, where
-    `logsumexp` writes all exponentials once more.
-    """
-    largest_C = z_CV.amax(-1)
-    torch.softmax(z_CV, -1, out=z_CV)
-    return largest_C - z_CV.amax(-1).log()
-
-
-def _sum(weights_CV: Tensor, values_CV: Tensor) -> Tensor:
-    """(C,), without a product in memory."""
-    return torch.einsum("cv,cv->c", weights_CV, values_CV)
 
 
 def _log_mixture(log_q_CV: Tensor, log_p_CV: Tensor, beta: float) -> Tensor:
