@@ -69,11 +69,12 @@ def killed(line: list[str], run: Path, rng: random.Random) -> str | None:
 
 
 def entries(run: Path) -> list[dict[str, Any]]:
-    """Of the log; a line that is being written is left out."""
-    path = run / "log.jsonl"
-    if not path.exists():
+    """Of the log, which a run may remove as it begins anew; a line that is being written is left out."""
+    try:
+        written = (run / "log.jsonl").read_bytes()
+    except FileNotFoundError:
         return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    return [json.loads(line) for line in written.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def numbers(run: Path) -> list[Any]:
