@@ -42,6 +42,7 @@ DTYPES = {
     "U8": (1, "uint8"),
     "BOOL": (1, "bool"),
 }
+CHUNK_OF_STRINGS = 1 << 14  # of a vocabulary, read or written at once: what that takes stays small
 _NAMES = {name: dtype for dtype, (_, name) in DTYPES.items()}
 
 
@@ -141,17 +142,23 @@ def decode_strings(data: bytes, starts: np.ndarray, ends: np.ndarray) -> list[st
     """
     import numpy as np
 
-    sizes = ends - starts + 1  # with a NUL after each
-    after = np.cumsum(sizes)
-    index = np.repeat(starts - (after - sizes), sizes) + np.arange(sizes.sum())
-    index[after - 1] = 0
-    text = np.frombuffer(data, np.uint8)[index]
-    text[after - 1] = 0
-    try:
-        strings = text.tobytes().decode().split("\0")[:-1]
-    except UnicodeDecodeError:
-        return None
-    return strings if len(strings) == len(sizes) else None
+    array, strings = np.frombuffer(data, np.uint8), list[str]()
+    for first in range(0, len(starts), CHUNK_OF_STRINGS):
+        start, end = starts[first : first + CHUNK_OF_STRINGS], ends[first : first + CHUNK_OF_STRINGS]
+        sizes = end - start + 1  # with a NUL after each
+        after = np.cumsum(sizes)
+        index = np.repeat(start - (after - sizes), sizes) + np.arange(sizes.sum())
+        index[after - 1] = 0
+        text = array[index]
+        text[after - 1] = 0
+        try:
+            found = text.tobytes().decode().split("\0")[:-1]
+        except UnicodeDecodeError:
+            return None
+        if len(found) != len(sizes):
+            return None
+        strings += found
+    return strings
 
 
 def refuse_existing(path: Path) -> None:

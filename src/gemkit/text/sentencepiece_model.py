@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gemkit.errors import WeightsError
-from gemkit.files import decode_strings
+from gemkit.files import CHUNK_OF_STRINGS, decode_strings
 from gemkit.text.vocabulary import BOS, EOS, PAD, UNK, PieceType, Vocabulary
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
@@ -77,24 +77,29 @@ def read(data: bytes, *, source: str = "tokenizer.model") -> Vocabulary:
 
 def write(vocabulary: Vocabulary) -> bytes:
     """The bytes of a tokenizer.model; of one that was read and not changed, the same bytes again."""
-    text = np.frombuffer("\0".join([*vocabulary.pieces, ""]).encode(), np.uint8)  # no piece holds a NUL
+    chunks = [slice(i, i + CHUNK_OF_STRINGS) for i in range(0, len(vocabulary.pieces), CHUNK_OF_STRINGS)]
+    messages = [_write_pieces(vocabulary.pieces[c], vocabulary.scores[c], vocabulary.types[c]) for c in chunks]
+    return b"".join([*messages, vocabulary.specs or _family_specs(len(vocabulary.pieces))])
+
+
+def _write_pieces(pieces: list[str], scores: np.ndarray, types: np.ndarray) -> bytes:
+    text = np.frombuffer("\0".join([*pieces, ""]).encode(), np.uint8)  # no piece holds a NUL
     text_sizes = np.diff(np.flatnonzero(text == 0), prepend=-1) - 1
-    typed = vocabulary.types != PieceType.NORMAL
-    scores = np.full((len(text_sizes), 5), 0x15, np.uint8)
-    scores[:, 1:] = vocabulary.scores.astype("<f4").view(np.uint8).reshape(-1, 4)
-    types = np.stack([np.full_like(vocabulary.types, 0x18), vocabulary.types], axis=1)[typed]
+    score_fields = np.full((len(pieces), 5), 0x15, np.uint8)
+    score_fields[:, 1:] = scores.astype("<f4").view(np.uint8).reshape(-1, 4)
+    typed = types != PieceType.NORMAL
+    type_fields = np.stack([np.full_like(types, 0x18), types], axis=1)[typed]
     message = [
         _header(text_sizes),
         (text[text != 0], text_sizes),
-        (scores.ravel(), np.full_like(text_sizes, 5)),
-        (types.ravel(), 2 * typed),
+        (score_fields.ravel(), np.full_like(text_sizes, 5)),
+        (type_fields.ravel(), 2 * typed),
     ]
-    pieces = _interleave([_header(np.sum([sizes for _, sizes in message], axis=0)), *message])
-    return pieces + (vocabulary.specs or _family_specs(len(text_sizes)))
+    return _interleave([_header(np.sum([sizes for _, sizes in message], axis=0)), *message])
 
 
 # One field of many messages: the bytes of all of them end to end, and how many each has. A vocabulary is written at
-# every start of a program, and 262,144 pieces one by one are a quarter of a second.
+# every start of a program: piece by piece that is a quarter of a second.
 _Column = tuple[np.ndarray, np.ndarray]
 
 
