@@ -286,8 +286,9 @@ struct Job {
             float *dense = floats + cols * TILE;
             std::memset(dense + in_tile * cols, 0, (size_t)((TILE - in_tile) * cols) * sizeof(float));
             kernels->dense(kind, p, 0, in_tile, cols, dense);
-            for (int64_t c = 0; c < cols; c++)
-                for (int r = 0; r < TILE; r++) floats[c * TILE + r] = dense[r * cols + c];
+            for (int64_t first = 0; first < cols; first += 16)  // squares, so that both sides stay in the nearest cache
+                for (int r = 0; r < TILE; r++)
+                    for (int64_t c = first; c < std::min(first + 16, cols); c++) floats[c * TILE + r] = dense[r * cols + c];
         }
     }
 };

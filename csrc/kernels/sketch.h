@@ -26,56 +26,81 @@ namespace GK_ISA {
 // (J. Max, Quantizing for minimum distortion, 1960, table II).
 constexpr float SPACING = 0.9957f;
 
+// `count` columns turned as `rotate` of screening.cpp turns a vector, two widths of it at a time.
+inline void rotate_rows(float *at, const float *signs, int64_t count) {
+    const float unit = 1 / std::sqrt((float)count);
+    for (int64_t i = 0; i < count; i++) store(at + i * TILE, mul(load(at + i * TILE), all(signs[i] * unit)));
+    const auto column = [&](int64_t i) { return at + i * TILE; };
+    int64_t width = 1;
+    for (; width * 2 < count; width *= 4)
+        for (int64_t i = 0; i < count; i += 4 * width)
+            for (int64_t k = i; k < i + width; k++) {
+                const F16 a = load(column(k)), b = load(column(k + width));
+                const F16 c = load(column(k + 2 * width)), d = load(column(k + 3 * width));
+                const F16 ab = add(a, b), a_b = sub(a, b), cd = add(c, d), c_d = sub(c, d);
+                store(column(k), add(ab, cd)), store(column(k + width), add(a_b, c_d));
+                store(column(k + 2 * width), sub(ab, cd)), store(column(k + 3 * width), sub(a_b, c_d));
+            }
+    for (; width < count; width *= 2)
+        for (int64_t k = 0; k < width; k++) {
+            const F16 a = load(column(k)), b = load(column(k + width));
+            store(column(k), add(a, b)), store(column(k + width), sub(a, b));
+        }
+}
+
+// Of each of sixteen rows a sum over columns: in float32 over 16 of them, in float64 over these.
+struct Sums {
+    double of[TILE] = {};
+
+    void add(F16 part) {
+        alignas(64) float parts[TILE];
+        store(parts, part);
+        for (int r = 0; r < TILE; r++) of[r] += parts[r];
+    }
+};
+
 // Sixteen rows side by side: every loop over them fills vectors, and each row's sums have one order.
 inline void make_sketch(float *x, const float *signs, int64_t cols, uint8_t *out) {
     const int64_t block = cols & -cols;
-    const float unit = 1 / std::sqrt((float)block);
-    double squares[TILE] = {}, along[TILE] = {}, left[TILE] = {};
-    for (int64_t first = 0; first < cols; first += block) {  // turned as `rotate` of screening.cpp turns a vector
-        float *at = x + first * TILE;
-        for (int64_t i = 0; i < block; i++)
-            for (int r = 0; r < TILE; r++) at[i * TILE + r] = at[i * TILE + r] * signs[first + i] * unit;
-        for (int64_t width = 1; width < block; width *= 2)
-            for (int64_t i = 0; i < block; i += 2 * width)
-                for (int64_t k = i; k < i + width; k++) {
-                    const F16 a = load(at + k * TILE), b = load(at + (k + width) * TILE);
-                    store(at + k * TILE, add(a, b)), store(at + (k + width) * TILE, sub(a, b));
-                }
-    }
-    for (int64_t i = 0; i < cols; i++)
-        for (int r = 0; r < TILE; r++) squares[r] += (double)x[i * TILE + r] * (double)x[i * TILE + r];
-    alignas(64) float per_spacing[TILE], scales[TILE], errors[TILE];
-    for (int r = 0; r < TILE; r++) per_spacing[r] = 1 / (SPACING * (float)std::sqrt(squares[r] / (double)cols));
+    Sums squares, along, levels;  // of x * x, x * level and level * level
+    for (int64_t first = 0; first < cols; first += block) rotate_rows(x + first * TILE, signs + first, block);
     for (int64_t first = 0; first < cols; first += 16) {
-        uint32_t words[TILE] = {};
+        F16 part = zero();
+        for (int64_t i = first; i < first + 16 && i < cols; i++) part = fma(load(x + i * TILE), load(x + i * TILE), part);
+        squares.add(part);
+    }
+    alignas(64) float per_spacing[TILE], scales[TILE], errors[TILE];
+    for (int r = 0; r < TILE; r++) per_spacing[r] = 1 / (SPACING * (float)std::sqrt(squares.of[r] / (double)cols));
+    const F16 spacing = load(per_spacing), two = all(2), three = all(3);
+    for (int64_t first = 0; first < cols; first += 16) {
+        alignas(64) uint32_t words[TILE] = {};
+        F16 along_part = zero(), levels_part = zero();
         for (int64_t i = first; i < first + 16 && i < cols; i++) {
+            const F16 at = load(x + i * TILE);
             const int shift = (int)(i % 4 * 8 + i % 16 / 4 * 2);
+            alignas(64) float level[TILE];
+            store(level, min(max(add(mul(at, spacing), two), zero()), three));
             for (int r = 0; r < TILE; r++) {
-                const float level = x[i * TILE + r] * per_spacing[r] + 2.0f, least = level > 0 ? level : 0.0f;
-                const int32_t code = (int32_t)(least < 3 ? least : 3.0f);
-                along[r] += (double)x[i * TILE + r] * ((double)code - 1.5);
+                const int32_t code = (int32_t)level[r];
                 words[r] |= (uint32_t)code << shift;
+                level[r] = (float)code - 1.5f;
             }
+            along_part = fma(at, load(level), along_part), levels_part = fma(load(level), load(level), levels_part);
         }
+        along.add(along_part), levels.add(levels_part);
         std::memcpy(out + 64 + first * 4, words, sizeof words);
     }
     // Levels that are nearest to a row are shorter than it, and a product with what it points to comes out too small. The
     // scale that makes what is left orthogonal to the row itself does not err on the rows that matter.
-    for (int r = 0; r < TILE; r++) scales[r] = squares[r] > 0 ? (float)(squares[r] / along[r]) : 0.0f;
+    for (int r = 0; r < TILE; r++) scales[r] = squares.of[r] > 0 ? (float)(squares.of[r] / along.of[r]) : 0.0f;
     to_half((uint16_t *)out, load(scales));
     store(scales, from_half((const uint16_t *)out));
-    for (int64_t i = 0; i < cols; i++) {
-        uint32_t words[TILE];
-        std::memcpy(words, out + 64 + i / 16 * 64, sizeof words);
-        const int shift = (int)(i % 4 * 8 + i % 16 / 4 * 2);
-        for (int r = 0; r < TILE; r++) {
-            const double rest = (double)x[i * TILE + r] - (double)scales[r] * ((double)(int32_t)(words[r] >> shift & 3) - 1.5);
-            left[r] += rest * rest;
-        }
+    for (int r = 0; r < TILE; r++) {
+        // the square of what is left is an eighth of the row's: the sums' rounding of 2^-20 is 2^-17 of it. The error is
+        // rounded up by more than that: a bound must not be too small
+        const double scale = scales[r], left = squares.of[r] - 2 * scale * along.of[r] + scale * scale * levels.of[r];
+        errors[r] = left > 0 ? (float)std::sqrt(left / (double)cols) * (1 + 0x1p-10f) : 0.0f;
     }
-    // rounded up: a bound must not be too small
-    for (int r = 0; r < TILE; r++)
-        errors[r] = squares[r] > 0 ? (float)std::sqrt(left[r] / (double)cols) * (1 + 0x1p-10f) : 0.0f;
     to_half((uint16_t *)(out + 32), load(errors));
 }
 
