@@ -116,17 +116,18 @@ class Head(Projection):
         self.weight, self.bias, self.softcap = embedding.weight, None, softcap
         self.__dict__["_embedding"] = embedding  # not a child of this module
 
-    def named_parameters(self, *args, **options):
-        """All but the tied table, which is listed as the embedding's: tools that add up modules count it once."""
-        table = self._embedding.weight
-        return ((name, weight) for name, weight in super().named_parameters(*args, **options) if weight is not table)
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+        """All but the tied table, which is listed as the embedding's: tools that add up modules count it once. The
+        head's own, without those of modules in it, has the table, so that what replaces parameters (FSDP) finds it."""
+        table = self._embedding.weight if recurse else None
+        found = super().named_parameters(prefix, recurse, remove_duplicate)
+        return ((name, weight) for name, weight in found if weight is not table)
 
     def forward(self, x_TI, loss: ops.ChunkedLoss | None = None):
         """Logits (T, V), in float32 where a soft cap applies; with `loss`, what it makes of them (`ops.ChunkedLoss`)
         a chunk of rows at a time, so that (T, V) is never there."""
         if loss is not None:
-            plain = type(self) is Head and self.bias is None and not self.adapters
-            return ops.linear_cross_entropy(x_TI, loss, self._operands(self.forward, self.weight if plain else None))
+            return ops.linear_cross_entropy(x_TI, loss, self._operands(self.forward, self._table()))
         logits_TV = self.project(x_TI)
         return logits_TV if self.softcap is None else ops.softcap(logits_TV, self.softcap)
 
@@ -136,6 +137,11 @@ class Head(Projection):
         if hooks and self.vocabulary is ops.WHOLE:  # those of a divided head are not there to look
             return ops.linear_cross_entropy(x_TD, loss, self._operands(self, None))
         return self(x_TD, loss)
+
+    def _table(self) -> Any:
+        """The table, if the head is a product with it and nothing else but the cap."""
+        plain = type(self) is Head and self.bias is None and not self.adapters and "project" not in self.__dict__
+        return self.weight if plain else None
 
     def _operands(self, project, table) -> ops.LogitsHead:
         beside = [] if self.adapters is None else [*self.adapters.parameters()]
