@@ -189,7 +189,7 @@ class ImageTasks:
 
     def _pixels(self, pictures: Sequence[Picture]) -> list[Any]:
         assert self.vision is not None
-        return [images.preprocess(picture, self.vision.tower.image_size) for picture in pictures]
+        return [images.preprocess(picture, self.vision.tower.image_size, self.vision.pixels) for picture in pictures]
 
 
 def no_image_tower(label: str) -> ModelError:

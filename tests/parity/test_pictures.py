@@ -5,14 +5,18 @@ what the same processor uses where torchvision is installed.
 """
 
 import io
+import json
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import SiglipImageProcessorPil
+from transformers import AutoImageProcessor, SiglipImageProcessorPil
 
+from gemkit.family import Modality, Pixels, Vision
 from gemkit.images import Picture, preprocess, read
+from gemkit.weights.config_vision import pixels_from_hf, preprocessor_to_hf
+from gemkit.weights.describe import with_pixels
 from support.photographs import FOLDER, NAMES
 
 SIZES = [224, 448]
@@ -70,7 +74,7 @@ def test_torchs_resize_is_a_few_levels_away(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_bilinear_is_torchs_without_antialias(size):
+def test_tensorflows_bilinear_is_torchs_without_antialias(size):
     """The same levels, cut to 8 bits, but for values next to a whole number, which a hair decides: a place is known to
     2**-14 of a pixel on the longest side here, and a level lasts at least 1/255 of one."""
     pictures = [read(FOLDER / name) for name in NAMES]
@@ -78,9 +82,44 @@ def test_bilinear_is_torchs_without_antialias(size):
     for picture in pictures:
         x_1CHW = torch.tensor(picture.pixels).permute(2, 0, 1)[None].float()
         resized = torch.nn.functional.interpolate(x_1CHW, (size, size), mode="bilinear", align_corners=False)
-        ours = np.round((preprocess(picture, size, "bilinear") + 1) * 127.5)
+        ours = np.round((preprocess(picture, size, Pixels(resample="tensorflow")) + 1) * 127.5)
         theirs = resized[0].numpy()
         cut = np.floor(theirs)
         undecided = np.abs(theirs - np.round(theirs)) < 255 * 2**-14
         assert np.abs(ours - cut).max() <= 1, picture
         np.testing.assert_array_equal(ours[~undecided], cut[~undecided], str(picture))
+
+
+VISION = Modality(Vision(56, patch_size=14, width=36, depth=1, num_heads=2, mlp_width=44), placeholder=9)
+SETTINGS = {
+    "as released": {},
+    "ImageNet": {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
+    "one number": {"image_mean": 0.4, "image_std": 0.3},
+    "not normalized": {"do_normalize": False},
+    "not rescaled": {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3},
+    "rescaled by half": {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    "nothing": {"do_rescale": False, "do_normalize": False},
+    "null": {"do_convert_rgb": None, "do_rescale": None, "do_normalize": None},
+    "absent": dict.fromkeys(("resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean"), ...),
+    **{f"filter {number}": {"resample": number} for number in range(6)},
+}
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_of_a_folder_give_the_published_numbers(name, nested, tmp_path):
+    settings = {k: v for k, v in {**preprocessor_to_hf(VISION), **SETTINGS[name]}.items() if v is not ...}
+    file = "processor_config.json" if nested else "preprocessor_config.json"
+    (tmp_path / file).write_text(json.dumps({"image_processor": settings} if nested else settings))
+    if nested:  # it comes first
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps({**settings, "resample": 0, "image_mean": 0.1}))
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)
+    vision, notes = with_pixels(VISION, tmp_path)
+    picture = noise(70, 41)
+    found = preprocess(read(picture), 56, vision.pixels)
+    wanted = theirs(PIL.Image.fromarray(picture), return_tensors="np")["pixel_values"][0]
+    assert notes == []
+    np.testing.assert_array_equal(found, wanted.astype(np.float32))
+
+    again, _ = pixels_from_hf(preprocessor_to_hf(vision), vision, "saved")
+    np.testing.assert_array_equal(preprocess(read(picture), 56, again), found)

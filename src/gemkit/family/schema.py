@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from gemkit.errors import ConfigError, ContextError
@@ -316,6 +316,28 @@ class Projection:
     bias: bool = True
 
 
+Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming", "tensorflow"]
+Channels = tuple[float, float, float]  # red, green, blue
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Resizing and scaling of a picture before an image tower: a level x of 0 to 255 becomes (scale x - mean) / std.
+
+    The default is that of every release.
+
+    Args:
+        resample: a filter of Pillow, or "tensorflow": bilinear without antialiasing, as the models were trained.
+        scale: factor of levels; None leaves them.
+        mean, std: of each channel.
+    """
+
+    resample: Resample = "bicubic"
+    scale: float | None = 1 / 255
+    mean: Channels = (0.5, 0.5, 0.5)
+    std: Channels = (0.5, 0.5, 0.5)
+
+
 @dataclass(frozen=True)
 class Modality:
     """One kind of input besides text: its tower, the projection of features, and their place in a prompt."""
@@ -323,6 +345,7 @@ class Modality:
     tower: Vision
     placeholder: int  # the token id that holds the place of one feature in a prompt
     projection: Projection = Projection()
+    pixels: Pixels = field(default=Pixels(), repr=False)  # no part of what is traced or packed
 
     @property
     def tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""A picture to what an image tower takes: a square of numbers in [-1, 1].
+"""A picture to what an image tower takes: a square of numbers, in [-1, 1] unless its folder says otherwise.
 
 The aspect ratio is not kept: published models were trained on squeezed pictures, and places in the answer are
 fractions of each side.
@@ -6,59 +6,61 @@ fractions of each side.
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import lru_cache
 
 import numpy as np
 
 from gemkit.errors import ConfigError, MissingExtraError, nearest
+from gemkit.family import Pixels
 from gemkit.images.read import Picture
 
-Resample = Literal["bicubic", "bilinear"]
+PILLOW = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # its filters, in the order of its numbers
 
 
-def _levels() -> np.ndarray:
-    """float32 (256,): what each 8-bit level becomes, rounded where the published processor rounds."""
-    zero_to_one = (np.arange(256) * (1 / 255)).astype(np.float32)
-    return (zero_to_one - np.float32(0.5)) / np.float32(0.5)
+@lru_cache
+def _levels(pixels: Pixels) -> np.ndarray:
+    """float32 (3, 256): the number of each 8-bit level of a channel, rounded where the published processor rounds."""
+    scaled_V = np.arange(256) * (1.0 if pixels.scale is None else pixels.scale)
+    mean_31, std_31 = (np.array(each, np.float32)[:, None] for each in (pixels.mean, pixels.std))
+    return (scaled_V.astype(np.float32) - mean_31) / std_31
 
 
-_LEVELS = _levels()
-
-
-def preprocess(picture: Picture, size: int, resample: Resample = "bicubic") -> np.ndarray:
-    """Resize to `size` x `size` and scale to [-1, 1].
+def preprocess(picture: Picture, size: int, pixels: Pixels = Pixels()) -> np.ndarray:  # noqa: B008 (it is frozen)
+    """Resize to `size` x `size` and scale.
 
     Args:
-        resample: "bicubic" is what Transformers does with PaliGemma (SigLIP's image processor): Pillow's bicubic
-            filter, which widens when it shrinks a picture, on 8 bits. "bilinear" is how the models were trained and
-            evaluated in big_vision: two neighbours a side however much is left out between them, cut to 8 bits.
+        pixels: how. "bicubic", as released, is Pillow's filter, which widens when it shrinks a picture, on 8 bits.
+            "tensorflow" is how the models were trained and evaluated in big_vision: two neighbours a side however much
+            is left out between them, cut to 8 bits.
 
     Returns:
         float32 (3, size, size), C-contiguous, RGB.
 
     Raises:
-        ConfigError: if `size` is no size or `resample` none of the two.
-        MissingExtraError: if Pillow is needed ("bicubic") and not installed.
+        ConfigError: if `size` is no size, or the filter none of these.
+        MissingExtraError: if Pillow is needed (all but "tensorflow") and not installed.
 
     Source: SiglipImageProcessor of Transformers 5.23; big_vision, pp/ops_image.py (`get_resize`).
     """
     if not isinstance(size, int) or size < 1:
         raise ConfigError(f"size={size!r}: a picture is resized to a whole number of pixels from 1 on")
-    if resample == "bicubic":
-        square_SS3 = _bicubic(picture.pixels, size)
-    elif resample == "bilinear":
+    if pixels.resample == "tensorflow":
         square_SS3 = _bilinear(picture.pixels, size)
+    elif pixels.resample in PILLOW:
+        square_SS3 = _with_pillow(picture.pixels, size, pixels.resample)
     else:
-        raise ConfigError(f"resample={resample!r}; {nearest(str(resample), ('bicubic', 'bilinear'))}")
-    return _LEVELS[np.ascontiguousarray(square_SS3.transpose(2, 0, 1))]
+        raise ConfigError(f"resample={pixels.resample!r}; {nearest(str(pixels.resample), (*PILLOW, 'tensorflow'))}")
+    levels_3V = _levels(pixels)
+    return np.stack([levels_3V[channel][square_SS3[:, :, channel]] for channel in range(3)])
 
 
-def _bicubic(pixels_HW3: np.ndarray, size: int) -> np.ndarray:
+def _with_pillow(pixels_HW3: np.ndarray, size: int, resample: str) -> np.ndarray:
     try:
         from PIL import Image
     except ImportError:
-        raise MissingExtraError("bicubic resizing", "vision") from None
-    return np.asarray(Image.fromarray(pixels_HW3).resize((size, size), Image.Resampling.BICUBIC))
+        raise MissingExtraError(f"{resample} resizing", "vision") from None
+    number = Image.Resampling(PILLOW.index(resample))
+    return np.asarray(Image.fromarray(pixels_HW3).resize((size, size), number))
 
 
 def _bilinear(pixels_HW3: np.ndarray, size: int) -> np.ndarray:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from gemkit.errors import ConfigError
-from gemkit.family import DecoderConfig, Modality, Vision
+from gemkit.errors import ConfigError, WeightsError
+from gemkit.family import DecoderConfig, Modality, Pixels, Vision
+from gemkit.family.schema import Channels, Resample
 from gemkit.weights.config_keys import Keys, section
+from gemkit.weights.keys_beside import PREPROCESSOR
+from gemkit.weights.known_keys import check_keys
 
 # Published defaults of the tower's configuration class, models/siglip/configuration_siglip.py of Transformers 5.23.
 # Released files leave 224 pixels out.
@@ -98,22 +102,98 @@ def paligemma_to_hf(text: dict[str, Any], decoder: DecoderConfig, vision: Modali
         "text_config": {**text, "num_image_tokens": vision.tokens},
         "vision_config": tower,
     }
-    assert vision_from_hf(config, "config.json") == vision
+    assert vision_from_hf(config, "config.json") == replace(vision, pixels=Pixels())
     return config
 
 
+# The class that prepares pictures for SigLIP, under its names on other back ends and in older versions.
+_PROCESSORS = (
+    "SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil", "SiglipFeatureExtractor",
+)  # fmt: skip
+# by the number that Pillow and the file give a filter
+_FILTERS: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+
+
+def pixels_from_hf(settings: Mapping[str, Any], vision: Modality, where: str) -> tuple[Pixels, list[str]]:
+    """How pictures are prepared, as a `preprocessor_config.json` says, and notes on keys that are not used.
+
+    Raises:
+        WeightsError: for a value of the wrong type.
+        ConfigError: for a setting under which Transformers' pictures have other numbers than can be made here, or do
+            not fit the tower.
+    """
+    notes = check_keys(settings, PREPROCESSOR, where)
+    keys, side = Keys({**_PREPROCESSOR_DEFAULTS, **settings}, where), vision.tower.image_size
+    kind = keys.get("image_processor_type") or keys.get("feature_extractor_type") or _PROCESSORS[0]
+    if kind not in _PROCESSORS:
+        raise ConfigError(f"{where}: image_processor_type={kind!r} is not implemented: the tower's is {_PROCESSORS[0]}")
+    if not keys.get("do_resize") or keys.get("size") != {"height": side, "width": side}:
+        raise ConfigError(
+            f"{where}: do_resize={keys.get('do_resize')!r}, size={keys.get('size')!r} does not fit the tower, which "
+            f"takes {{'height': {side}, 'width': {side}}} alone"
+        )
+    if keys.get("image_seq_length") is not None and (length := keys.whole("image_seq_length")) != vision.tokens:
+        raise ConfigError(f"{where}: image_seq_length={length}, and the tower makes {vision.tokens} tokens of an image")
+    number = keys.get("resample")
+    if isinstance(number, bool) or number not in range(len(_FILTERS)):
+        raise ConfigError(f"{where}: resample={number!r} is no filter of Pillow: 0 to {len(_FILTERS) - 1}")
+    scale = keys.number("rescale_factor") if _switch(keys, "do_rescale") else None
+    if not _switch(keys, "do_normalize"):
+        return Pixels(_FILTERS[number], scale, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), notes
+    mean, std = _channels(keys, "image_mean"), _channels(keys, "image_std")
+    if 0 in std:
+        raise ConfigError(f"{where}: image_std={list(std)} divides by zero")
+    return Pixels(_FILTERS[number], scale, mean, std), notes
+
+
+# of the class, for keys that are absent; null switches off what it stands for
+_PREPROCESSOR_DEFAULTS = {
+    "do_resize": True,
+    "size": {"height": 224, "width": 224},
+    "resample": 3,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
+
+
+def _switch(keys: Keys, name: str) -> bool:
+    value = keys.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise WeightsError(f"{keys.where}: {name}={value!r} must be true or false")
+    return bool(value)
+
+
+def _channels(keys: Keys, name: str) -> Channels:
+    """One number a channel, or one for all."""
+    value = keys.get(name)
+    each = value if isinstance(value, list) else [value] * 3
+    if len(each) != 3 or not all(type(number) in (int, float) for number in each):
+        raise WeightsError(f"{keys.where}: {name}={value!r} must be a number, or one for each of three channels")
+    return float(each[0]), float(each[1]), float(each[2])
+
+
 def preprocessor_to_hf(vision: Modality) -> dict[str, Any]:
-    """The `preprocessor_config.json` that goes with an image tower: as released, bicubic, to -1 to 1."""
+    """The `preprocessor_config.json` that goes with an image tower.
+
+    Raises:
+        ConfigError: if Transformers has no such filter.
+    """
+    pixels = vision.pixels
+    if pixels.resample not in _FILTERS:
+        raise ConfigError(f"no preprocessor_config.json can express the filter {pixels.resample!r}")
     return {
-        "image_processor_type": "SiglipImageProcessor",
+        "image_processor_type": _PROCESSORS[0],
         "processor_class": "PaliGemmaProcessor",
         "image_seq_length": vision.tokens,
         "do_resize": True,
         "size": {"height": vision.tower.image_size, "width": vision.tower.image_size},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
+        "resample": _FILTERS.index(pixels.resample),
+        "do_rescale": pixels.scale is not None,
+        "rescale_factor": 1 / 255 if pixels.scale is None else pixels.scale,
         "do_normalize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
+        "image_mean": list(pixels.mean),
+        "image_std": list(pixels.std),
     }

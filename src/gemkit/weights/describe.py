@@ -18,11 +18,14 @@ from gemkit.weights import config_gguf, config_hf, config_vision, vocabulary_ggu
 from gemkit.weights.fit import TIED_HEADS, member_of
 from gemkit.weights.formats.base import Reader
 from gemkit.weights.formats.safetensors import INDEX, SINGLE, SafetensorsReader
+from gemkit.weights.keys_beside import PROCESSOR
+from gemkit.weights.known_keys import check_keys
 from gemkit.weights.resolve import Place
 from gemkit.weights.tokenizer_files import chat_template, read_json, with_files, with_metadata
 
 # Tables are padded past the tokenizer's pieces: 128 rows in Gemma's original, 64 in Gemma 3's image checkpoints.
 _PADDING_ROWS = 128
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,11 @@ def _describe_folder(reader: Reader, place: Place) -> Description:
     if (kinds := config_hf.kinds(config, place.label)) and isinstance(reader, SafetensorsReader):
         reader.join(kinds)
     vision = config_vision.vision_from_hf(config, place.label)
+    said: list[str] = []
+    if vision is not None:
+        vision, said = with_pixels(vision, place.folder)
     left_out = vision is None and "vision_config" in config
-    notes = [_TOWER_LEFT_OUT] if left_out else []
+    notes = [_TOWER_LEFT_OUT, *said] if left_out else said
     decoder = config_hf.from_hf(config, place.label, notes)
     if wrapped := reader.unwrap():
         notes.append(f"{wrapped} tensors had names that a wrapper of training left in: read by the name within")
@@ -91,6 +97,20 @@ def _describe_folder(reader: Reader, place: Place) -> Description:
     if place.path.is_dir() and all((place.path / name).exists() for name in (SINGLE, INDEX)):
         notes.append(f"{SINGLE} is read, and the shards of {INDEX} beside it are not")
     return Description(decoder, vision, place.member, tuple(notes))
+
+
+def with_pixels(vision: Modality, folder: Path) -> tuple[Modality, list[str]]:
+    """A tower with the pictures that its folder asks for: by processor_config.json as Transformers 5 writes it, else by
+    preprocessor_config.json, else as released."""
+    both, old = (read_json(path) if (path := folder / name).is_file() else {} for name in PROCESSOR_FILES)
+    notes = check_keys(both, PROCESSOR, PROCESSOR_FILES[0])
+    name, given = (
+        (PROCESSOR_FILES[0], both["image_processor"]) if "image_processor" in both else (PROCESSOR_FILES[1], old)
+    )
+    if not given:
+        return vision, notes
+    pixels, said = config_vision.pixels_from_hf(given, vision, name)
+    return replace(vision, pixels=pixels), [*notes, *said]
 
 
 # ── tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -4,8 +4,9 @@ import pytest
 
 from gemkit import family
 from gemkit.errors import ConfigError, WeightsError
+from gemkit.family import Pixels
 from gemkit.weights.config_hf import to_hf
-from gemkit.weights.config_vision import preprocessor_to_hf, vision_from_hf
+from gemkit.weights.config_vision import pixels_from_hf, preprocessor_to_hf, vision_from_hf
 
 MEMBERS = [m.name for m in family.members() if m.vision is not None]
 
@@ -53,3 +54,35 @@ def test_the_preprocessor_is_that_of_the_released_models(size):
     assert settings["size"] == {"height": size, "width": size}
     assert settings["image_seq_length"] == (size // 14) ** 2
     assert (settings["resample"], settings["image_mean"], settings["image_std"]) == (3, [0.5] * 3, [0.5] * 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": {"shortest_edge": 224}}, "does not fit the tower"),
+        ({"size": 224}, "size=224 does not fit the tower"),
+        ({"size": {"height": 448, "width": 448}}, "which takes {'height': 224, 'width': 224} alone"),
+        ({"image_seq_length": 1024}, "image_seq_length=1024, and the tower makes 256"),
+        ({"image_processor_type": "CLIPImageProcessor"}, "'CLIPImageProcessor' is not implemented"),
+        ({"resample": 6}, "resample=6 is no filter"),
+        ({"image_std": [0.5, 0, 0.5]}, "divides by zero"),
+        ({"image_mean": [0.5]}, "one for each of three channels"),
+        ({"do_rescale": "no"}, "must be true or false"),
+        ({"do_resize": False}, "do_resize=False is not implemented"),
+        ({"do_resize": None}, "do_resize=None"),
+        ({"resample": None}, "resample=None is no filter"),
+        ({"image_mean": None}, "one for each of three channels"),
+        ({"rescale_factor": None}, "rescale_factor is missing"),
+        ({"do_center_crop": True}, "do_center_crop=True is not implemented"),
+    ],
+)
+def test_pictures_that_cannot_be_prepared_so_are_refused(change, message):
+    vision = family.get("paligemma-3b-mix-224").vision
+    with pytest.raises((ConfigError, WeightsError), match=message):
+        pixels_from_hf({**preprocessor_to_hf(vision), **change}, vision, "x")
+
+
+def test_a_file_that_says_nothing_is_the_published_one():
+    vision = family.get("paligemma-3b-mix-224").vision
+    assert pixels_from_hf({}, vision, "x") == (Pixels(), [])
+    assert pixels_from_hf({"attention": 1}, vision, "x")[1] == ["x: not known here, and not used: attention"]

@@ -180,7 +180,9 @@ def encode_image(
         said,
         weight=1 / len(said) if average == "example" else 1.0,
         prefix=made.prefix,
-        images=tuple(images.preprocess(images.read(source), vision.tower.image_size) for source in sources),
+        images=tuple(
+            images.preprocess(images.read(source), vision.tower.image_size, vision.pixels) for source in sources
+        ),
         image_token=tokenizer.id(IMAGE),
     )
 
