@@ -22,6 +22,7 @@ from gemkit.weights.keys_beside import PROCESSOR
 from gemkit.weights.known_keys import check_keys
 from gemkit.weights.resolve import Place
 from gemkit.weights.tokenizer_files import chat_template, read_json, with_files, with_metadata
+from gemkit.weights.tokenizer_json import TokenizerJson
 
 # Tables are padded past the tokenizer's pieces: 128 rows in Gemma's original, 64 in Gemma 3's image checkpoints.
 _PADDING_ROWS = 128
@@ -145,17 +146,29 @@ def read_tokenizer(reader: Reader, place: Place, description: Description) -> To
 
 
 def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:
-    for name, read in (("tokenizer.model", Tokenizer.from_model), ("tokenizer.json", Tokenizer.from_json)):
-        if (folder / name).is_file():
-            tokenizer = read(folder / name)
-            if _shows_images(folder, member):
-                tokenizer = tokenizer.with_places()
-            elif _names_infilling(folder, member):
-                tokenizer = tokenizer.with_infill()
-            return with_files(tokenizer, folder)
-    raise WeightsError(
-        f"there is no tokenizer.model or tokenizer.json in {folder}: copy one from where the weights come from"
-    )
+    model, other = folder / "tokenizer.model", folder / "tokenizer.json"
+    file = TokenizerJson(other) if other.is_file() else None
+    seeing = _shows_images(folder, member)
+    if model.is_file():
+        plain = Tokenizer.from_model(model)
+        named = _named(plain, folder, member)
+        if file is None or (difference := file.difference(plain, named)) is None:
+            return with_files(named, folder, file, seeing=seeing)
+        note = f"tokenizer.json is used and not the tokenizer.model beside it, as in Transformers: piece {difference}"
+        found = with_files(_named(Tokenizer.from_json(other), folder, member), folder, file, seeing=seeing)
+        return found.with_settings(replace(found.settings, notes=(*found.settings.notes, note)))
+    if file is None:
+        raise WeightsError(
+            f"there is no tokenizer.model or tokenizer.json in {folder}: copy one from where the weights come from"
+        )
+    return with_files(_named(Tokenizer.from_json(other), folder, member), folder, file, seeing=seeing)
+
+
+def _named(tokenizer: Tokenizer, folder: Path, member: Member | None) -> Tokenizer:
+    """A tokenizer with the pieces of its member, which a file may lack."""
+    if _shows_images(folder, member):
+        return tokenizer.with_places()
+    return tokenizer.with_infill() if _names_infilling(folder, member) else tokenizer
 
 
 def _names_infilling(folder: Path, member: Member | None) -> bool:

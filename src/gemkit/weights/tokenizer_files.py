@@ -13,7 +13,6 @@ Each is used as Transformers 5 uses it (tokenization_utils_base.py); what has no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +26,8 @@ from gemkit.text.vocabulary import AddedToken
 from gemkit.weights.formats.base import MAX_HEADER, parse_json
 from gemkit.weights.keys_beside import TOKENIZER
 from gemkit.weights.known_keys import check_keys
+from gemkit.weights.tokenizer_json import TokenizerJson, post_processor
 
-_HEAD = 8 << 20  # bytes of a tokenizer.json that hold all but its pieces and merges; the family's longest take 1.5 MB
 TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
@@ -115,18 +114,24 @@ def _text(path: Path) -> str:
 # ── settings ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def with_files(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+def with_files(tokenizer: Tokenizer, folder: Path, file: TokenizerJson | None, *, seeing: bool = False) -> Tokenizer:
     """A tokenizer of a folder, with the added tokens and the settings of the files beside it.
+
+    Args:
+        file: its tokenizer.json, if it has one.
+        seeing: it belongs to a PaliGemma.
 
     Raises:
         WeightsError: if they contradict the vocabulary, or ask for what is not implemented.
     """
-    config, head = _if_there(folder / "tokenizer_config.json"), _json_head(folder / "tokenizer.json")
+    config, head = _if_there(folder / "tokenizer_config.json"), {} if file is None else file.settings
     tokenizer = Tokenizer(tokenizer.vocabulary.with_added(_added(config, head, folder), source=str(folder)))
     special, notes = _special(config, folder, tokenizer)
+    if file is not None:
+        notes += file.check(config.get("tokenizer_class"), seeing)
     notes += check_keys(config, TOKENIZER, "tokenizer_config.json", error=WeightsError)
     if head:
-        add_bos, add_eos = _post_processor(head.get("post_processor"))
+        add_bos, add_eos = post_processor(head)
     else:
         add_bos, add_eos = (bool(config.get(f"add_{x}_token", x == "bos")) for x in ("bos", "eos"))
     if not add_bos:
@@ -196,32 +201,6 @@ def _is_id(value: Any, tokens: int) -> bool:
     return type(value) is int and 0 <= value < tokens
 
 
-def _json_head(path: Path) -> dict[str, Any]:
-    """The keys of a tokenizer.json that come before its pieces, without reading these; {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    with open(path, "rb") as file:
-        text = file.read(_HEAD).decode(errors="replace")
-    decoder, found = json.JSONDecoder(), {}
-    try:
-        at = text.index("{") + 1
-        while True:
-            key, at = decoder.raw_decode(text, _skip(text, at))
-            if key == "model":
-                break
-            found[key], at = decoder.raw_decode(text, _skip(text, _skip(text, at) + 1))
-            at = _skip(text, at) + 1
-    except (ValueError, IndexError, RecursionError):
-        found = {}
-    return found if "added_tokens" in found and "post_processor" in found else read_json(path)
-
-
-def _skip(text: str, at: int) -> int:
-    while text[at] in " \t\r\n":
-        at += 1
-    return at
-
-
 def _added(config: Mapping[str, Any], head: Mapping[str, Any], folder: Path) -> list[AddedToken]:
     """Tokens that the files add to a vocabulary, or rename in it; what a later file says of an id counts."""
     found: dict[int, AddedToken] = {}
@@ -255,14 +234,3 @@ def _special(config: Mapping[str, Any], folder: Path, tokenizer: Tokenizer) -> t
     if special["eos_token"] not in tokenizer:
         notes.append(f"the eos_token {special['eos_token']!r} is no piece of its vocabulary, and so ends no answer")
     return special, notes
-
-
-def _post_processor(given: Any) -> tuple[bool, bool]:
-    """Whether a tokenizer.json puts special tokens before a text, and after it."""
-    if not isinstance(given, Mapping):
-        return False, False
-    if given.get("type") == "Sequence":
-        each = [_post_processor(part) for part in given.get("processors", ())]
-        return any(before for before, _ in each), any(after for _, after in each)
-    kinds = ["Sequence" in part for part in given.get("single", ())]
-    return (bool(kinds) and not kinds[0]), (bool(kinds) and not kinds[-1])
