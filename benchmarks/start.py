@@ -20,20 +20,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import models
-from workers import Worker, say
+from workers import Worker, environment, say
 
 
-def command(model: Path, cache: Path, threads: int) -> tuple[float, int]:
+def command(model: Path, cache: str, threads: int) -> tuple[float, int]:
     """Seconds of the command, and the most bytes that it had resident."""
     gemkit = Path(sys.executable).with_name("gemkit")
     given = [gemkit, "generate", "-m", model, "-n", "1", "The capital of France is"]
-    environment = {**os.environ, "GEMKIT_CACHE": str(cache), "GEMKIT_THREADS": str(threads)}
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled; so is this one
+    env = {**environment(threads), "GEMKIT_CACHE": cache}
     start = time.perf_counter()
-    process = subprocess.Popen(given, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(given, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if status:
@@ -41,12 +39,20 @@ def command(model: Path, cache: Path, threads: int) -> tuple[float, int]:
     return seconds, 1024 * used.ru_maxrss
 
 
-def rival(model: Path, python: Path, threads: int) -> float:
-    """Seconds of llama.cpp's load and a first token."""
+def ours(model: Path, threads: int) -> dict[str, float]:
+    """Of a file that was never opened, and of the same again."""
+    with tempfile.TemporaryDirectory(dir=models.CACHE) as cache:
+        first, memory = command(model, cache, threads)
+        second, _ = command(model, cache, threads)
+    return {"first": first, "second": second, "memory": memory}
+
+
+def theirs(model: Path, python: Path, threads: int) -> dict[str, float]:
+    """llama.cpp's load and a first token."""
     worker = Worker("llama.cpp", python, threads)
     seconds = worker.ask("load", path=str(model), context=4_096)["seconds"]
     worker.close()
-    return seconds
+    return {"llama.cpp": seconds}
 
 
 def main() -> int:
@@ -61,20 +67,12 @@ def main() -> int:
     with open(model, "rb") as file:  # into the page cache
         while file.read(1 << 24):
             pass
-    rows: list[dict[str, Any]] = []
+    python, rows = args.rivals / "bin" / "python", []
     for i in range(args.pairs):
-        row: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory(dir=models.CACHE) as cache:
-
-            def ours(row: dict[str, Any] = row, cache: Path = Path(cache)) -> None:
-                row["first"], row["memory"] = command(model, cache, args.threads)
-                row["second"], _ = command(model, cache, args.threads)
-
-            def theirs(row: dict[str, Any] = row) -> None:
-                row["llama.cpp"] = rival(model, args.rivals / "bin" / "python", args.threads)
-
-            for turn in (ours, theirs) if i % 2 else (theirs, ours):
-                turn()
+        if i % 2:
+            row = ours(model, args.threads) | theirs(model, python, args.threads)
+        else:
+            row = theirs(model, python, args.threads) | ours(model, args.threads)
         rows.append(row)
         say(f"{i + 1}/{args.pairs}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
     ratios = sorted(row["first"] / row["llama.cpp"] for row in rows)

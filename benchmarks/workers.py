@@ -27,6 +27,14 @@ class Lost(Exception):
     """An engine that is not there, or failed: in words."""
 
 
+def environment(threads: int) -> dict[str, str]:
+    """Of a process that is measured: so many threads, no network, compiled modules as an installation has them."""
+    libraries = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "OPENBLAS", "MKL")}
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**inherited, **offline, **libraries, "GEMKIT_THREADS": str(threads)}
+
+
 class Worker:
     """An engine in its own process.
 
@@ -36,15 +44,15 @@ class Worker:
 
     def __init__(self, name: str, python: Path, threads: int, script: str | Path = "worker.py"):
         self.name = name
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment |= {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "OPENBLAS", "MKL")}
-        environment["GEMKIT_THREADS"] = str(threads)
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are compiled; so is what is measured
         command = [python, HERE / script, name, str(threads)]
         self.started = time.perf_counter()
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment(threads),
             )
         except OSError as error:
             raise Lost(f"{python} cannot be started: {error.strerror} (`make bench` installs the rivals)") from None

@@ -14,6 +14,7 @@ from gemkit.nn import Batch, Multimodal
 from gemkit.weights import config_hf, config_vision
 from gemkit.weights.export.hf import save_hf
 from gemkit.weights.maps import name_map
+from support.published_configs import PUBLISHED as PUBLISHED_CONFIGS
 from support.tiny import TOWER, VOCAB, WINDOW, assert_close, load, reference, save_reference, tiny
 
 NAMES = ["paligemma-3b-pt-224", "paligemma2-3b-pt-224", "paligemma2-28b-pt-224"]
@@ -265,36 +266,8 @@ def test_every_naming_is_read(naming, tmp_path):
         load(folder)
 
 
-# config.json of google/paligemma-3b-pt-224, and of paligemma2-28b-pt-896, as far as they say anything about the numbers
-RELEASED_1 = {
-    "model_type": "paligemma",
-    "image_token_index": 257152,
-    "projection_dim": 2048,
-    "hidden_size": 2048,
-    "vocab_size": 257216,
-    "text_config": {
-        "hidden_size": 2048,
-        "intermediate_size": 16384,
-        "model_type": "gemma",
-        "num_attention_heads": 8,
-        "num_hidden_layers": 18,
-        "num_image_tokens": 256,
-        "num_key_value_heads": 1,
-        "vocab_size": 257216,
-    },
-    "vision_config": {
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "model_type": "siglip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 27,
-        "num_image_tokens": 256,
-        "patch_size": 14,
-        "projection_dim": 2048,
-        "projector_hidden_act": "gelu_fast",
-        "vision_use_head": False,
-    },
-}
+# config.json as released, and of paligemma2-28b-pt-896 as far as it says anything about the numbers
+RELEASED_1 = PUBLISHED_CONFIGS["paligemma-3b-pt-224"]
 RELEASED_2 = {
     **RELEASED_1,
     "projection_dim": 4608,

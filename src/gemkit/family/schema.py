@@ -316,7 +316,9 @@ class Projection:
     bias: bool = True
 
 
-Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming", "tensorflow"]
+PillowFilter = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]  # in the order of its numbers
+PILLOW_FILTERS: tuple[PillowFilter, ...] = get_args(PillowFilter)
+Resample = PillowFilter | Literal["tensorflow"]
 Channels = tuple[float, float, float]  # red, green, blue
 
 

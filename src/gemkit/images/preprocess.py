@@ -12,9 +12,8 @@ import numpy as np
 
 from gemkit.errors import ConfigError, MissingExtraError, nearest
 from gemkit.family import Pixels
+from gemkit.family.schema import PILLOW_FILTERS
 from gemkit.images.read import Picture
-
-PILLOW = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # its filters, in the order of its numbers
 
 
 @lru_cache
@@ -46,10 +45,12 @@ def preprocess(picture: Picture, size: int, pixels: Pixels = Pixels()) -> np.nda
         raise ConfigError(f"size={size!r}: a picture is resized to a whole number of pixels from 1 on")
     if pixels.resample == "tensorflow":
         square_SS3 = _bilinear(picture.pixels, size)
-    elif pixels.resample in PILLOW:
+    elif pixels.resample in PILLOW_FILTERS:
         square_SS3 = _with_pillow(picture.pixels, size, pixels.resample)
     else:
-        raise ConfigError(f"resample={pixels.resample!r}; {nearest(str(pixels.resample), (*PILLOW, 'tensorflow'))}")
+        raise ConfigError(
+            f"resample={pixels.resample!r}; {nearest(str(pixels.resample), (*PILLOW_FILTERS, 'tensorflow'))}"
+        )
     levels_3V = _levels(pixels)
     return np.stack([levels_3V[channel][square_SS3[:, :, channel]] for channel in range(3)])
 
@@ -59,7 +60,7 @@ def _with_pillow(pixels_HW3: np.ndarray, size: int, resample: str) -> np.ndarray
         from PIL import Image
     except ImportError:
         raise MissingExtraError(f"{resample} resizing", "vision") from None
-    number = Image.Resampling(PILLOW.index(resample))
+    number = Image.Resampling(PILLOW_FILTERS.index(resample))
     return np.asarray(Image.fromarray(pixels_HW3).resize((size, size), number))
 
 

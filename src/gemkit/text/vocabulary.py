@@ -265,8 +265,8 @@ class Vocabulary:
 
 def _spell(pieces: Sequence[str], source: str) -> list[str]:
     """Pieces with spaces written as `▁`, after checking that SentencePiece can hold each."""
-    if {*map(type, pieces)} - {str}:
-        i, piece = next((i, piece) for i, piece in enumerate(pieces) if type(piece) is not str)
+    if not all(issubclass(kind, str) for kind in {*map(type, pieces)}):
+        i, piece = next((i, piece) for i, piece in enumerate(pieces) if not isinstance(piece, str))
         raise WeightsError(f"{source}: piece {i} is of type {type(piece).__name__}, not str")
     spelled = [piece.replace(" ", SPACE) if " " in piece else piece for piece in pieces]
     try:

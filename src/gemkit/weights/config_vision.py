@@ -8,7 +8,7 @@ from typing import Any
 
 from gemkit.errors import ConfigError, WeightsError
 from gemkit.family import DecoderConfig, Modality, Pixels, Vision
-from gemkit.family.schema import Channels, Resample
+from gemkit.family.schema import PILLOW_FILTERS, Channels
 from gemkit.weights.config_keys import Keys, section
 from gemkit.weights.keys_beside import PREPROCESSOR
 from gemkit.weights.known_keys import check_keys
@@ -110,8 +110,6 @@ def paligemma_to_hf(text: dict[str, Any], decoder: DecoderConfig, vision: Modali
 _PROCESSORS = (
     "SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil", "SiglipFeatureExtractor",
 )  # fmt: skip
-# by the number that Pillow and the file give a filter
-_FILTERS: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 
 
 def pixels_from_hf(settings: Mapping[str, Any], vision: Modality, where: str) -> tuple[Pixels, list[str]]:
@@ -135,15 +133,15 @@ def pixels_from_hf(settings: Mapping[str, Any], vision: Modality, where: str) ->
     if keys.get("image_seq_length") is not None and (length := keys.whole("image_seq_length")) != vision.tokens:
         raise ConfigError(f"{where}: image_seq_length={length}, and the tower makes {vision.tokens} tokens of an image")
     number = keys.get("resample")
-    if isinstance(number, bool) or number not in range(len(_FILTERS)):
-        raise ConfigError(f"{where}: resample={number!r} is no filter of Pillow: 0 to {len(_FILTERS) - 1}")
+    if isinstance(number, bool) or number not in range(len(PILLOW_FILTERS)):
+        raise ConfigError(f"{where}: resample={number!r} is no filter of Pillow: 0 to {len(PILLOW_FILTERS) - 1}")
     scale = keys.number("rescale_factor") if _switch(keys, "do_rescale") else None
     if not _switch(keys, "do_normalize"):
-        return Pixels(_FILTERS[number], scale, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), notes
+        return Pixels(PILLOW_FILTERS[number], scale, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), notes
     mean, std = _channels(keys, "image_mean"), _channels(keys, "image_std")
     if 0 in std:
         raise ConfigError(f"{where}: image_std={list(std)} divides by zero")
-    return Pixels(_FILTERS[number], scale, mean, std), notes
+    return Pixels(PILLOW_FILTERS[number], scale, mean, std), notes
 
 
 # of the class, for keys that are absent; null switches off what it stands for
@@ -182,7 +180,7 @@ def preprocessor_to_hf(vision: Modality) -> dict[str, Any]:
         ConfigError: if Transformers has no such filter.
     """
     pixels = vision.pixels
-    if pixels.resample not in _FILTERS:
+    if pixels.resample not in PILLOW_FILTERS:
         raise ConfigError(f"no preprocessor_config.json can express the filter {pixels.resample!r}")
     return {
         "image_processor_type": _PROCESSORS[0],
@@ -190,7 +188,7 @@ def preprocessor_to_hf(vision: Modality) -> dict[str, Any]:
         "image_seq_length": vision.tokens,
         "do_resize": True,
         "size": {"height": vision.tower.image_size, "width": vision.tower.image_size},
-        "resample": _FILTERS.index(pixels.resample),
+        "resample": PILLOW_FILTERS.index(pixels.resample),
         "do_rescale": pixels.scale is not None,
         "rescale_factor": 1 / 255 if pixels.scale is None else pixels.scale,
         "do_normalize": True,

@@ -149,26 +149,28 @@ def _tokenizer_in(folder: Path, member: Member | None) -> Tokenizer:
     model, other = folder / "tokenizer.model", folder / "tokenizer.json"
     file = TokenizerJson(other) if other.is_file() else None
     seeing = _shows_images(folder, member)
+
+    def named(tokenizer: Tokenizer) -> Tokenizer:  # with the pieces of its member, which a file may lack
+        if seeing:
+            return tokenizer.with_places()
+        return tokenizer.with_infill() if _names_infilling(folder, member) else tokenizer
+
+    difference = None
     if model.is_file():
         plain = Tokenizer.from_model(model)
-        named = _named(plain, folder, member)
-        if file is None or (difference := file.difference(plain, named)) is None:
-            return with_files(named, folder, file, seeing=seeing)
-        note = f"tokenizer.json is used and not the tokenizer.model beside it, as in Transformers: piece {difference}"
-        found = with_files(_named(Tokenizer.from_json(other), folder, member), folder, file, seeing=seeing)
-        return found.with_settings(replace(found.settings, notes=(*found.settings.notes, note)))
+        found = named(plain)
+        difference = None if file is None else file.difference(plain, found)
+        if difference is None:
+            return with_files(found, folder, file, seeing=seeing)
     if file is None:
         raise WeightsError(
             f"there is no tokenizer.model or tokenizer.json in {folder}: copy one from where the weights come from"
         )
-    return with_files(_named(Tokenizer.from_json(other), folder, member), folder, file, seeing=seeing)
-
-
-def _named(tokenizer: Tokenizer, folder: Path, member: Member | None) -> Tokenizer:
-    """A tokenizer with the pieces of its member, which a file may lack."""
-    if _shows_images(folder, member):
-        return tokenizer.with_places()
-    return tokenizer.with_infill() if _names_infilling(folder, member) else tokenizer
+    found = with_files(named(Tokenizer.from_json(other)), folder, file, seeing=seeing)
+    if difference is None:
+        return found
+    note = f"tokenizer.json is used and not the tokenizer.model beside it, as in Transformers: piece {difference}"
+    return found.with_settings(replace(found.settings, notes=(*found.settings.notes, note)))
 
 
 def _names_infilling(folder: Path, member: Member | None) -> bool:

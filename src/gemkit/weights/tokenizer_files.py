@@ -125,7 +125,9 @@ def with_files(tokenizer: Tokenizer, folder: Path, file: TokenizerJson | None, *
         WeightsError: if they contradict the vocabulary, or ask for what is not implemented.
     """
     config, head = _if_there(folder / "tokenizer_config.json"), {} if file is None else file.settings
-    tokenizer = Tokenizer(tokenizer.vocabulary.with_added(_added(config, head, folder), source=str(folder)))
+    vocabulary = tokenizer.vocabulary.with_added(_added(config, head, folder), source=str(folder))
+    if vocabulary is not tokenizer.vocabulary:  # most files add nothing, and SentencePiece takes its time
+        tokenizer = Tokenizer(vocabulary)
     special, notes = _special(config, folder, tokenizer)
     if file is not None:
         notes += file.check(config.get("tokenizer_class"), seeing)

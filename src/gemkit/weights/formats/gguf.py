@@ -88,14 +88,14 @@ class Strings(Sequence[str]):
     def _list(self) -> list[str]:
         starts = 8 + np.concatenate([[0], self._ends])[:-1]
         strings = decode_strings(self._data, starts, self._ends)
-        if strings is not None:
-            return strings
-        strings = []
-        try:
-            for start, end in zip(starts.tolist(), self._ends.tolist(), strict=True):
-                strings.append(self._data[start:end].decode())
-        except UnicodeDecodeError as error:
-            raise WeightsError(f"{self._where}[{len(strings)}] is not UTF-8: {error}") from None
+        if strings is None:
+            strings = []
+            try:
+                for start, end in zip(starts.tolist(), self._ends.tolist(), strict=True):
+                    strings.append(self._data[start:end].decode())
+            except UnicodeDecodeError as error:
+                raise WeightsError(f"{self._where}[{len(strings)}] is not UTF-8: {error}") from None
+        self._data = b""  # megabytes that nothing reads again
         return strings
 
     def __len__(self) -> int:
